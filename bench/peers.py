@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our server and Debian's containerd, side by side: `make bench`.
+
+Both get the same runc, the same CNI configuration (bridge and portmap), the same registry and image, and folders
+of their own that are removed at the end. The pause image that containerd needs is made from Debian's catatonit.
+"""
+
+import argparse
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from bench import pods
+from tests.fakes import kubelet
+from tests.lab import cgroups, image, network, registry, server, waiting
+
+CONTAINERD = """\
+version = 2
+root = "{home}/root"
+state = "{home}/run"
+disabled_plugins = ["io.containerd.internal.v1.opt"]
+
+[grpc]
+address = "{home}/cri.sock"
+
+[plugins."io.containerd.grpc.v1.cri"]
+sandbox_image = "{pause}"
+restrict_oom_score_adj = true
+
+[plugins."io.containerd.grpc.v1.cri".cni]
+bin_dir = "/usr/lib/cni"
+conf_dir = "{conf}"
+
+[plugins."io.containerd.grpc.v1.cri".registry]
+config_path = "{hosts}"
+
+[plugins."io.containerd.grpc.v1.cri".containerd]
+default_runtime_name = "runc"
+
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+runtime_type = "io.containerd.runc.v2"
+"""
+
+
+def main() -> int:
+    """Set both up, measure, take both down."""
+    parser = pods.arguments()
+    parser.add_argument("--ours-only", action="store_true", help="leave containerd out")
+    options = parser.parse_args()
+    net = network.own("crib")
+    with contextlib.ExitStack() as stack:
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp")))
+        stack.callback(cgroups.remove, f"/{net.name}")
+        stack.callback(net.remove)
+        sockets, reference = _set_up(stack, home, net, options)
+        return pods.run(sockets, reference, options, cgroup_parent=f"/{net.name}")
+
+
+def _set_up(
+    stack: contextlib.ExitStack, home: Path, net: network.Network, options: argparse.Namespace
+) -> tuple[dict[str, str], str]:
+    store = stack.enter_context(registry.run(home / "registry"))
+    reference = store.push(image.busybox(), "bench/busybox")
+    pause = store.push(pause_image(), "bench/pause")
+    hosts, conf = store.hosts(home / "certs.d"), net.write(home / "net.d")
+    settings = {
+        "server": {"log_level": "info"},
+        "network": {"conf_dir": os.fspath(conf)},
+        "images": {"registry_config_dirs": [os.fspath(hosts)]},
+        "runtime": {"default": "runc"},
+    }
+    site = stack.enter_context(server.site(settings, prefix="crib-"))
+    site.start()
+    sockets = {"ours": site.endpoint}
+    if not options.ours_only:
+        text = CONTAINERD.format(home=home / "c", pause=pause, conf=conf, hosts=hosts)
+        sockets["containerd"] = stack.enter_context(containerd(home / "c", text))
+    return sockets, reference
+
+
+def pause_image() -> image.Image:
+    """Make the image of containerd's sandbox containers: catatonit, told to pause."""
+    program = Path(shutil.which("catatonit") or "catatonit")
+    entry = image.Entry(name="pause", data=program.read_bytes(), mode=0o755)
+    return image.image([image.tar([entry])], {"Entrypoint": ["/pause", "-P"]})
+
+
+@contextlib.contextmanager
+def containerd(home: Path, config: str) -> Iterator[str]:
+    """Run containerd with `config` in `home`; yields its endpoint when it is ready."""
+    home.mkdir(parents=True)
+    (home / "config.toml").write_text(config)
+    program = shutil.which("containerd") or "containerd"
+    with (home / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [program, "--config", home / "config.toml"],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    endpoint = f"unix://{home}/cri.sock"
+    try:
+        waiting.until(lambda: kubelet.is_ready(endpoint), "containerd is ready", seconds=30)
+        yield endpoint
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `cri-server`: arguments, configuration, then one of its commands."""
+
+import argparse
+import asyncio
+import dataclasses
+import os
+import resource
+import sys
+from pathlib import Path
+
+from cri_server import config, logs
+
+DEFAULT_CONFIG = Path("/etc/cri-server/config.toml")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        settings = _settings(arguments)
+    except (config.ConfigError, OSError) as e:
+        print(f"cri-server: {e}", file=sys.stderr)
+        return 2
+    status: int = arguments.run(settings, arguments)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="cri-server", description="A CRI v1 container runtime.")
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    serve = commands.add_parser("serve", help="serve the CRI on a unix socket")
+    serve.set_defaults(run=_serve)
+    check = commands.add_parser(
+        "check", help="tell what this host can and cannot do, and the remedy"
+    )
+    check.add_argument("--json", action="store_true", help="print JSON")
+    check.set_defaults(run=_check)
+    for command in (serve, check):
+        _common(command)
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", type=Path, help=f"TOML file (default: {DEFAULT_CONFIG}, if it exists)"
+    )
+    parser.add_argument("--listen", help="unix:///path of the socket")
+    parser.add_argument("--root", type=Path, help="directory of what outlives a reboot")
+    parser.add_argument("--state", type=Path, help="directory of what does not")
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"))
+    parser.add_argument("--log-format", choices=("console", "json"))
+
+
+def _settings(arguments: argparse.Namespace) -> config.Config:
+    """Read the file; what the command line says wins."""
+    if arguments.config is not None and not arguments.config.exists():
+        raise config.ConfigError(f"{arguments.config}: no such file")
+    settings = config.load(arguments.config or DEFAULT_CONFIG)
+    names = ("listen", "root", "state", "log_level", "log_format")
+    given = {n: getattr(arguments, n) for n in names if getattr(arguments, n) is not None}
+    return dataclasses.replace(settings, server=dataclasses.replace(settings.server, **given))
+
+
+def _serve(settings: config.Config, _: argparse.Namespace) -> int:
+    from cri_server import server  # grpc takes 70 ms to import; --help and check do not need it
+
+    logs.configure(settings.server.log_level, settings.server.log_format)
+    os.umask(0o022)
+    _raise_file_limit()
+    asyncio.run(server.serve(settings))
+    return 0
+
+
+def _check(settings: config.Config, arguments: argparse.Namespace) -> int:
+    from cri_server import check
+
+    return asyncio.run(check.run(settings, as_json=arguments.json))
+
+
+def _raise_file_limit() -> None:
+    """Take all the descriptors that we may have: each pod costs a few."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    return f"cri-server {metadata.version('cri-server')}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

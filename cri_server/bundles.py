@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bundle of a container: its root file system mounted, its config.json written.
+
+    <state>/containers/<container id>/
+        config.json   rootfs/      what the OCI runtime reads
+        exit.json                  what the shim writes when the container has ended
+
+A hostile image must not steer us or the OCI runtime (hazards.md §3): the user is resolved and the
+mount targets are made here, inside the mounted root, before any runtime looks at it.
+
+`create` and `remove` are a pair; `remove` takes away whatever is there. `bury` and `destroy` are
+for what lost its shim.
+"""
+
+import asyncio
+import dataclasses
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+import structlog
+from google.protobuf import json_format
+
+from cri_server import (
+    cgroups,
+    commands,
+    config,
+    errors,
+    host,
+    podfiles,
+    rootfs,
+    snapshots,
+    sources,
+    spec,
+    state,
+    steps,
+)
+from cri_server.images import store as images
+from cri_server.pb import api_pb2 as api
+from shim import mounts
+from shim.pb import shim_pb2
+
+log = structlog.get_logger()
+LOOK_TIMEOUT = (
+    30.0  # seconds to look at host paths: they may lie on dead storage (containerd#10828)
+)
+KILL_TIMEOUT = 10.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """All that a bundle is made of. `target_pid` is whose PID namespace is joined, 0 for none."""
+
+    pod: state.Pod
+    container: state.Container
+    image: images.Image
+    target_pid: int = 0
+
+    @property
+    def config(self) -> api.ContainerConfig:
+        return self.container.config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Host:
+    """What the container takes from the host, looked at."""
+
+    mounts: Mapping[str, sources.Source]
+    devices: tuple[spec.DeviceNode, ...]
+    host_devices: tuple[spec.DeviceNode, ...]
+    seccomp: Mapping[str, object] | None
+
+
+class Bundles:
+    """All bundle directories below `<state>/containers`."""
+
+    def __init__(
+        self,
+        settings: config.Config,
+        *,
+        files: podfiles.PodFiles,
+        groups: cgroups.Cgroups,
+        layers: snapshots.Snapshots,
+        facts: host.Host,
+    ) -> None:
+        self.root = settings.server.state / "containers"
+        self._settings, self._files, self._groups = settings, files, groups
+        self._snapshots, self._facts = layers, facts
+
+    def directory(self, container_id: str) -> Path:
+        return self.root / container_id
+
+    # -- create -----------------------------------------------------------------------------------
+
+    async def create(self, wanted: Request, recipe: steps.Steps) -> state.Container:
+        """Make the bundle; return the record with the user and the cgroup that it will have.
+
+        Raises InvalidArgument for what the host or the image cannot give, DeadlineExceeded when a
+        host path does not answer.
+        """
+        with recipe.step("host paths"):
+            found = await _looked(wanted.config)
+        with recipe.step("rootfs"):
+            await asyncio.to_thread(self._mount, wanted.container)
+        with recipe.step("spec"):
+            return await asyncio.to_thread(self._prepare, wanted, found)
+
+    def _mount(self, container: state.Container) -> None:
+        root = self.directory(container.id) / "rootfs"
+        root.mkdir(parents=True, mode=0o700)
+        self._snapshots.create(container.id, container.layers)
+        self._snapshots.mount(container.id, container.layers, root)
+
+    def _prepare(self, wanted: Request, found: _Host) -> state.Container:
+        """Resolve the user, write config.json, make what the runtime will mount on."""
+        root = str(self.directory(wanted.container.id) / "rootfs")
+        user = rootfs.resolve_user(root, spec.user_request(wanted.config, wanted.image.config))
+        document = spec.container(self._input(wanted, found, user))
+        plain = {s.path for s in found.mounts.values() if not s.directory}
+        plain |= {str(p) for p in self._pod_files(wanted.pod) if Path(p).is_file()}
+        document["mounts"] = rootfs.make_mountpoints(root, document["mounts"], files=plain)
+        covered = [m["destination"] for m in document["mounts"]]
+        volumes = spec.image_volumes(wanted.config, wanted.image.config)
+        rootfs.make_folders(root, volumes, covered=covered)
+        rootfs.make_workdir(root, document["process"]["cwd"], covered=covered)
+        path = self.directory(wanted.container.id) / "config.json"
+        path.write_bytes(msgspec.json.encode(document))
+        return dataclasses.replace(
+            wanted.container,
+            uid=user.uid,
+            gid=user.gid,
+            groups=user.additional_gids,
+            cgroups_path=document["linux"]["cgroupsPath"],
+        )
+
+    def _input(self, wanted: Request, found: _Host, user: spec.User) -> spec.ContainerInput:
+        pod, container = wanted.pod, wanted.container
+        resolv_conf, hostname, hosts = self._pod_files(pod)
+        parent = pod.config.linux.cgroup_parent
+        return spec.ContainerInput(
+            id=container.id,
+            pod_id=pod.id,
+            config=wanted.config,
+            sandbox=pod.config,
+            image=wanted.image.config,
+            user=user,
+            namespaces=self._namespaces(wanted),
+            cgroups_path=self._groups.container_path(pod.id, parent, container.id),
+            rootfs=str(self.directory(container.id) / "rootfs"),
+            pod_files=spec.PodFiles(
+                resolv_conf=resolv_conf, hostname=hostname, hosts=hosts, shm=self._files.shm(pod)
+            ),
+            hostname=podfiles.hostname(pod),
+            host=self._facts.facts(pod.handler),
+            sources={path: source.path for path, source in found.mounts.items()},
+            devices=found.devices,
+            host_devices=found.host_devices,
+            seccomp_profile=found.seccomp,
+        )
+
+    def _namespaces(self, wanted: Request) -> dict[str, str]:
+        """Return the namespaces to join; "pid" with "" is a new one of the container's own."""
+        joined = self._files.namespaces(wanted.pod)
+        mode = wanted.config.linux.security_context.namespace_options.pid
+        pod_init = joined.pop("pid", "")
+        if mode == api.NamespaceMode.POD:
+            return {**joined, "pid": pod_init}
+        if mode == api.NamespaceMode.TARGET:
+            return {**joined, "pid": f"/proc/{wanted.target_pid}/ns/pid"}
+        return {**joined, "pid": ""} if mode == api.NamespaceMode.CONTAINER else joined
+
+    def _pod_files(self, pod: state.Pod) -> tuple[str, str, str]:
+        directory = self._files.directory(pod.id)
+        return (
+            str(directory / "resolv.conf"),
+            str(directory / "hostname"),
+            str(directory / "hosts"),
+        )
+
+    def request(self, container: state.Container) -> shim_pb2.CreateRequest:
+        """Return what the shim must know to run the bundle."""
+        wanted = container.config
+        return shim_pb2.CreateRequest(
+            id=container.id,
+            bundle=str(self.directory(container.id)),
+            log_path=container.log_path,
+            terminal=wanted.tty,
+            stdin=wanted.stdin,
+            stdin_once=wanted.stdin_once,
+            cgroups=self._groups.directories(container.cgroups_path),
+        )
+
+    # -- remove -----------------------------------------------------------------------------------
+
+    async def remove(self, container: state.Container) -> None:
+        """Unmount and delete whatever is there of the bundle and its writable layer. Idempotent."""
+        await asyncio.to_thread(self.sweep, container.id)
+
+    def sweep(self, container_id: str) -> None:
+        """Do the work of `remove`; blocks. Needs no free space."""
+        directory = self.directory(container_id)
+        for target in mounts.mounts_below(str(directory)):
+            mounts.unmount(target)
+        if directory.exists():
+            shutil.rmtree(directory)
+        self._snapshots.remove(container_id)
+
+    async def bury(self, container: state.Container) -> shim_pb2.ExitRecord:
+        """End a container whose shim is gone; return the shim's exit record or the lost one's."""
+        await self.destroy(container.handler, container.id, container.cgroups_path)
+        try:
+            text = (self.directory(container.id) / "exit.json").read_text()
+            return json_format.Parse(text, shim_pb2.ExitRecord(), ignore_unknown_fields=True)
+        except (OSError, json_format.ParseError):
+            return shim_pb2.ExitRecord(
+                exit_code=255,
+                finished_at=time.time_ns(),
+                reason="Unknown",
+                message="the exit code was lost with the shim",
+            )
+
+    async def destroy(self, handler: str, container_id: str, cgroups_path: str) -> None:
+        """Kill what is in a container's cgroup and have the OCI runtime forget the container."""
+        deadline = time.monotonic() + KILL_TIMEOUT
+        while await asyncio.to_thread(self._groups.kill, cgroups_path):
+            if time.monotonic() > deadline:
+                raise errors.DeadlineExceeded(f"container {container_id[:13]} cannot be killed")
+            await asyncio.sleep(0.02)
+        path = self._settings.handler(handler).path
+        root = str(self._settings.server.state / "runtimes" / handler)
+        argv = [path, "--root", root, "delete", "--force", container_id]
+        await commands.run(argv, timeout=self._settings.runtime.runtime_timeout, check=False)
+
+
+async def _looked(wanted: api.ContainerConfig) -> _Host:
+    """Look at the host paths in a thread, and stop waiting at the deadline."""
+    try:
+        async with asyncio.timeout(LOOK_TIMEOUT):
+            return await asyncio.to_thread(_look, wanted)
+    except TimeoutError as e:
+        raise errors.DeadlineExceeded(
+            f"a mount source or device does not answer within {LOOK_TIMEOUT:g} s"
+        ) from e
+
+
+def _look(wanted: api.ContainerConfig) -> _Host:
+    profile = spec.seccomp_path(wanted)
+    return _Host(
+        mounts={m.host_path: sources.check_source(m) for m in wanted.mounts if m.host_path},
+        devices=sources.device_nodes(spec.device_requests(wanted)),
+        host_devices=sources.host_devices() if wanted.linux.security_context.privileged else (),
+        seccomp=sources.seccomp_profile(profile) if profile else None,
+    )

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the cgroups of pods and containers are, in every cgroup mode and for both drivers.
+
+    mode     hierarchies                                   a container's directories
+    v1       one per controller                            <mount>/<path> for each
+    hybrid   v1, and a v2 without (all) controllers        the v1 ones
+    v2       one                                           <mount>/<path>
+
+    driver     cgroup_parent                      cgroupsPath for the runtime      path below the mount
+    cgroupfs   /kubepods/burstable/pod1           /kubepods/burstable/pod1/<id>    the same
+    systemd    /kubepods.slice/kubepods-x.slice   kubepods-x.slice:cri-server:<id> .../cri-server-<id>.scope
+
+The OCI runtime makes the directories and removes the container's own. It also makes missing
+parents, and leaves them: `missing` tells which before a pod begins, `remove` takes them away with
+the pod.
+"""
+
+import errno
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cri_server import config, errors
+from shim import cgroup
+
+PREFIX = "cri-server"
+Mode = Literal["v1", "hybrid", "v2"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hierarchy:
+    """The mounted cgroup file systems: v1 controller name to mount point, and the v2 mount point."""
+
+    mode: Mode
+    v1: Mapping[str, Path]
+    unified: Path | None
+
+    @property
+    def mounts(self) -> dict[str, Path]:
+        """Controller name ("" for v2) to mount point, of what containers are in."""
+        if self.mode == "v2" and self.unified is not None:
+            return {"": self.unified}
+        return dict(self.v1)
+
+    def controllers(self) -> tuple[str, ...]:
+        """Return the controllers that limits can be set with."""
+        if self.mode == "v2" and self.unified is not None:
+            return tuple((self.unified / "cgroup.controllers").read_text().split())
+        return tuple(name for name in self.v1 if not name.startswith("name="))
+
+
+def detect(mountinfo: str | None = None) -> Hierarchy:
+    """Read the mounts of this process (or the given text) and tell the mode."""
+    text = Path("/proc/self/mountinfo").read_text() if mountinfo is None else mountinfo
+    v1: dict[str, Path] = {}
+    unified = None
+    for line in text.splitlines():
+        left, _, right = line.partition(" - ")
+        fstype, _, options = right.split(" ", 2)
+        if fstype == "cgroup2":
+            unified = unified or Path(left.split()[4])
+        elif fstype == "cgroup":
+            for name in _v1_names(options):
+                v1.setdefault(name, Path(left.split()[4]))
+    if not v1:
+        return Hierarchy(mode="v2", v1={}, unified=unified)
+    return Hierarchy(mode="hybrid" if unified else "v1", v1=v1, unified=unified)
+
+
+def _v1_names(options: str) -> list[str]:
+    ignored = ("rw", "ro", "xattr", "noprefix", "clone_children")
+    words = options.split(",")
+    return [w for w in words if w not in ignored and not w.startswith("release_agent=")]
+
+
+def driver(wanted: config.CgroupDriver) -> Literal["cgroupfs", "systemd"]:
+    """Return the driver to use; "auto" is systemd where systemd is the init of the host."""
+    if wanted != "auto":
+        return wanted
+    return "systemd" if Path("/run/systemd/system").is_dir() else "cgroupfs"
+
+
+class Cgroups:
+    """Names and removes the cgroups of pods and containers."""
+
+    def __init__(
+        self,
+        hierarchy: Hierarchy,
+        driver: Literal["cgroupfs", "systemd"],
+        *,
+        root: str = f"/{PREFIX}",
+    ) -> None:
+        self.hierarchy, self.driver = hierarchy, driver
+        self._root = root
+        self._leftover: dict[str, None] = {}
+
+    def pod_parent(self, pod_id: str, cgroup_parent: str) -> str:
+        """Return the path below the mounts that the pod's containers are in.
+
+        Raises InvalidArgument for a parent that is no path of this driver (CRI
+        LinuxPodSandboxConfig.cgroup_parent).
+        """
+        if ".." in cgroup_parent.split("/") or any(c in cgroup_parent for c in "\r\n\0"):
+            raise errors.InvalidArgument(f"cgroup_parent {cgroup_parent!r} is not a clean path")
+        if self.driver == "systemd":
+            return slice_path(posix_basename(cgroup_parent) or "system.slice")
+        return (
+            "/" + cgroup_parent.strip("/") if cgroup_parent.strip("/") else f"{self._root}/{pod_id}"
+        )
+
+    def container_path(self, pod_id: str, cgroup_parent: str, container_id: str) -> str:
+        """Return linux.cgroupsPath for the OCI runtime."""
+        if self.driver == "systemd":
+            return f"{posix_basename(cgroup_parent) or 'system.slice'}:{PREFIX}:{container_id}"
+        return f"{self.pod_parent(pod_id, cgroup_parent)}/{container_id}"
+
+    def directories(self, cgroups_path: str) -> dict[str, str]:
+        """Return the directories behind a `container_path`: controller name ("" for v2) to
+        directory.
+        """
+        path = cgroups_path
+        if self.driver == "systemd":
+            unit, prefix, container_id = cgroups_path.split(":")
+            path = f"{slice_path(unit)}/{prefix}-{container_id}.scope"
+        return {name: f"{mount}{path}" for name, mount in self.hierarchy.mounts.items()}
+
+    def pod_directories(self, pod_id: str, cgroup_parent: str) -> dict[str, str]:
+        """Return the directories of the pod's own cgroup; none when the pod has no parent of its
+        own.
+        """
+        if self.driver == "systemd" and not cgroup_parent:
+            return {}
+        path = self.pod_parent(pod_id, cgroup_parent)
+        return {name: f"{mount}{path}" for name, mount in self.hierarchy.mounts.items()}
+
+    def missing(self, parent: str) -> tuple[str, ...]:
+        """Return `parent` and those of its parents that do not exist yet, deepest first."""
+        if self.driver == "systemd":
+            return ()
+        paths = [parent, *(str(p) for p in Path(parent).parents if str(p) != "/")]
+        mounts = self.hierarchy.mounts.values()
+        return tuple(p for p in paths if not any(os.path.isdir(f"{m}{p}") for m in mounts))
+
+    def remove(self, made: Iterable[str]) -> None:
+        """Remove the empty ones of these directories. One that others use is tried again at the
+        next call.
+        """
+        wanted = sorted({*made, *self._leftover}, key=len, reverse=True)
+        self._leftover = {p: None for p in wanted if not self._remove(p)}
+
+    def _remove(self, path: str) -> bool:
+        every = [*self.hierarchy.mounts.values()]
+        return all([_rmdir(f"{mount}{path}") for mount in every])
+
+    def kill(self, cgroups_path: str) -> bool:
+        """Kill what is in a container's cgroup, once; return whether there was anything."""
+        return cgroup.Cgroup(self.directories(cgroups_path)).kill()
+
+
+def slice_path(unit: str) -> str:
+    """Return the path of a systemd slice: "a-b.slice" is /a.slice/a-b.slice. Raises
+    InvalidArgument.
+    """
+    if not unit.endswith(".slice") or "/" in unit or ":" in unit:
+        raise errors.InvalidArgument(
+            f"cgroup_parent {unit!r} is not a slice, as the systemd driver needs"
+        )
+    parts = unit.removesuffix(".slice").split("-")
+    return "".join(f"/{'-'.join(parts[: n + 1])}.slice" for n in range(len(parts)))
+
+
+def posix_basename(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]
+
+
+def _rmdir(path: str) -> bool:
+    try:
+        os.rmdir(path)
+    except OSError as e:
+        return e.errno == errno.ENOENT
+    return True

@@ -1,0 +1,526 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Containers: create, start, stop, remove, status, list, reopen log.
+
+CreateContainer prepares everything on disk (`bundles`) and starts no process. StartContainer hands
+the bundle to the pod's shim. From then on the shim is the one who knows: `_follow` waits for its
+word that the container has ended, and by then the log is complete and the exit record is on disk.
+
+StopContainer starts one escalation per container (signal, grace period, SIGKILL) that runs to its
+end also when the caller goes away; a later call can only shorten it.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import posixpath
+import signal
+import time
+from collections.abc import Sequence
+
+import structlog
+from google.protobuf import json_format
+
+from cri_server import bundles, config, errors, host, locks, names, shims, spec, state, steps
+from cri_server.images import store as images
+from cri_server.pb import api_pb2 as api
+from shim.pb import shim_pb2
+
+log = structlog.get_logger()
+CREATED, RUNNING, EXITED = (
+    api.ContainerState.CONTAINER_CREATED,
+    api.ContainerState.CONTAINER_RUNNING,
+    api.ContainerState.CONTAINER_EXITED,
+)
+KILL_AGAIN = 1.0  # seconds until the first repeated SIGKILL; doubled up to a minute
+
+
+class Containers:
+    """What CreateContainer and its relatives do."""
+
+    def __init__(
+        self,
+        *,
+        settings: config.Config,
+        store: state.Store,
+        image_store: images.Store,
+        bundle_host: bundles.Bundles,
+        shim_host: shims.Shims,
+        facts: host.Host,
+    ) -> None:
+        self._settings, self._store, self._images = settings, store, image_store
+        self._bundles, self._shims, self._facts = bundle_host, shim_host, facts
+        self._attempts, self._locks = names.Attempts(), locks.Locks()
+        self._running: dict[str, asyncio.Event] = {}  # set when the container has ended
+        self._stopping: dict[str, _Escalation] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # -- create -----------------------------------------------------------------------------------
+
+    async def create(self, pod_id: str, wanted: api.ContainerConfig) -> str:
+        """Prepare a container in a ready pod and return its id, or leave nothing behind.
+
+        Raises NotFound for the pod or the image, FailedPrecondition for a pod that is not ready,
+        InvalidArgument for a config that can never work; all before anything is made.
+        """
+        pod = self._ready_pod(pod_id)
+        if not (wanted.metadata.name and wanted.image.image):
+            raise errors.InvalidArgument("config.metadata.name or config.image.image is missing")
+        image = self._image(wanted.image.image)
+        facts = self._facts.facts(pod.handler)
+        spec.validate_container(wanted, pod.config, facts, image=image.config)
+        log_path(pod.config, wanted)
+        name = (pod.id, wanted.metadata.name, wanted.metadata.attempt)
+        return await self._attempts.join(name, lambda: self._create(name, pod, wanted, image))
+
+    def _ready_pod(self, pod_id: str) -> state.Pod:
+        pod = self._store.pod(pod_id)
+        if pod.state is not state.PodState.READY:
+            raise errors.FailedPrecondition(f"pod sandbox {pod.id[:13]} is not ready")
+        return pod
+
+    def _image(self, wanted: str) -> images.Image:
+        image = self._images.find(wanted)
+        if image is None:
+            raise errors.NotFound(f"image {wanted[:200]!r} is not present: pull it first")
+        return image
+
+    async def _create(
+        self,
+        name: state.ContainerName,
+        pod: state.Pod,
+        wanted: api.ContainerConfig,
+        image: images.Image,
+    ) -> str:
+        earlier = self._store.container_named(name)
+        if earlier is not None and earlier.complete:
+            return earlier.id
+        if earlier is not None:
+            await self.remove(earlier.id)
+        container = await self._store.put_container(_new(pod, wanted, image))
+        recipe = steps.Steps("container made", pod=pod.id, container=container.id)
+        try:
+            target = self._target(pod, wanted)
+            request = bundles.Request(pod=pod, container=container, image=image, target_pid=target)
+            container = await self._bundles.create(request, recipe)
+            with recipe.step("record"):
+                self._ready_pod(pod.id)  # it may have been stopped meanwhile
+                await self._store.put_container(dataclasses.replace(container, complete=True))
+        except BaseException as e:
+            log.warning("container failed", pod=pod.id, container=container.id, error=str(e))
+            await self._undo(container, str(e))
+            raise
+        recipe.done()
+        return container.id
+
+    def _target(self, pod: state.Pod, wanted: api.ContainerConfig) -> int:
+        """Return the pid whose PID namespace the container joins (NamespaceMode TARGET), 0 for
+        none.
+        """
+        options = wanted.linux.security_context.namespace_options
+        if options.pid != api.NamespaceMode.TARGET:
+            return 0
+        target = self._store.container(options.target_id)
+        if target.pod_id != pod.id or target.state != RUNNING:
+            raise errors.InvalidArgument(
+                f"target_id {options.target_id[:80]!r} is not running in this pod"
+            )
+        return target.pid
+
+    async def _undo(self, container: state.Container, why: str) -> None:
+        """Release a container whose making failed; if that fails too it stays listed, EXITED."""
+        try:
+            await self._bundles.remove(container)
+            await self._store.forget_container(container)
+        except Exception as e:
+            log.error("container left for a later removal", container=container.id, error=str(e))
+            await self._store.put_container(_ended(container, 128, "StartError", why))
+
+    # -- start ------------------------------------------------------------------------------------
+
+    async def start(self, wanted: str) -> None:
+        """Run a created container (CRI StartContainer).
+
+        A failure leaves it EXITED with exit code 128, reason StartError and the runtime's message,
+        so that the kubelet can show it. Raises NotFound, FailedPrecondition when it is not in state
+        CREATED, else what the runtime said.
+        """
+        container = self._store.container(wanted)
+        async with self._locks.held(container.id):
+            container = self._store.container(container.id)
+            if container.state != CREATED:
+                raise errors.FailedPrecondition(
+                    f"container {container.id[:13]} is in state {_state_name(container)}, not CONTAINER_CREATED"
+                )
+            self._ready_pod(container.pod_id)
+            await self._start(container)
+
+    async def _start(self, container: state.Container) -> None:
+        recipe = steps.Steps("container started", pod=container.pod_id, container=container.id)
+        try:
+            with shims.translated():
+                shim = self._shims.of(container.pod_id)
+                with recipe.step("shim create"):
+                    await shim.create(self._bundles.request(container))
+                with recipe.step("runtime run"):
+                    answer = await shim.start(shim_pb2.StartRequest(id=container.id))
+        except errors.CriError as e:
+            await self._store.put_container(_ended(container, 128, "StartError", e.message))
+            raise
+        with recipe.step("record"):
+            running = await self._store.put_container(_started(container, answer))
+        self.follow(running)
+        recipe.done()
+
+    def follow(self, container: state.Container) -> None:
+        """Record the container's end when the shim tells it. Used at start, and by recovery for
+        what still runs.
+        """
+        self._running[container.id] = asyncio.Event()
+        task = asyncio.create_task(self._follow(container), name=f"follow {container.id[:13]}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _follow(self, container: state.Container) -> None:
+        try:
+            with shims.translated():
+                answer = await self._shims.of(container.pod_id).wait(
+                    shim_pb2.WaitRequest(id=container.id)
+                )
+            record = answer.exit
+        except errors.CriError as e:
+            log.warning("container lost with its shim", container=container.id, error=str(e))
+            record = await self._bundles.bury(container)
+        await self._ended(container.id, record)
+
+    async def _ended(self, container_id: str, record: shim_pb2.ExitRecord) -> None:
+        container = self._store.container(container_id)
+        reason = record.reason or _reason(record)
+        ended = dataclasses.replace(
+            container,
+            finished_at=record.finished_at or time.time_ns(),
+            exit_code=record.exit_code,
+            reason=reason,
+            message=record.message,
+        )
+        await self._store.put_container(ended)
+        log.info(
+            "container exited",
+            pod=container.pod_id,
+            container=container_id,
+            code=record.exit_code,
+            reason=reason,
+        )
+        self._running.pop(container_id).set()
+
+    async def recover(self, container: state.Container, seen: shim_pb2.Container | None) -> None:
+        """Bring a record of an earlier server to what its shim says now; `seen` is None when no
+        shim knows it.
+        """
+        if not container.complete:
+            await self._undo(container, "the server was killed while it made this container")
+        elif container.finished_at:
+            return
+        elif seen is not None and seen.state in (shim_pb2.RUNNING, shim_pb2.STOPPED):
+            container = await self._store.put_container(_started(container, seen))
+            self.follow(container)
+        elif container.started_at:
+            self._running[container.id] = asyncio.Event()
+            await self._ended(container.id, await self._bundles.bury(container))
+
+    # -- stop -------------------------------------------------------------------------------------
+
+    async def stop(self, wanted: str, timeout: float) -> None:
+        """End a container: its stop signal, `timeout` seconds of grace, SIGKILL. OK when unknown or
+        not running.
+
+        Returns when the process is gone. A negative timeout counts as 0, which kills at once.
+        """
+        with contextlib.suppress(errors.NotFound):
+            container = self._store.container(wanted)
+            async with self._locks.held(container.id):  # a start in flight ends first
+                ended = self._running.get(container.id)
+            if ended is not None:
+                await self._escalation(container, ended).shorten(max(timeout, 0.0))
+
+    def _escalation(self, container: state.Container, ended: asyncio.Event) -> "_Escalation":
+        known = self._stopping.get(container.id)
+        if known is None:
+            known = _Escalation(self._shims, container, ended)
+            self._stopping[container.id] = known
+            known.task.add_done_callback(lambda _: self._stopping.pop(container.id))
+        return known
+
+    async def stop_all(self, pod_id: str) -> None:
+        """Kill every container of the pod (CRI StopPodSandbox: no grace)."""
+        running = [c for c in self._store.containers(pod_id) if c.id in self._running]
+        async with asyncio.TaskGroup() as group:
+            for container in running:
+                group.create_task(self.stop(container.id, 0))
+
+    # -- remove -----------------------------------------------------------------------------------
+
+    async def remove(self, wanted: str) -> None:
+        """Kill the container if it runs and remove all that is its own, but the log. OK when
+        unknown.
+        """
+        with contextlib.suppress(errors.NotFound):
+            container = self._store.container(wanted)
+            await self.stop(container.id, 0)
+            async with self._locks.held(container.id):
+                container = self._store.container(container.id)
+                await self._forget_in_shim(container)
+                await self._bundles.remove(container)
+                await self._store.forget_container(container)
+
+    async def _forget_in_shim(self, container: state.Container) -> None:
+        """Have the shim and the OCI runtime let go of a container; without a shim there is nothing."""
+        with contextlib.suppress(errors.Unavailable), shims.translated():
+            shim = self._shims.of(container.pod_id)
+            await shim.delete(shim_pb2.DeleteRequest(id=container.id))
+
+    async def remove_all(self, pod_id: str) -> None:
+        """Remove every container of the pod, each one even when another fails."""
+        async with contextlib.AsyncExitStack() as each:
+            for container in self._store.containers(pod_id):
+                each.push_async_callback(self.remove, container.id)
+
+    # -- log --------------------------------------------------------------------------------------
+
+    async def reopen_log(self, wanted: str) -> None:
+        """Write to the log path anew from now on (CRI ReopenContainerLog, after the kubelet renamed
+        the file).
+        """
+        container = self.running(wanted)
+        with shims.translated():
+            shim = self._shims.of(container.pod_id)
+            await shim.reopen_log(shim_pb2.ReopenLogRequest(id=container.id))
+
+    # -- look -------------------------------------------------------------------------------------
+
+    def record(self, wanted: str) -> state.Container:
+        """Return the record of a container. Raises NotFound."""
+        return self._store.container(wanted)
+
+    def running(self, wanted: str) -> state.Container:
+        """Return the record of a container that runs. Raises NotFound, FailedPrecondition."""
+        container = self._store.container(wanted)
+        if container.state != RUNNING:
+            raise errors.FailedPrecondition(
+                f"container {container.id[:13]} is not running: {_state_name(container)}"
+            )
+        return container
+
+    def list(self, wanted: api.ContainerFilter) -> Sequence[api.Container]:
+        """Return the containers that match every part of the filter; unknown ids match none."""
+        return [_item(c) for c in self.matching(wanted)]
+
+    def matching(self, wanted: api.ContainerFilter) -> Sequence[state.Container]:
+        """Return the records behind `list`."""
+        return [c for c in self._store.containers() if _listed(c) and _matches(c, wanted)]
+
+    def of_pod(self, pod_id: str) -> Sequence[state.Container]:
+        """Return the records of one pod's containers."""
+        return [c for c in self._store.containers(pod_id) if _listed(c)]
+
+    def status(self, wanted: str) -> api.ContainerStatus:
+        """Return the CRI status. Raises NotFound."""
+        return _status(self._store.container(wanted))
+
+    def statuses(self, pod_id: str) -> Sequence[api.ContainerStatus]:
+        """Return the statuses of all containers of a pod."""
+        return [_status(c) for c in self._store.containers(pod_id) if _listed(c)]
+
+
+class _Escalation:
+    """One way to the end of a container: signal, grace, SIGKILL until it is dead."""
+
+    def __init__(
+        self, shim_host: shims.Shims, container: state.Container, ended: asyncio.Event
+    ) -> None:
+        self._shims, self._container, self._ended = shim_host, container, ended
+        self._deadline = float("inf")
+        self._shortened = asyncio.Event()
+        self.task = asyncio.create_task(self._run(), name=f"stop {container.id[:13]}")
+
+    async def shorten(self, timeout: float) -> None:
+        """End the grace period `timeout` seconds from now if that is sooner, and wait for the end."""
+        self._deadline = min(self._deadline, time.monotonic() + timeout)
+        self._shortened.set()
+        await asyncio.shield(self.task)
+
+    async def _run(self) -> None:
+        await self._shortened.wait()
+        if self._deadline > time.monotonic():
+            await self._signal(self._container.stop_signal, everything=False)
+            await self._grace()
+        pause = KILL_AGAIN
+        while not self._ended.is_set():
+            await self._signal(signal.SIGKILL, everything=True)
+            await self._wait(pause)
+            pause = min(pause * 2, 60.0)
+
+    async def _grace(self) -> None:
+        while not self._ended.is_set() and (left := self._deadline - time.monotonic()) > 0:
+            self._shortened.clear()
+            either = [
+                asyncio.create_task(self._ended.wait()),
+                asyncio.create_task(self._shortened.wait()),
+            ]
+            await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            for task in either:
+                task.cancel()
+
+    async def _wait(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._ended.wait(), seconds)
+
+    async def _signal(self, number: int, *, everything: bool) -> None:
+        request = shim_pb2.KillRequest(id=self._container.id, signal=number, all=everything)
+        try:
+            with shims.translated():
+                await self._shims.of(self._container.pod_id).kill(request)
+        except errors.CriError as e:  # a lost shim ends the container through `_follow`
+            log.warning("signal not delivered", container=self._container.id, error=str(e))
+
+
+def log_path(pod: api.PodSandboxConfig, wanted: api.ContainerConfig) -> str:
+    """Return the absolute log path, "" when output is discarded.
+
+    Raises InvalidArgument for a path that leaves the pod's log directory (hazards V25) or holds a
+    line break.
+    """
+    if not wanted.log_path or not pod.log_directory:
+        return ""
+    path = posixpath.normpath(posixpath.join(pod.log_directory, wanted.log_path.lstrip("/")))
+    inside = posixpath.normpath(pod.log_directory).rstrip("/") + "/"
+    if not path.startswith(inside) or any(c in path for c in "\r\n\0"):
+        raise errors.InvalidArgument(f"log_path {wanted.log_path[:200]!r} leaves the log directory")
+    return path
+
+
+def _new(pod: state.Pod, wanted: api.ContainerConfig, image: images.Image) -> state.Container:
+    return state.Container(
+        id=names.new_id(),
+        pod_id=pod.id,
+        handler=pod.handler,
+        config=wanted,
+        raw=state.raw_config(wanted),
+        created_at=time.time_ns(),
+        boot_id=state.boot_id(),
+        image_id=image.id,
+        image_ref=next(iter(image.repo_digests), image.id),
+        image_name=next(iter(image.repo_tags), wanted.image.user_specified_image or image.id),
+        layers=image.layers,
+        log_path=log_path(pod.config, wanted),
+        stop_signal=spec.stop_signal(wanted, image.config),
+    )
+
+
+def _started(
+    container: state.Container, seen: shim_pb2.StartResponse | shim_pb2.Container
+) -> state.Container:
+    return dataclasses.replace(
+        container,
+        pid=seen.pid,
+        start_time=seen.start_time,
+        started_at=seen.started_at or time.time_ns(),
+    )
+
+
+def _ended(container: state.Container, code: int, reason: str, message: str) -> state.Container:
+    return dataclasses.replace(
+        container, finished_at=time.time_ns(), exit_code=code, reason=reason, message=message
+    )
+
+
+def _reason(record: shim_pb2.ExitRecord) -> str:
+    if record.oom_killed:
+        return "OOMKilled"
+    return "Error" if record.exit_code else "Completed"
+
+
+def _state_name(container: state.Container) -> str:
+    return api.ContainerState.Name(container.state)
+
+
+def _listed(container: state.Container) -> bool:
+    return container.complete or bool(container.finished_at)
+
+
+def _matches(container: state.Container, wanted: api.ContainerFilter) -> bool:
+    if not container.id.startswith(wanted.id):
+        return False
+    if not container.pod_id.startswith(wanted.pod_sandbox_id):
+        return False
+    if wanted.HasField("state") and wanted.state.state != container.state:
+        return False
+    labels = container.config.labels
+    return all(labels.get(k) == v for k, v in wanted.label_selector.items())
+
+
+def _item(container: state.Container) -> api.Container:
+    return api.Container(
+        id=container.id,
+        pod_sandbox_id=container.pod_id,
+        metadata=container.config.metadata,
+        image=container.config.image,
+        image_ref=container.image_id,
+        image_id=container.image_id,
+        state=container.state,
+        created_at=container.created_at,
+        labels=container.config.labels,
+        annotations=container.config.annotations,
+    )
+
+
+def _status(container: state.Container) -> api.ContainerStatus:
+    wanted = container.config
+    return api.ContainerStatus(
+        id=container.id,
+        metadata=wanted.metadata,
+        state=container.state,
+        created_at=container.created_at,
+        started_at=container.started_at,
+        finished_at=container.finished_at,
+        exit_code=container.exit_code,
+        image=_image_spec(container),
+        image_ref=container.image_ref,
+        image_id=container.image_id,
+        reason=container.reason,
+        message=container.message,
+        labels=wanted.labels,
+        annotations=wanted.annotations,
+        mounts=wanted.mounts,
+        log_path=container.log_path,
+        resources=_resources(container),
+        user=_user(container),
+        stop_signal=spec.stop_signal_value(container.stop_signal),
+    )
+
+
+def _image_spec(container: state.Container) -> api.ImageSpec:
+    asked = container.config.image
+    return api.ImageSpec(
+        image=container.image_name,
+        annotations=asked.annotations,
+        user_specified_image=asked.user_specified_image,
+        runtime_handler=asked.runtime_handler,
+    )
+
+
+def _resources(container: state.Container) -> api.ContainerResources:
+    linux = api.LinuxContainerResources()
+    if container.resources:
+        json_format.ParseDict(json.loads(container.resources), linux)
+    else:
+        linux.CopyFrom(container.config.linux.resources)
+    return api.ContainerResources(linux=linux)
+
+
+def _user(container: state.Container) -> api.ContainerUser:
+    return api.ContainerUser(
+        linux=api.LinuxContainerUser(
+            uid=container.uid, gid=container.gid, supplemental_groups=container.groups
+        )
+    )

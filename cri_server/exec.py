@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running a command in a container: ExecSync.
+
+The process is the container's own (its user, capabilities, environment, working directory) with
+another command line. The shim runs it, kills the whole tree when the time is over or when we hang
+up, and reads its output; of each stream the first 16 MiB are kept.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from cri_server import bundles, config, containers, errors, shims, spec
+from shim import client
+from shim.pb import shim_pb2
+
+OUTPUT_LIMIT = 16 << 20
+
+
+class _Config(msgspec.Struct):
+    """The one part of config.json that an exec starts from."""
+
+    process: dict[str, object]
+
+
+class Exec:
+    """What ExecSync does."""
+
+    def __init__(
+        self,
+        *,
+        settings: config.Config,
+        container_host: containers.Containers,
+        bundle_host: bundles.Bundles,
+        shim_host: shims.Shims,
+    ) -> None:
+        self._settings, self._containers = settings, container_host
+        self._bundles, self._shims = bundle_host, shim_host
+        self._decoder = msgspec.json.Decoder(_Config)
+
+    async def sync(self, wanted: str, cmd: Sequence[str], *, timeout: float) -> client.ExecResult:
+        """Run `cmd` and return its output and exit code; `timeout` in seconds, 0 is no limit.
+
+        Raises NotFound, FailedPrecondition when the container does not run, InvalidArgument without
+        a command, DeadlineExceeded when the time is over (a kubelet probe then counts as failed);
+        nothing of the exec is left then.
+        """
+        container = self._containers.running(wanted)
+        if not cmd:
+            raise errors.InvalidArgument("cmd is empty")
+        start = shim_pb2.ExecStart(
+            id=container.id,
+            process=self._process(container.id, cmd),
+            timeout_ms=max(int(timeout * 1000), 0),
+            drain_ms=int(self._settings.runtime.exec_drain_timeout * 1000),
+        )
+        with shims.translated():
+            done = await self._shims.of(container.pod_id).exec_sync(start, max_bytes=OUTPUT_LIMIT)
+        if done.timed_out:
+            raise errors.DeadlineExceeded(f"command {cmd[0][:200]!r} timed out after {timeout:g} s")
+        return done
+
+    def _process(self, container_id: str, cmd: Sequence[str]) -> bytes:
+        text = (self._bundles.directory(container_id) / "config.json").read_bytes()
+        process = self._decoder.decode(text).process
+        return msgspec.json.encode(spec.process(spec.ExecInput(process=process, cmd=tuple(cmd))))

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this host and its OCI runtimes can do: probed once at start, never assumed.
+
+`probe` looks at the kernel (files of /proc and /sys, and one mount call that is refused or not),
+`runtimes` asks each OCI runtime for its version and `features`. Status, the spec and `cri-server
+check` all read the same facts.
+"""
+
+import asyncio
+import os
+import platform
+import re
+import resource
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from cri_server import cgroups, commands, config, spec
+from shim import linux
+
+_SIZES = {"kB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RuntimeFacts:
+    """One OCI runtime: `error` says why it cannot be used; `features` is its own JSON, {} when it
+    has none.
+    """
+
+    path: str
+    version: str = ""
+    features: Mapping[str, Any] = field(default_factory=dict)
+    error: str = ""
+
+    @property
+    def recursive_read_only(self) -> bool:
+        return "rro" in self.features.get("mountOptions", ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """The facts of the kernel and of our own rights."""
+
+    kernel: str
+    hierarchy: cgroups.Hierarchy
+    controllers: tuple[str, ...]
+    seccomp: bool
+    apparmor: bool
+    selinux: bool
+    effective: frozenset[str]
+    bounding: frozenset[str]
+    known: frozenset[str]
+    oom_score_adj: int
+    swap_accounting: bool
+    hugepage_sizes: frozenset[str]
+    overlayfs: bool
+    runtimes: Mapping[str, RuntimeFacts] = field(default_factory=dict)
+
+    @property
+    def kernel_version(self) -> tuple[int, int]:
+        found = re.match(r"(\d+)\.(\d+)", self.kernel)
+        return (int(found[1]), int(found[2])) if found else (0, 0)
+
+    @property
+    def raises_limits(self) -> bool:
+        """CAP_SYS_RESOURCE: may lower oom_score_adj and raise hard limits."""
+        return "CAP_SYS_RESOURCE" in self.effective
+
+    def recursive_read_only(self, handler: str) -> bool:
+        """Recursive read-only mounts need mount_setattr (Linux 5.12) and a runtime that knows
+        "rro".
+        """
+        facts = self.runtimes.get(handler)
+        return facts is not None and facts.recursive_read_only and self.kernel_version >= (5, 12)
+
+    @cached_property
+    def _facts(self) -> dict[str, spec.HostFacts]:
+        return {}
+
+    def facts(self, handler: str) -> spec.HostFacts:
+        """Return what the spec functions need to know, for containers of one handler."""
+        if handler not in self._facts:
+            self._facts[handler] = self._spec_facts(handler)
+        return self._facts[handler]
+
+    def _spec_facts(self, handler: str) -> spec.HostFacts:
+        return spec.HostFacts(
+            machine=platform.machine(),
+            capabilities=self.bounding,
+            known_capabilities=self.known,
+            cgroup_v2=self.hierarchy.mode == "v2",
+            oom_score_adj_floor=-1000 if self.raises_limits else self.oom_score_adj,
+            seccomp=self.seccomp,
+            apparmor_profiles=_apparmor_profiles() if self.apparmor else None,
+            selinux=self.selinux,
+            swap_accounting=self.swap_accounting,
+            hugepage_sizes=self.hugepage_sizes,
+            recursive_read_only=self.recursive_read_only(handler),
+            rlimit_ceilings={} if self.raises_limits else _rlimit_ceilings(),
+        )
+
+
+def probe(hierarchy: cgroups.Hierarchy, found: Mapping[str, RuntimeFacts]) -> Host:
+    """Look at the kernel and at this process. Blocks for some milliseconds; no side effects remain."""
+    controllers = hierarchy.controllers()
+    known = _known_capabilities()
+    return Host(
+        kernel=os.uname().release,
+        hierarchy=hierarchy,
+        controllers=controllers,
+        seccomp="Seccomp:" in Path("/proc/self/status").read_text(),
+        apparmor=_first_line("/sys/module/apparmor/parameters/enabled") == "Y",
+        selinux=Path("/sys/fs/selinux/enforce").exists(),
+        effective=_names(linux.effective_capabilities(), known),
+        bounding=_names(linux.bounding_capabilities(), known),
+        known=frozenset(known),
+        oom_score_adj=int(_first_line("/proc/self/oom_score_adj") or 0),
+        swap_accounting=_swap_accounting(hierarchy),
+        hugepage_sizes=_hugepage_sizes() if "hugetlb" in controllers else frozenset(),
+        overlayfs="overlay" in Path("/proc/filesystems").read_text(),
+        runtimes=found,
+    )
+
+
+async def runtimes(settings: config.Config) -> dict[str, RuntimeFacts]:
+    """Ask the OCI runtime of every handler for its version and features; all at once."""
+    found = await asyncio.gather(*(_runtime(h.path) for h in settings.runtimes.values()))
+    return dict(zip(settings.runtimes, found, strict=True))
+
+
+async def _runtime(path: str) -> RuntimeFacts:
+    binary = shutil.which(path)
+    if binary is None:
+        return RuntimeFacts(path=path, error="not found: install it or set its path")
+    try:
+        version = await commands.run([binary, "--version"], timeout=10)
+        features = await commands.run([binary, "features"], timeout=10, check=False)
+    except (commands.Failed, commands.TimedOut, OSError) as e:
+        return RuntimeFacts(path=binary, error=str(e))
+    return RuntimeFacts(
+        path=binary,
+        version=_version(version.stdout.decode(errors="replace")),
+        features=_features(features.stdout) if features.returncode == 0 else {},
+    )
+
+
+def _version(text: str) -> str:
+    found = re.search(r"version[ :]+v?(\S+)", text)
+    return found[1] if found else text.partition("\n")[0].strip()
+
+
+def _features(text: bytes) -> dict[str, Any]:
+    try:
+        found = msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _known_capabilities() -> tuple[str, ...]:
+    last = int(_first_line("/proc/sys/kernel/cap_last_cap") or len(spec.CAPABILITIES) - 1)
+    return spec.CAPABILITIES[: last + 1]
+
+
+def _names(bits: int, known: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(name for n, name in enumerate(known) if bits >> n & 1)
+
+
+def _swap_accounting(hierarchy: cgroups.Hierarchy) -> bool:
+    if hierarchy.mode == "v2":
+        return Path("/proc/swaps").exists()
+    memory = hierarchy.v1.get("memory")
+    return memory is not None and (memory / "memory.memsw.limit_in_bytes").exists()
+
+
+def _hugepage_sizes() -> frozenset[str]:
+    sizes = (
+        int(p.name.split("-")[1][:-2])
+        for p in Path("/sys/kernel/mm/hugepages").glob("hugepages-*kB")
+    )
+    return frozenset(_size_name(kilobytes << 10) for kilobytes in sizes)
+
+
+def _size_name(size: int) -> str:
+    unit = next(u for u in ("GB", "MB", "kB") if size >= _SIZES[u])
+    return f"{size // _SIZES[unit]}{unit}"
+
+
+def _apparmor_profiles() -> frozenset[str]:
+    try:
+        text = Path("/sys/kernel/security/apparmor/profiles").read_text()
+    except OSError:
+        return frozenset()
+    return frozenset(line.rpartition(" (")[0] for line in text.splitlines())
+
+
+def _rlimit_ceilings() -> dict[str, int]:
+    names = [n for n in dir(resource) if n.startswith("RLIMIT_")]
+    hard = {n: resource.getrlimit(getattr(resource, n))[1] for n in names}
+    return {n: limit for n, limit in hard.items() if limit != resource.RLIM_INFINITY}
+
+
+def _first_line(path: str) -> str:
+    try:
+        return Path(path).read_text().strip().partition("\n")[0]
+    except OSError:
+        return ""

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a layer's blob to a committed layer: the server's side of the worker process.
+
+    staged ──► worker "apply" ──► folder below tmp/, diff id checked ──► commit: settle, rename
+                (any order, several at once)                             (when the layers below are there)
+
+A layer whose commit does not come, because something failed or nobody wants it any more, is removed
+with its folder; a crash leaves the folder to `gc`. The worker can be killed at any time and is,
+when its time is up.
+"""
+
+import asyncio
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from cri_server import commands, errors, snapshots, trees
+from cri_server.images import settle, tar
+
+TIMEOUT = 1800.0  # seconds for one layer
+_WORKER = (sys.executable, "-I", "-m", "cri_server.images.worker")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Staged:
+    """An unpacked layer that is not committed yet; `pending` is what it still needs from below."""
+
+    folder: Path
+    layer: snapshots.Layer
+    pending: str  # "", "root", "all"
+
+
+class Layers:
+    """Makes layers of `snapshots`."""
+
+    def __init__(
+        self, layers: snapshots.Snapshots, *, limits: tar.Limits, timeout: float = TIMEOUT
+    ) -> None:
+        self._snapshots, self._limits, self._timeout = layers, limits, timeout
+
+    @contextlib.asynccontextmanager
+    async def staged(self, blob: Path, diff_id: str, below: Sequence[str]) -> AsyncIterator[Staged]:
+        """Have the content of a blob unpacked for the block; what is not committed then is removed.
+
+        `below` are the keys under it, bottom first; they need not be there yet. Raises
+        InvalidArgument for a layer that we refuse, ResourceExhausted for a bound or a full disk,
+        Unknown for a wrong diff id.
+        """
+        folder = await asyncio.to_thread(self._snapshots.staging)
+        try:
+            known = all(self._snapshots.layer(key) for key in below)
+            job = {
+                "verb": "apply",
+                "blob": str(blob),
+                "into": str(folder),
+                "limits": asdict(self._limits),
+                "lowers": self._lowers(below) if known else None,
+            }
+            answer = await self._work(job)
+            if answer["diff_id"] != diff_id:
+                raise errors.Unknown(f"the layer unpacks to {answer['diff_id']}, not to {diff_id}")
+            yield _staged(folder, answer)
+        finally:
+            await asyncio.shield(asyncio.to_thread(trees.remove, folder))
+
+    async def commit(self, staged: Staged, key: str, below: Sequence[str]) -> None:
+        """Make a staged layer the layer `key`; the layers `below` are there by now."""
+        lowers = self._lowers(below)
+        if staged.pending == "all":
+            await self._work({"verb": "settle", "into": str(staged.folder), "lowers": lowers})
+        elif staged.pending == "root" and lowers:
+            await asyncio.to_thread(_adopt_root, staged.folder / "fs", lowers[0])
+        await asyncio.to_thread(self._snapshots.commit, staged.folder, key, staged.layer)
+
+    def _lowers(self, below: Sequence[str]) -> Sequence[str]:
+        return self._snapshots.lowerdirs(below) if below else ()
+
+    async def _work(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        finished = await commands.run(
+            _WORKER, stdin=msgspec.json.encode(job), timeout=self._timeout
+        )
+        answer = msgspec.json.decode(finished.stdout, type=dict[str, Any])
+        if "error" in answer:
+            raise _failure(answer)
+        return answer
+
+
+def _staged(folder: Path, answer: Mapping[str, Any]) -> Staged:
+    layer = snapshots.Layer(
+        diff_id=answer["diff_id"],
+        bytes=answer["bytes"],
+        inodes=answer["inodes"],
+        opaque_root=answer["opaque_root"],
+    )
+    return Staged(folder=folder, layer=layer, pending=answer["pending"])
+
+
+def _failure(answer: Mapping[str, Any]) -> errors.CriError:
+    """Turn what the worker said into the error that the caller can act on."""
+    text, code = str(answer["error"]), int(answer["errno"])
+    if answer["kind"] == "malformed":
+        return errors.InvalidArgument(f"layer refused: {text}")
+    if answer["kind"] == "too big":
+        return errors.ResourceExhausted(f"layer refused: {text}")
+    name = errno.errorcode.get(code, str(code))
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM):
+        return errors.ResourceExhausted(f"layer not unpacked: {text} ({name})")
+    return errors.Internal(f"layer not unpacked: {text} ({name})")
+
+
+def _adopt_root(fs: Path, lower: str) -> None:
+    fd = os.open(fs, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        settle.adopt_root(fd, lower)
+    finally:
+        os.close(fd)

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The JSON documents of an image: index, manifest, config (OCI image-spec, Docker schema 2). Pure.
+
+A document is what its own bytes say, never what a Content-Type header says: one that could be read
+both as an index and as a manifest is refused (GHSA-xmmx-7jpf-fx42). Digests become file names, so
+they are checked here. `urls` of descriptors are ignored: layers come from the registry of the image
+and from nowhere else.
+"""
+
+import hashlib
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from cri_server import errors
+
+MAX_DOCUMENT: Final = 4 << 20  # bytes, as in the peers
+MAX_LAYERS: Final = 500  # what overlayfs stacks
+
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+DOCKER_INDEX = "application/vnd.docker.distribution.manifest.list.v2+json"
+OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+SCHEMA_1 = "application/vnd.docker.distribution.manifest.v1"
+
+_CONFIGS = (
+    "application/vnd.oci.image.config.v1+json",
+    "application/vnd.docker.container.image.v1+json",
+)
+_LAYERS = (
+    "application/vnd.oci.image.layer.",
+    "application/vnd.docker.image.rootfs.",
+)
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
+_DIFF_ID = re.compile(r"sha256:[0-9a-f]{64}")
+_MACHINES = {
+    "x86_64": ("amd64", ""),
+    "aarch64": ("arm64", "v8"),
+    "armv7l": ("arm", "v7"),
+    "armv6l": ("arm", "v6"),
+    "i686": ("386", ""),
+}
+T = TypeVar("T")
+
+
+class Descriptor(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """A pointer to a blob. Sizes are what the registry promised: a bound, until the writer has
+    counted."""
+
+    media_type: str = ""
+    digest: str
+    size: int
+    platform: "Platform | None" = None
+
+
+class Platform(msgspec.Struct, frozen=True, kw_only=True, rename={"os_version": "os.version"}):
+    architecture: str = ""
+    os: str = ""
+    variant: str = ""
+    os_version: str = ""
+
+    def __str__(self) -> str:
+        return "/".join(p for p in (self.os, self.architecture, self.variant) if p)
+
+
+class _Typed(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    media_type: str = ""
+
+
+class Index(msgspec.Struct, frozen=True, kw_only=True):
+    manifests: tuple[Descriptor, ...]
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    config: Descriptor
+    layers: tuple[Descriptor, ...]
+
+
+class _Process(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
+    user: str | None = None
+    env: tuple[str, ...] | None = None
+    entrypoint: tuple[str, ...] | None = None
+    cmd: tuple[str, ...] | None = None
+    working_dir: str | None = None
+    stop_signal: str | None = None
+    labels: dict[str, str] | None = None
+    volumes: dict[str, Any] | None = None
+
+
+class _RootFs(msgspec.Struct, frozen=True, kw_only=True):
+    diff_ids: tuple[str, ...] | None = None
+
+
+class _Config(msgspec.Struct, frozen=True, kw_only=True):
+    architecture: str = ""
+    os: str = ""
+    config: _Process | None = None
+    rootfs: _RootFs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageConfig:
+    """What an image says about the process to run, verbatim: nothing in it is trusted."""
+
+    user: str = ""
+    env: tuple[str, ...] = ()
+    entrypoint: tuple[str, ...] = ()
+    cmd: tuple[str, ...] = ()
+    working_dir: str = ""
+    stop_signal: str = ""
+    labels: Mapping[str, str]
+    volumes: tuple[str, ...] = ()
+    architecture: str = ""
+    os: str = ""
+
+
+# ---- reading
+
+
+def parse(body: bytes, media_type: str) -> Index | Manifest:
+    """Read what a reference resolved to. Raises InvalidArgument for everything that is not an
+    image."""
+    keys = _decode(body, dict[str, msgspec.Raw], "manifest").keys()
+    declared = _declared(body) or media_type.partition(";")[0].strip()
+    if declared.startswith(SCHEMA_1) or "fsLayers" in keys:
+        raise errors.InvalidArgument(
+            f"manifest of type {declared or SCHEMA_1} is too old to be supported"
+        )
+    if "manifests" in keys and ("layers" in keys or "config" in keys):
+        raise errors.InvalidArgument("the document is an index and a manifest at once")
+    if "manifests" in keys:
+        _expect(declared, (OCI_INDEX, DOCKER_INDEX), "index")
+        return _checked_index(_decode(body, Index, "index"))
+    _expect(declared, (OCI_MANIFEST, DOCKER_MANIFEST), "manifest")
+    return _checked_manifest(_decode(body, Manifest, "manifest"))
+
+
+def parse_config(body: bytes, layers: int) -> tuple[ImageConfig, tuple[str, ...]]:
+    """Read a config; return it and the diff ids, bottom first. Raises InvalidArgument."""
+    config = _decode(body, _Config, "config")
+    diff_ids = config.rootfs.diff_ids or ()
+    if len(diff_ids) != layers:
+        raise errors.InvalidArgument(
+            f"the config has {len(diff_ids)} diff ids, the manifest {layers} layers"
+        )
+    for diff_id in diff_ids:
+        if not _DIFF_ID.fullmatch(diff_id):
+            raise errors.InvalidArgument(f"diff id {diff_id[:80]!r} is not a sha256 digest")
+    process = config.config or _Process()
+    image = ImageConfig(
+        user=process.user or "",
+        env=process.env or (),
+        entrypoint=process.entrypoint or (),
+        cmd=process.cmd or (),
+        working_dir=process.working_dir or "",
+        stop_signal=process.stop_signal or "",
+        labels=process.labels or {},
+        volumes=tuple(process.volumes or ()),
+        architecture=config.architecture,
+        os=config.os,
+    )
+    return image, diff_ids
+
+
+def _decode(body: bytes, kind: type[T], name: str) -> T:
+    if len(body) > MAX_DOCUMENT:
+        raise errors.ResourceExhausted(
+            f"the {name} of the image is larger than {MAX_DOCUMENT} bytes"
+        )
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as e:
+        raise errors.InvalidArgument(f"the {name} of the image is malformed: {e}") from e
+
+
+def _declared(body: bytes) -> str:
+    return _decode(body, _Typed, "manifest").media_type
+
+
+def _expect(declared: str, known: Sequence[str], what: str) -> None:
+    """Refuse a document that says it is something else. No type at all is allowed, and common."""
+    if declared and declared not in known and declared != "application/json":
+        raise errors.InvalidArgument(f"{declared[:100]!r} is not the type of an image {what}")
+
+
+def _checked_index(index: Index) -> Index:
+    for descriptor in index.manifests:
+        check(descriptor)
+    return index
+
+
+def _checked_manifest(manifest: Manifest) -> Manifest:
+    config, layers = manifest.config, manifest.layers
+    if config.media_type and config.media_type not in _CONFIGS:
+        raise errors.InvalidArgument(
+            f"not a container image: its config is {config.media_type[:100]!r}"
+        )
+    if len(layers) > MAX_LAYERS:
+        raise errors.InvalidArgument(f"{len(layers)} layers are more than {MAX_LAYERS}")
+    for descriptor in (config, *layers):
+        check(descriptor)
+    for layer in layers:
+        kind = layer.media_type
+        if kind and (not kind.startswith(_LAYERS) or kind.endswith("+encrypted")):
+            raise errors.InvalidArgument(f"a layer of type {kind[:100]!r} is not supported")
+    if config.size > MAX_DOCUMENT:
+        raise errors.ResourceExhausted(f"the config of the image has {config.size} bytes")
+    return manifest
+
+
+def check(descriptor: Descriptor) -> None:
+    """Refuse a digest that is none: it becomes a part of paths and URLs (CVE-2024-3727)."""
+    if not _DIGEST.fullmatch(descriptor.digest):
+        raise errors.InvalidArgument(f"{descriptor.digest[:80]!r} is not a digest")
+    if not 0 <= descriptor.size < 1 << 62:
+        raise errors.InvalidArgument(f"a blob of {descriptor.size} bytes")
+
+
+# ---- choosing
+
+
+def host_platform() -> Platform:
+    """Return the platform of this machine, as Go names it."""
+    machine = platform.machine()
+    architecture, variant = _MACHINES.get(machine, (machine, ""))
+    return Platform(os="linux", architecture=architecture, variant=variant)
+
+
+def choose(index: Index, wanted: Platform) -> Descriptor:
+    """Return the best manifest for a platform. Raises NotFound, which names those that there are.
+
+    An arm/v7 machine runs v6 and v5 too, the nearest is the best. Attestations (unknown/unknown)
+    are no images.
+    """
+    ranked = [(_rank(d.platform, wanted), d) for d in index.manifests]
+    fitting = [(rank, d) for rank, d in ranked if rank is not None]
+    if not fitting:
+        there = {str(d.platform) for d in index.manifests if d.platform}
+        names = ", ".join(sorted(there - {"unknown/unknown"})) or "none"
+        raise errors.NotFound(f"no image for platform {wanted}; available: {names}"[:1000])
+    return min(fitting, key=lambda pair: pair[0])[1]
+
+
+def _rank(offered: Platform | None, wanted: Platform) -> int | None:
+    """Return how far from perfect an offer is, None when it does not run here."""
+    if offered is None or (offered.os, offered.architecture) != (wanted.os, wanted.architecture):
+        return None
+    default = {"arm": "v7", "arm64": "v8", "amd64": "v1"}.get(wanted.architecture, "")
+    theirs, ours = (_level(v or default) for v in (offered.variant, wanted.variant))
+    if theirs > ours:
+        return None
+    return ours - theirs
+
+
+def _level(variant: str) -> int:
+    number = variant.removeprefix("v")
+    return int(number) if number.isdecimal() and len(number) < 4 else 0
+
+
+# ---- keys
+
+
+def chain(diff_ids: Sequence[str]) -> tuple[str, ...]:
+    """Return the hex of the chain id of every layer (OCI image-spec, config.md, "Layer
+    ChainID")."""
+    ids: list[str] = []
+    for diff_id in diff_ids:
+        text = f"{ids[-1]} {diff_id}" if ids else diff_id
+        ids.append(f"sha256:{hashlib.sha256(text.encode()).hexdigest()}" if ids else diff_id)
+    return tuple(i.removeprefix("sha256:") for i in ids)

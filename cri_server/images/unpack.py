@@ -1,0 +1,465 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One layer's tar, applied to its own empty folder.
+
+Runs in a worker process. Every name is resolved with openat2(RESOLVE_IN_ROOT |
+RESOLVE_NO_MAGICLINKS) below the folder, and its last part is never followed, so a symlink in a
+layer leads nowhere but into that layer. The folder is nobody else's until it is committed: a crash
+leaves a folder below tmp/.
+
+What overlayfs wants differs from what the tar says (OCI image-spec, layer.md, "Whiteouts"):
+
+    .wh.NAME        a character device 0:0 called NAME; if this layer has a folder NAME too, in whatever
+                    order they come, that folder is opaque: whiteouts hide only what lies below the
+                    layer
+    .wh..wh..opq    trusted.overlay.opaque=y on the folder; on the root it is told to the caller, because
+                    overlayfs does not look for it there
+
+What needs the layers below is left to `settle`: folders that the layer has things in, but not
+itself, and hard links to files that it does not have.
+"""
+
+import contextlib
+import errno
+import os
+import stat
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from cri_server import trees
+from cri_server.images import tar
+from shim import linux
+
+IN_ROOT = linux.RESOLVE_IN_ROOT | linux.RESOLVE_NO_MAGICLINKS
+OPAQUE = "trusted.overlay.opaque"
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_OPEN_FOLDERS = 64
+_MAX_LINKS = 40  # symlinks on one path, as in the kernel
+_NOBODY = 2**32 - 1  # chown(2): "leave it as it is"
+_FS_BLOCK = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What came of a layer. `folders` and `links` (name, target) wait for the layers below."""
+
+    usage: trees.Usage
+    opaque_root: bool
+    folders: tuple[str, ...]
+    links: tuple[tuple[str, str], ...]
+
+
+def clean(name: str) -> str:
+    """Return a name of the archive relative to the root, "" for the root. Raises tar.Malformed for
+    "..".
+
+    No tool that writes layers puts ".." into a name, so it is refused and not interpreted.
+    """
+    parts = [p for p in name.split("/") if p and p != "."]
+    if ".." in parts:
+        raise tar.Malformed(f"the name {name[:200]!r} leaves the layer")
+    return "/".join(parts)
+
+
+def is_whiteout(st: os.stat_result) -> bool:
+    """Say whether overlayfs takes this for "there is nothing here"."""
+    return stat.S_ISCHR(st.st_mode) and st.st_rdev == 0
+
+
+def wanted_xattr(name: str) -> bool:
+    """Say whether an attribute may come from a layer: labels are the host's, overlay's own are
+    ours."""
+    host = ("security.selinux", "security.apparmor", "security.SMACK64", "security.evm")
+    return not name.startswith((*host, "trusted.overlay.", "user.overlay."))
+
+
+def set_xattrs(path: str | int, xattrs: Mapping[str, bytes]) -> None:
+    """Set what may be set; a file system without such attributes does not make a layer unusable."""
+    for name, value in xattrs.items():
+        if wanted_xattr(name):
+            try:
+                if isinstance(path, int):
+                    os.setxattr(path, name, value)
+                else:
+                    os.setxattr(path, name, value, follow_symlinks=False)
+            except OSError as e:
+                if e.errno not in (errno.ENOTSUP, errno.EPERM, errno.EINVAL):
+                    raise
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What is known of the folders of a layer, by inode: names can change their meaning."""
+
+    mtimes: dict[int, int] = field(default_factory=dict)
+    implicit: set[int] = field(default_factory=set)
+    opaque: set[int] = field(default_factory=set)
+
+    def forget(self, inode: int) -> None:
+        self.mtimes.pop(inode, None)
+        self.implicit.discard(inode)
+        self.opaque.discard(inode)
+
+
+class Unpacker:
+    """Applies entries to the folder behind a descriptor, which stays the caller's."""
+
+    def __init__(self, root: int, limits: tar.Limits) -> None:
+        self._root, self._limits = root, limits
+        self._seen = _Seen()
+        self._folders = _Folders(root, self._seen)
+        self._links: list[tuple[str, str]] = []
+        self._bytes = self._inodes = self._entries = 0
+        self._seen.implicit.add(os.fstat(root).st_ino)
+
+    def apply(self, reader: tar.Reader) -> Outcome:
+        """Apply a whole archive. Raises tar.Malformed, tar.TooBig, OSError."""
+        with contextlib.closing(self._folders):
+            for entry in reader:
+                self._entries += 1
+                if self._entries > self._limits.entries or entry.size > self._limits.bytes:
+                    raise tar.TooBig("the layer has too many entries, or one that is too large")
+                try:
+                    self._one(entry, reader)
+                except (tar.Malformed, OSError) as e:
+                    raise _naming(entry, e) from e
+            return self._finish()
+
+    def _one(self, entry: tar.Entry, reader: tar.Reader) -> None:
+        path = clean(entry.name)
+        parent, _, name = path.rpartition("/")
+        if ".wh." in path and _is_marker(parent):
+            return
+        if not path:
+            self._set_root(entry)
+        elif name.startswith(".wh."):
+            self._whiteout(parent, name)
+        elif entry.kind is tar.Kind.LINK:
+            self._link(path, clean(entry.target))
+        elif entry.kind is tar.Kind.DIR:
+            self._folder(path, entry)
+        else:
+            folder = self._folders.open(parent)
+            self._anew(folder, name, lambda fd: self._node(fd, name, entry, reader))
+
+    # ---- what is not a folder
+
+    def _anew(self, folder: int, name: str, make: Callable[[int], None]) -> None:
+        """Make something, in place of what an earlier entry put there."""
+        try:
+            make(folder)
+        except FileExistsError:
+            own = os.dup(folder)  # removing closes those of `_folders`
+            try:
+                self._remove(own, name)
+                make(own)
+            finally:
+                os.close(own)
+
+    def _node(self, folder: int, name: str, entry: tar.Entry, reader: tar.Reader) -> None:
+        _check_owner(entry)
+        self._inodes += 1
+        if entry.kind is tar.Kind.FILE:
+            self._file(folder, name, entry, reader)
+            return
+        if entry.kind is tar.Kind.SYMLINK:
+            os.symlink(entry.target, name, dir_fd=folder)
+        else:
+            types = {
+                tar.Kind.CHAR: stat.S_IFCHR,
+                tar.Kind.BLOCK_DEVICE: stat.S_IFBLK,
+                tar.Kind.FIFO: stat.S_IFIFO,
+            }
+            device = os.makedev(*entry.device)
+            os.mknod(name, types[entry.kind] | entry.mode, device, dir_fd=folder)
+        os.chown(name, entry.uid, entry.gid, dir_fd=folder, follow_symlinks=False)
+        if entry.kind is not tar.Kind.SYMLINK:
+            os.chmod(name, entry.mode, dir_fd=folder)  # ours, just made, no symlink
+        set_xattrs(f"/proc/self/fd/{folder}/{name}", entry.xattrs)
+        os.utime(name, ns=(entry.mtime, entry.mtime), dir_fd=folder, follow_symlinks=False)
+
+    def _file(self, folder: int, name: str, entry: tar.Entry, reader: tar.Reader) -> None:
+        fd = os.open(name, _NEW_FILE, entry.mode & 0o777, dir_fd=folder)
+        try:
+            end = 0
+            for offset, length in entry.segments:
+                if offset != end:
+                    os.lseek(fd, offset, os.SEEK_SET)
+                for piece in reader.data(length):
+                    _write(fd, piece)
+                end = offset + length
+                self._bytes += -(-length // _FS_BLOCK) * _FS_BLOCK
+            if end != entry.size:
+                os.ftruncate(fd, entry.size)
+            _set_metadata(
+                fd, entry
+            )  # after the data: writing takes set-id bits and capabilities away
+            os.utime(fd, ns=(entry.mtime, entry.mtime))
+        finally:
+            os.close(fd)
+
+    def _link(self, path: str, target: str) -> None:
+        parent, _, name = path.rpartition("/")
+        folder = self._folders.open(parent)
+        source_parent, _, source = target.rpartition("/")
+        with contextlib.ExitStack() as each:
+            try:
+                fd = linux.openat2(self._root, source_parent or ".", _FOLDER, resolve=IN_ROOT)
+                each.callback(os.close, fd)
+                st = os.lstat(source, dir_fd=fd)
+            except (FileNotFoundError, NotADirectoryError):
+                self._links.append((path, target))
+                return
+            if is_whiteout(st):  # it hides the target from the container, not from this link
+                self._links.append((path, target))
+                return
+            if stat.S_ISDIR(st.st_mode):
+                raise tar.Malformed("a hard link to a folder")
+            if _same(folder, name, st):
+                return
+            self._anew(folder, name, lambda to: _hard_link(fd, source, to, name))
+
+    # ---- folders
+
+    def _folder(self, path: str, entry: tar.Entry) -> None:
+        _check_owner(entry)
+        parent, _, name = path.rpartition("/")
+        folder = self._folders.open(parent)
+        fd = self._folders.make(folder, path, name, entry.mode)
+        self._own_folder(fd, entry)
+
+    def _set_root(self, entry: tar.Entry) -> None:
+        if entry.kind is not tar.Kind.DIR:
+            raise tar.Malformed(f"the root of the layer is a {entry.kind}")
+        _check_owner(entry)
+        self._own_folder(self._root, entry)
+
+    def _own_folder(self, fd: int, entry: tar.Entry) -> None:
+        _set_metadata(fd, entry)
+        inode = os.fstat(fd).st_ino
+        self._seen.implicit.discard(inode)
+        self._seen.mtimes[inode] = entry.mtime
+
+    def _whiteout(self, parent: str, marker: str) -> None:
+        folder = self._folders.open(parent)
+        if marker == ".wh..wh..opq":
+            self._folders.mark_opaque(folder)
+            return
+        name = marker[len(".wh.") :]
+        if name.startswith(".wh."):
+            return  # bookkeeping of AUFS
+        if name in ("", ".", ".."):
+            raise tar.Malformed(f"a whiteout called {marker!r}")
+        try:
+            os.mknod(name, stat.S_IFCHR, 0, dir_fd=folder)
+        except FileExistsError:
+            if stat.S_ISDIR(os.lstat(name, dir_fd=folder).st_mode):
+                self._folders.mark_opaque_child(folder, name)
+
+    def _remove(self, folder: int, name: str) -> None:
+        """Remove what an earlier entry made; it may be a whole tree."""
+        self._folders.close()  # names below it mean something else from now on
+        if not stat.S_ISDIR(os.lstat(name, dir_fd=folder).st_mode):
+            os.unlink(name, dir_fd=folder)
+            return
+        path = f"/proc/self/fd/{folder}/{name}"
+        for step in trees.walk(path):
+            self._seen.forget(os.fstat(step.fd).st_ino)
+        trees.remove(path)
+
+    # ---- the end
+
+    def _finish(self) -> Outcome:
+        """Set the times of folders, which changed with every entry, and see what needs the layers
+        below."""
+        seen, folders, hidden = self._seen, [], None
+        for step in trees.walk(f"/proc/self/fd/{self._root}/."):
+            if step.left is not None:
+                continue
+            inode = os.fstat(step.fd).st_ino
+            self._bytes += _FS_BLOCK
+            self._inodes += 1
+            if (mtime := seen.mtimes.get(inode)) is not None:
+                os.utime(step.fd, ns=(mtime, mtime))
+            if hidden is not None and step.path[: len(hidden)] != hidden:
+                hidden = None
+            if hidden is None and inode in seen.opaque:
+                hidden = step.path
+            if hidden is None and inode in seen.implicit:
+                folders.append("/".join(step.path))
+        return Outcome(
+            usage=trees.Usage(bytes=self._bytes, inodes=self._inodes),
+            opaque_root=os.fstat(self._root).st_ino in seen.opaque,
+            folders=tuple(folders),
+            links=tuple(self._links),
+        )
+
+
+class _Folders:
+    """Open folders by name, made where they are missing; the last few stay open."""
+
+    def __init__(self, root: int, seen: _Seen) -> None:
+        self._root, self._seen = root, seen
+        self._open: OrderedDict[str, int] = OrderedDict()
+
+    def open(self, path: str, *, links: int = 0) -> int:
+        """Return a descriptor of a folder, which stays ours. Raises tar.Malformed, OSError."""
+        if not path:
+            return self._root
+        fd = self._open.get(path)
+        if fd is None:
+            fd = self._keep(path, self._resolve(path, links))
+        return fd
+
+    def make(self, parent: int, path: str, name: str, mode: int) -> int:
+        """Make or find the folder `name` of `parent`; what is no folder gives way."""
+        try:
+            os.mkdir(name, mode & 0o777, dir_fd=parent)
+        except FileExistsError:
+            st = os.lstat(name, dir_fd=parent)
+            if not stat.S_ISDIR(st.st_mode):
+                parent = os.dup(parent)  # `close` is about to take it away
+                try:
+                    self.close()
+                    os.unlink(name, dir_fd=parent)
+                    os.mkdir(name, mode & 0o777, dir_fd=parent)
+                    fd = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=parent)
+                finally:
+                    os.close(parent)
+                if is_whiteout(st):
+                    self.mark_opaque(fd)
+                return self._keep(path, fd)
+        return self._keep(path, os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=parent))
+
+    def mark_opaque(self, fd: int) -> None:
+        """Hide what the layers below have in this folder."""
+        os.setxattr(fd, OPAQUE, b"y")
+        self._seen.opaque.add(os.fstat(fd).st_ino)
+
+    def mark_opaque_child(self, parent: int, name: str) -> None:
+        fd = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=parent)
+        try:
+            self.mark_opaque(fd)
+        finally:
+            os.close(fd)
+
+    def close(self) -> None:
+        """Forget all names."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _keep(self, path: str, fd: int) -> int:
+        old = self._open.pop(path, None)
+        if old is not None:
+            os.close(old)
+        self._open[path] = fd
+        if len(self._open) > _OPEN_FOLDERS:
+            os.close(self._open.popitem(last=False)[1])
+        return fd
+
+    def _resolve(self, path: str, links: int) -> int:
+        try:
+            return linux.openat2(self._root, path, _FOLDER, resolve=IN_ROOT)
+        except (FileNotFoundError, NotADirectoryError):
+            return self._make_all(path, links)
+
+    def _make_all(self, path: str, links: int) -> int:
+        """Make what is missing of a path; follow a symlink to what is not there yet."""
+        parent, parts = os.dup(self._root), path.split("/")
+        for depth, name in enumerate(parts, start=1):
+            prefix = "/".join(parts[:depth])
+            try:
+                child = linux.openat2(self._root, prefix, _FOLDER, resolve=IN_ROOT)
+            except (FileNotFoundError, NotADirectoryError):
+                child = self._make_implicit(parent, name, prefix, links)
+            finally:
+                os.close(parent)
+            parent = child
+        return parent
+
+    def _make_implicit(self, parent: int, name: str, path: str, links: int) -> int:
+        hidden = False
+        with contextlib.suppress(FileNotFoundError):
+            st = os.lstat(name, dir_fd=parent)
+            if stat.S_ISLNK(st.st_mode):
+                return self._behind(parent, name, path, links)
+            if not is_whiteout(st):
+                raise tar.Malformed(f"{path[:200]!r} is not a folder")
+            hidden = True
+            os.unlink(name, dir_fd=parent)
+        os.mkdir(name, 0o755, dir_fd=parent)
+        fd = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=parent)
+        os.fchown(fd, 0, 0)  # a set-gid parent passes on group and bit
+        os.fchmod(fd, 0o755)
+        self._seen.implicit.add(os.fstat(fd).st_ino)
+        if hidden:
+            self.mark_opaque(fd)
+        return fd
+
+    def _behind(self, parent: int, name: str, path: str, links: int) -> int:
+        """Make the folder that a dangling symlink points to, within the layer."""
+        if links >= _MAX_LINKS:
+            raise tar.Malformed(f"too many symlinks on the way to {path[:200]!r}")
+        target = os.readlink(name, dir_fd=parent)
+        base = "" if target.startswith("/") else path.rpartition("/")[0]
+        found: list[str] = []
+        for part in f"{base}/{target}".split("/"):
+            if part == "..":
+                found = found[:-1]
+            elif part not in ("", "."):
+                found.append(part)
+        return os.dup(self.open("/".join(found), links=links + 1))
+
+
+def _is_marker(parent: str) -> bool:
+    """Say whether an entry lies in the bookkeeping of AUFS; other names with .wh. are no
+    folders."""
+    marked = [p for p in parent.split("/") if p.startswith(".wh.")]
+    if marked and not marked[0].startswith(".wh..wh."):
+        raise tar.Malformed(f"a whiteout used as a folder: {marked[0]!r}")
+    return bool(marked)
+
+
+def _check_owner(entry: tar.Entry) -> None:
+    if not (0 <= entry.uid < _NOBODY and 0 <= entry.gid < _NOBODY):
+        raise tar.Malformed(f"owner {entry.uid}:{entry.gid} is not one")
+    if abs(entry.mtime) >= 1 << 62:
+        raise tar.Malformed("a time out of range")
+
+
+def _set_metadata(fd: int, entry: tar.Entry) -> None:
+    """Set owner, then mode, then attributes: chown takes set-id bits and capabilities away."""
+    st = os.fstat(fd)
+    if (st.st_uid, st.st_gid) != (entry.uid, entry.gid):
+        os.fchown(fd, entry.uid, entry.gid)
+        st = os.fstat(fd)
+    if stat.S_IMODE(st.st_mode) != entry.mode:
+        os.fchmod(fd, entry.mode)
+    set_xattrs(fd, entry.xattrs)
+
+
+def _write(fd: int, piece: memoryview) -> None:
+    while piece:
+        piece = piece[os.write(fd, piece) :]
+
+
+def _hard_link(source_fd: int, source: str, folder: int, name: str) -> None:
+    os.link(source, name, src_dir_fd=source_fd, dst_dir_fd=folder, follow_symlinks=False)
+
+
+def _same(folder: int, name: str, st: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.lstat(name, dir_fd=folder), st)
+    except FileNotFoundError:
+        return False
+
+
+def _naming(entry: tar.Entry, error: tar.Malformed | OSError) -> Exception:
+    """Say which entry it was; a full disk stays an OSError with its errno."""
+    where = f"{entry.kind} {entry.name[:200]!r}"
+    if isinstance(error, tar.Malformed):
+        return tar.Malformed(f"{where}: {error}")
+    if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EXDEV, errno.EINVAL):
+        return tar.Malformed(f"{where}: {error.strerror}")
+    return OSError(error.errno, f"{where}: {error.strerror}")

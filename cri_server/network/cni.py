@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The network of pods: attach, detach, and whether there is one.
+
+    attach   configuration, plugins there ─► intent in the cache ─► ADD ─► result in the cache
+                                                                     └─ fails ─► DEL ─► entry away
+    detach   entry from the cache ─► DEL, with the configuration of that time ─► entry away
+
+A DEL is owed as long as the cache has an entry, so a kill at any instruction loses nothing:
+`detach` again, by the next StopPodSandbox or by recovery, gives back what was allocated, also after
+a reboot and without any configuration. A caller that goes away ends the plugin that it waits for,
+not the DEL that follows. Operations of one pod wait for each other, those of different pods do not.
+The namespace itself is made by the shim and removed by `netns`.
+"""
+
+import asyncio
+import dataclasses
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import structlog
+
+from cri_server import config, errors, locks
+from cri_server.network import cache, conf, netns, plugin, poller, result, verbs
+from cri_server.network.attachment import Attachment  # callers know it as cni.Attachment
+
+__all__ = ["IFNAME", "Attachment", "Network", "NetworkStatus", "Result"]
+
+log = structlog.get_logger()
+IFNAME = "eth0"
+NOT_READY = "NetworkPluginNotReady"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NetworkStatus:
+    """CRI's NetworkReady condition. `message` may warn although `ready`."""
+
+    ready: bool
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What a pod got: its addresses, the primary first, and the last plugin's answer as it is."""
+
+    ips: tuple[str, ...]
+    raw: dict[str, object]
+
+
+class Network:
+    """The network that the first valid file of the configuration directory describes."""
+
+    def __init__(self, settings: config.Network) -> None:
+        self._settings = settings
+        self._directory = conf.Directory(settings.conf_dir)
+        self._plugins = plugin.Plugins(settings.bin_dirs)
+        self._cache = cache.Cache(settings.cache_dir)
+        self._poller = poller.Poller(self._ask_status)
+        self._locks = locks.Locks()
+        self._running: set[asyncio.Task[Any]] = set()
+
+    # -- status -----------------------------------------------------------------------------------
+
+    def status(self) -> NetworkStatus:
+        """Say whether a pod can be attached now. Quick, waits for nothing; call it in the loop."""
+        loaded = self._directory.load()
+        problem = self._problem(loaded)
+        if not problem and loaded.chain is not None:
+            verdict = self._poller.verdict(loaded.chain)
+            problem = "the CNI plugins have not answered STATUS yet" if verdict is None else verdict
+        warnings = [f"skipped {reason}" for reason in loaded.skipped]
+        message = "; ".join(filter(None, [problem, *warnings]))
+        reason = NOT_READY if problem else ""
+        return NetworkStatus(ready=not problem, reason=reason, message=message)
+
+    def _problem(self, loaded: conf.Loaded) -> str:
+        if loaded.chain is None:
+            return f"no valid CNI configuration in {self._settings.conf_dir}"
+        return self._plugins.missing(loaded.chain)
+
+    async def _ask_status(self, chain: conf.Chain) -> None:
+        await verbs.status(self._plugins, chain, timeout=self._settings.status_timeout)
+
+    def info(self) -> dict[str, object]:
+        """Return what `crictl info` shows, ready for JSON."""
+        loaded = self._directory.load()
+        return {
+            "confDir": str(self._settings.conf_dir),
+            "binDirs": [str(d) for d in self._settings.bin_dirs],
+            "skipped": list(loaded.skipped),
+            "status": dataclasses.asdict(self.status()),
+            "network": _describe(loaded.chain, self._plugins) if loaded.chain else None,
+        }
+
+    async def versions(self) -> dict[str, tuple[str, ...]]:
+        """Return the versions of CNI that each plugin speaks (VERSION). Raises as `attach` does."""
+        chain = self._usable()
+        return await verbs.versions(self._plugins, chain, timeout=self._settings.status_timeout)
+
+    def _usable(self) -> conf.Chain:
+        loaded = self._directory.load()
+        problem = self._problem(loaded)
+        if problem or loaded.chain is None:
+            raise errors.Unavailable("; ".join([f"network not ready: {problem}", *loaded.skipped]))
+        return loaded.chain
+
+    # -- attach -----------------------------------------------------------------------------------
+
+    async def attach(self, attachment: Attachment) -> Result:
+        """Give the pod an interface and addresses, or leave nothing behind.
+
+        Raises Unavailable when there is no usable network, InvalidArgument for what cannot be
+        passed to plugins, DeadlineExceeded when they take too long, Internal when they fail; the
+        message says so if undoing failed too, and then a `detach` is owed. When cancelled, the undo
+        goes on by itself.
+        """
+        return await self._own(self._attach(attachment), cancel=True)
+
+    async def _own(self, work: Coroutine[Any, Any, T], *, cancel: bool) -> T:
+        """Run `work` in a task of ours; the caller's cancellation is passed on to it or not."""
+        task = asyncio.create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if cancel:
+                task.cancel()
+            raise
+
+    async def _attach(self, attachment: Attachment) -> Result:
+        async with self._locks.held(attachment.pod_id):
+            chain, entry = await asyncio.to_thread(self._begin, attachment)
+            try:
+                answer = await verbs.add(
+                    self._plugins, chain, _call(entry), timeout=self._settings.add_timeout
+                )
+                ips = _addresses(chain, answer, self._settings.ip_pref)
+                await asyncio.to_thread(self._record, dataclasses.replace(entry, result=answer))
+            except BaseException as e:
+                await self._undo(entry, e)
+                raise
+        return Result(ips=ips, raw=answer)
+
+    def _begin(self, attachment: Attachment) -> tuple[conf.Chain, cache.Entry]:
+        """Choose the network and record the intent."""
+        chain = self._usable()
+        entry = cache.Entry(
+            network=chain.name,
+            container_id=attachment.pod_id,
+            ifname=IFNAME,
+            netns=attachment.netns,
+            config=chain.source,
+            args=attachment.args(),
+            capabilities=attachment.capabilities(),
+        )
+        self._record(entry)
+        return chain, entry
+
+    def _record(self, entry: cache.Entry) -> None:
+        try:
+            self._cache.write(entry)
+        except OSError as e:
+            raise errors.Internal(f"CNI cache of {entry.file_name}: {e.strerror}") from e
+
+    async def _undo(self, entry: cache.Entry, cause: BaseException) -> None:
+        """Take back a failed ADD. Raises the cause with the failure added when that fails too."""
+        try:
+            await self._delete(entry, entry.netns)
+        except errors.CriError as e:
+            log.warning("cni undo failed", pod=entry.container_id, error=e.message)
+            if isinstance(cause, errors.CriError):
+                both = f"{cause.message}; undoing it failed too: {e.message}"
+                raise type(cause)(both) from cause
+
+    # -- detach -----------------------------------------------------------------------------------
+
+    async def detach(self, attachment: Attachment) -> None:
+        """Take the pod off its network; nothing attached is fine, so is a namespace that is gone.
+
+        Runs to its end when cancelled. Raises DeadlineExceeded, Unavailable or Internal when a
+        plugin failed; then the rest was done nevertheless, and another `detach` is owed.
+        """
+        await self._own(self._detach(attachment), cancel=False)
+
+    async def _detach(self, attachment: Attachment) -> None:
+        async with self._locks.held(attachment.pod_id):
+            failures: list[errors.CriError] = []
+            for entry in await asyncio.to_thread(self._cache.find, attachment.pod_id, IFNAME):
+                try:
+                    await self._delete(entry, attachment.netns)
+                except errors.CriError as e:
+                    failures.append(e)
+            verbs.raise_all(failures)
+
+    async def _delete(self, entry: cache.Entry, netns_path: str) -> None:
+        """Run DEL for an entry and forget it."""
+        there = await asyncio.to_thread(netns.exists, netns_path)
+        chain = self._chain_of(entry)
+        if chain is not None:
+            # An empty CNI_NETNS means that it is gone (CNI specification §2, DEL).
+            call = dataclasses.replace(_call(entry), netns=netns_path if there else "")
+            timeout = self._settings.del_timeout
+            await verbs.delete(self._plugins, chain, call, entry.result, timeout=timeout)
+        await asyncio.to_thread(self._cache.remove, entry)
+
+    def _chain_of(self, entry: cache.Entry) -> conf.Chain | None:
+        """Return the configuration of that time; where it is lost, today's of the same name."""
+        try:
+            return conf.parse(entry.config)
+        except conf.Invalid as e:
+            log.warning("cni cache entry is broken", file=entry.file_name, error=str(e))
+        chain = self._directory.load().chain
+        return chain if chain is not None and chain.name == entry.network else None
+
+    # -- the rest ---------------------------------------------------------------------------------
+
+    async def check(self, attachment: Attachment) -> None:
+        """Ask the plugins whether the attachment is as they left it (CHECK).
+
+        Raises NotFound when the pod is not attached, else what the first plugin that objects says.
+        """
+        entries = await asyncio.to_thread(self._cache.find, attachment.pod_id, IFNAME)
+        for entry in entries:
+            chain = self._chain_of(entry)
+            if chain is not None and entry.result is not None:
+                call = dataclasses.replace(_call(entry), netns=attachment.netns)
+                timeout = self._settings.del_timeout
+                return await verbs.check(self._plugins, chain, call, entry.result, timeout=timeout)
+        raise errors.NotFound(f"pod {attachment.pod_id} is not attached to a network")
+
+    async def collect(self) -> None:
+        """Have the plugins free what no cache entry, ours or another runtime's, accounts for (GC).
+
+        Only while nothing is attached or detached: at start, before requests are served.
+        """
+        chain = self._usable()
+        entries = await asyncio.to_thread(lambda: list(self._cache.of_network(chain.name)))
+        valid = [(e.container_id, e.ifname) for e in entries]
+        await verbs.collect(self._plugins, chain, valid, timeout=self._settings.del_timeout)
+
+    async def close(self) -> None:
+        """Stop asking for STATUS and wait for what outlived its caller. Cancel callers first."""
+        await self._poller.close()
+        if self._running:
+            await asyncio.wait(self._running)
+
+
+def _call(entry: cache.Entry) -> plugin.Call:
+    return plugin.Call(
+        container_id=entry.container_id,
+        ifname=entry.ifname,
+        netns=entry.netns,
+        args=entry.args,
+        capabilities=entry.capabilities,
+    )
+
+
+def _addresses(
+    chain: conf.Chain, answer: dict[str, object], preference: result.Preference
+) -> tuple[str, ...]:
+    try:
+        return result.addresses(answer, IFNAME, preference)
+    except conf.Invalid as e:
+        last = chain.plugins[-1].type
+        raise errors.Internal(plugin.failure(chain.name, last, plugin.Verb.ADD, str(e))) from e
+
+
+def _describe(chain: conf.Chain, plugins: plugin.Plugins) -> dict[str, object]:
+    links = [{"path": plugins.find(p.type), "config": dict(p.document)} for p in chain.plugins]
+    return {
+        "file": chain.path,
+        "name": chain.name,
+        "cniVersion": chain.version,
+        "plugins": links,
+    }

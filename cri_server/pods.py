@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pod sandboxes: run, stop, remove, status, list.
+
+A sandbox is a directory of files, a cgroup, a shim, a set of pinned namespaces and a network. There
+is no pause process; only a pod whose containers share a PID namespace has one, as its init.
+
+Running a pod is the recipe in `_run`; its undo, StopPodSandbox, RemovePodSandbox and recovery all
+end in `_halt` and `release`, which remove whatever is there, each resource even when another
+failed. What could not be removed keeps its record and is listed NOTREADY, so that the kubelet, or
+the next start, tries again.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+
+import msgspec
+import structlog
+
+from cri_server import (
+    bundles,
+    cgroups,
+    config,
+    containers,
+    errors,
+    host,
+    locks,
+    names,
+    podfiles,
+    shims,
+    spec,
+    state,
+    steps,
+)
+from cri_server.network import cni, netns
+from cri_server.pb import api_pb2 as api
+from shim.pb import shim_pb2
+
+log = structlog.get_logger()
+READY, NOTREADY = api.PodSandboxState.SANDBOX_READY, api.PodSandboxState.SANDBOX_NOTREADY
+
+
+class Pods:
+    """What RunPodSandbox and its relatives do."""
+
+    def __init__(
+        self,
+        *,
+        settings: config.Config,
+        store: state.Store,
+        files: podfiles.PodFiles,
+        groups: cgroups.Cgroups,
+        network: cni.Network,
+        shim_host: shims.Shims,
+        container_host: containers.Containers,
+        bundle_host: bundles.Bundles,
+        facts: host.Host,
+    ) -> None:
+        self._settings, self._store, self._files = settings, store, files
+        self._groups, self._network, self._shims = groups, network, shim_host
+        self._containers, self._bundles, self._facts = container_host, bundle_host, facts
+        self._attempts, self._locks = names.Attempts(), locks.Locks()
+
+    # -- run --------------------------------------------------------------------------------------
+
+    async def run(self, wanted: api.PodSandboxConfig, handler: str) -> str:
+        """Bring a pod sandbox to ready and return its id, or leave nothing behind.
+
+        The same metadata again waits for the attempt in flight or returns the finished pod
+        (design.md §4). Raises InvalidArgument for a config that can never work, Unavailable when
+        there is no network yet.
+        """
+        self._settings.handler(handler)
+        spec.validate_sandbox(wanted, self._facts.facts(handler or self._settings.runtime.default))
+        m = wanted.metadata
+        name = (m.name, m.namespace, m.uid, m.attempt)
+        return await self._attempts.join(name, lambda: self._run(name, wanted, handler))
+
+    async def _run(self, name: state.PodName, wanted: api.PodSandboxConfig, handler: str) -> str:
+        earlier = self._store.pod_named(name)
+        if earlier is not None and earlier.state is not state.PodState.FAILED:
+            return earlier.id
+        if earlier is not None:
+            await self.remove(earlier.id)
+        pod = await self._begin(wanted, handler)
+        try:
+            await self._make(pod)
+        except BaseException as e:
+            log.warning("pod sandbox failed", pod=pod.id, error=str(e))
+            await self._undo(pod)
+            raise
+        return pod.id
+
+    async def _begin(self, wanted: api.PodSandboxConfig, handler: str) -> state.Pod:
+        """Record the intent, with what has to be taken back if we are killed at the next line."""
+        pod = state.new_pod(
+            wanted,
+            runtime_handler=handler,
+            handler=handler or self._settings.runtime.default,
+            now=time.time_ns(),
+        )
+        made = self._groups.missing(self._groups.pod_parent(pod.id, wanted.linux.cgroup_parent))
+        network: Mapping[str, object] | None = {} if pod.own_network else None
+        return await self._store.put_pod(
+            dataclasses.replace(pod, cgroups_made=made, network=network)
+        )
+
+    async def _make(self, pod: state.Pod) -> None:
+        recipe = steps.Steps("pod sandbox made", pod=pod.id)
+        with recipe.step("files"):
+            await asyncio.to_thread(self._files.create, pod)
+        with recipe.step("shim"):
+            shim_pid = await self._shims.fork(pod)
+        with recipe.step("namespaces"):
+            request = await self._sandbox_request(pod)
+            with shims.translated():
+                answer = await self._shims.of(pod.id).create_sandbox(request)
+        with recipe.step("network"):
+            result = await self._network.attach(self._attachment(pod)) if pod.own_network else None
+        with recipe.step("record"):
+            await self._store.put_pod(
+                dataclasses.replace(
+                    pod,
+                    state=state.PodState.READY,
+                    ips=result.ips if result else (),
+                    network=result.raw if result else None,
+                    shim_pid=shim_pid,
+                    pid=answer.pid,
+                )
+            )
+        self.watch(self._store.pod(pod.id))
+        recipe.done()
+
+    async def _undo(self, pod: state.Pod) -> None:
+        """Release a pod whose making failed; if that fails too it stays listed NOTREADY."""
+        try:
+            await self.release(pod)
+        except Exception as e:
+            log.error("pod sandbox left for a later removal", pod=pod.id, error=str(e))
+            await self._store.put_pod(dataclasses.replace(pod, state=state.PodState.FAILED))
+
+    # -- stop and remove --------------------------------------------------------------------------
+
+    async def stop(self, wanted: str) -> None:
+        """End every container and give back the network (CRI StopPodSandbox). OK when unknown or
+        stopped.
+        """
+        with contextlib.suppress(errors.NotFound):
+            pod = self._listed(wanted)
+            async with self._locks.held(pod.id):
+                await self._stop(self._store.pod(pod.id))
+
+    async def _stop(self, pod: state.Pod) -> None:
+        if pod.state is state.PodState.STOPPED and pod.network is None and not pod.shim_pid:
+            return
+        if pod.state is state.PodState.READY:
+            pod = await self._store.put_pod(
+                dataclasses.replace(pod, state=state.PodState.STOPPED, stopped_at=time.time_ns())
+            )
+        await self._halt(pod)
+        await self._store.put_pod(dataclasses.replace(pod, network=None, shim_pid=0, pid=0))
+
+    async def remove(self, wanted: str) -> None:
+        """Stop the pod and remove all that is its own (CRI RemovePodSandbox). OK when unknown."""
+        with contextlib.suppress(errors.NotFound):
+            pod = self._listed(wanted)
+            async with self._locks.held(pod.id):
+                pod = self._store.pod(pod.id)
+                await self._stop(pod)
+                await self.release(self._store.pod(pod.id))
+
+    async def _halt(self, pod: state.Pod) -> None:
+        """End what runs; containers first, then the network, then the shim with the namespaces."""
+        async with contextlib.AsyncExitStack() as each:  # pushed last, run first; all are run
+            each.push_async_callback(asyncio.to_thread, netns.remove, pod.netns)
+            each.push_async_callback(self._stop_shim, pod)
+            each.push_async_callback(self._detach, pod)
+            each.push_async_callback(self._containers.stop_all, pod.id)
+
+    async def release(self, pod: state.Pod) -> None:
+        """Remove whatever of a pod exists; the undo of `run`, RemovePodSandbox and recovery end
+        here.
+        """
+        async with contextlib.AsyncExitStack() as each:
+            each.callback(self._groups.remove, pod.cgroups_made)
+            each.push_async_callback(asyncio.to_thread, self._files.remove, pod.id)
+            each.push_async_callback(self._containers.remove_all, pod.id)
+            each.push_async_callback(self._halt, pod)
+        await self._store.forget_pod(pod.id)
+
+    async def _stop_shim(self, pod: state.Pod) -> None:
+        request = self._release_request(pod)
+        if not await self._shims.stop(pod, request) and request.bundle:
+            cgroups_path = self._groups.container_path(
+                pod.id, pod.config.linux.cgroup_parent, pod.id
+            )
+            await self._bundles.destroy(pod.handler, pod.id, cgroups_path)
+
+    async def _detach(self, pod: state.Pod) -> None:
+        if pod.network is not None:
+            await self._network.detach(self._attachment(pod))
+
+    # -- death behind our back --------------------------------------------------------------------
+
+    def watch(self, pod: state.Pod) -> None:
+        """Notice when the pod's shim or its sandbox container ends."""
+        self._shims.watch(pod, self._sandbox_ended)
+
+    async def _sandbox_ended(self, pod_id: str) -> None:
+        """Report a pod whose shim, init or network namespace is gone as NOTREADY, with nothing in
+        it running.
+        """
+        async with self._locks.held(pod_id):
+            with contextlib.suppress(errors.NotFound):
+                pod = self._store.pod(pod_id)
+                if pod.state is state.PodState.READY:
+                    log.warning("pod sandbox ended by itself", pod=pod_id)
+                    stopped = dataclasses.replace(
+                        pod, state=state.PodState.STOPPED, stopped_at=time.time_ns()
+                    )
+                    await self._store.put_pod(stopped)
+                    await self._containers.stop_all(pod_id)
+
+    async def give_up(self, pod_id: str) -> None:
+        """List a pod that could not be recovered as NOTREADY, so that the kubelet removes it."""
+        with contextlib.suppress(errors.NotFound):
+            pod = self._store.pod(pod_id)
+            half_made = pod.state is state.PodState.CREATING
+            now = state.PodState.FAILED if half_made else state.PodState.STOPPED
+            await self._store.put_pod(
+                dataclasses.replace(pod, state=now, stopped_at=time.time_ns())
+            )
+
+    async def check_networks(self) -> None:
+        """Stop the pods whose network namespace was taken away from outside (hazards R13)."""
+        for pod in self._store.pods():
+            if pod.state is state.PodState.READY and pod.netns and not netns.exists(pod.netns):
+                await self._sandbox_ended(pod.id)
+
+    # -- look -------------------------------------------------------------------------------------
+
+    def status(self, wanted: str) -> api.PodSandboxStatus:
+        """Return the CRI status. Raises NotFound."""
+        pod = self._listed(wanted)
+        return api.PodSandboxStatus(
+            id=pod.id,
+            metadata=pod.config.metadata,
+            state=_cri_state(pod),
+            created_at=pod.created_at,
+            network=_network_status(pod.ips),
+            linux=_linux_status(pod.config),
+            labels=pod.config.labels,
+            annotations=pod.config.annotations,
+            runtime_handler=pod.runtime_handler,
+        )
+
+    def list(self, wanted: api.PodSandboxFilter) -> Sequence[api.PodSandbox]:
+        """Return the pods that match every part of the filter; an unknown id matches none."""
+        return [_item(p) for p in self.matching(wanted)]
+
+    def matching(self, wanted: api.PodSandboxFilter) -> Sequence[state.Pod]:
+        """Return the records behind `list`."""
+        return [p for p in self._store.pods() if _visible(p) and _matches(p, wanted)]
+
+    def now(self) -> int:
+        """Return the time that a status is true for, nanoseconds since the epoch."""
+        return time.time_ns()
+
+    def record(self, wanted: str) -> state.Pod:
+        """Return the record behind a listed pod. Raises NotFound."""
+        return self._listed(wanted)
+
+    def _listed(self, wanted: str) -> state.Pod:
+        pod = self._store.pod(wanted)
+        if not _visible(pod):
+            raise errors.NotFound(f"pod sandbox {wanted[:80]!r} not found")
+        return pod
+
+    # -- what the shim and the CNI plugins are asked ----------------------------------------------
+
+    async def _sandbox_request(self, pod: state.Pod) -> shim_pb2.CreateSandboxRequest:
+        request = self._release_request(pod)
+        request.hostname = podfiles.hostname(pod) if pod.own_network else ""
+        request.sysctls.update(spec.sysctls(pod.config))
+        if request.bundle:
+            await asyncio.to_thread(self._write_sandbox_bundle, pod)
+        return request
+
+    def _release_request(self, pod: state.Pod) -> shim_pb2.CreateSandboxRequest:
+        """Return what names the sandbox's resources; all that the shim needs to release them."""
+        pins = self._files.namespaces(pod)
+        return shim_pb2.CreateSandboxRequest(
+            id=pod.id,
+            network_path=pins.get("network", ""),
+            uts_path=pins.get("uts", ""),
+            ipc_path=pins.get("ipc", ""),
+            bundle=str(self._files.bundle(pod.id)) if self._needs_init(pod) else "",
+        )
+
+    def _needs_init(self, pod: state.Pod) -> bool:
+        options = pod.config.linux.security_context.namespace_options
+        handler = self._settings.runtimes.get(pod.handler)
+        return options.pid == api.NamespaceMode.POD or (
+            handler is not None and handler.sandbox == "container"
+        )
+
+    def _attachment(self, pod: state.Pod) -> cni.Attachment:
+        m = pod.config.metadata
+        return cni.Attachment(
+            pod_id=pod.id,
+            netns=pod.netns,
+            name=m.name,
+            namespace=m.namespace,
+            uid=m.uid,
+            port_mappings=tuple(pod.config.port_mappings),
+            dns=pod.config.dns_config,
+            annotations=dict(pod.config.annotations),
+            cgroup_parent=pod.config.linux.cgroup_parent,
+        )
+
+    def _write_sandbox_bundle(self, pod: state.Pod) -> None:
+        """Write the bundle of the pod's init: catatonit from the host, in a root that holds nothing
+        else.
+        """
+        bundle = self._files.bundle(pod.id)
+        (bundle / "rootfs").mkdir(parents=True)
+        for name in ("catatonit", "proc", "dev", "sys"):
+            target = bundle / "rootfs" / name
+            target.touch() if name == "catatonit" else target.mkdir()
+        document = spec.sandbox(
+            spec.SandboxInput(
+                id=pod.id,
+                config=pod.config,
+                rootfs=str(bundle / "rootfs"),
+                init=_init_binary(),
+                namespaces=self._files.namespaces(pod),
+                cgroups_path=self._groups.container_path(
+                    pod.id, pod.config.linux.cgroup_parent, pod.id
+                ),
+                host=self._facts.facts(pod.handler),
+            )
+        )
+        (bundle / "config.json").write_bytes(msgspec.json.encode(document))
+
+
+def _init_binary() -> str:
+    found = shutil.which("catatonit")
+    if found is None:
+        raise errors.FailedPrecondition(
+            "a shared PID namespace needs catatonit: install it on the host"
+        )
+    return found
+
+
+def _visible(pod: state.Pod) -> bool:
+    return pod.state is not state.PodState.CREATING
+
+
+def _cri_state(pod: state.Pod) -> "api.PodSandboxState.ValueType":
+    return READY if pod.state is state.PodState.READY else NOTREADY
+
+
+def _matches(pod: state.Pod, wanted: api.PodSandboxFilter) -> bool:
+    if not pod.id.startswith(wanted.id):
+        return False
+    if wanted.HasField("state") and wanted.state.state != _cri_state(pod):
+        return False
+    labels = pod.config.labels
+    return all(labels.get(k) == v for k, v in wanted.label_selector.items())
+
+
+def _item(pod: state.Pod) -> api.PodSandbox:
+    return api.PodSandbox(
+        id=pod.id,
+        metadata=pod.config.metadata,
+        state=_cri_state(pod),
+        created_at=pod.created_at,
+        labels=pod.config.labels,
+        annotations=pod.config.annotations,
+        runtime_handler=pod.runtime_handler,
+    )
+
+
+def _network_status(ips: Sequence[str]) -> api.PodSandboxNetworkStatus:
+    more = [api.PodIP(ip=ip) for ip in ips[1:]]
+    return api.PodSandboxNetworkStatus(ip=ips[0] if ips else "", additional_ips=more)
+
+
+def _linux_status(wanted: api.PodSandboxConfig) -> api.LinuxPodSandboxStatus:
+    options = wanted.linux.security_context.namespace_options
+    return api.LinuxPodSandboxStatus(namespaces=api.Namespace(options=options))

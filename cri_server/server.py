@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the object graph once, in order, by hand; starts it and stops it.
+
+The socket answers from the first moment, UNAVAILABLE until recovery is done. Stopping lets accepted
+mutations finish for a while and leaves every pod running: its shim is its own process.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import structlog
+
+from cri_server import (
+    bundles,
+    cgroups,
+    config,
+    containers,
+    exec,
+    host,
+    imagehost,
+    info,
+    metrics,
+    podfiles,
+    pods,
+    recovery,
+    shims,
+    snapshots,
+    state,
+    stats,
+)
+from cri_server.images import gc, pull, registry, store
+from cri_server.network import cni
+from cri_server.pb import api_pb2_grpc
+from cri_server.services import image, interceptors, runtime
+from shim import client
+
+log = structlog.get_logger()
+MESSAGE_LIMIT = 32 << 20  # peers accept 16 and 80 MiB; a kubelet receives 16
+NETWORK_CHECK = 2.0  # seconds between looks at the pinned network namespaces
+STOP_GRACE = 10.0
+MEASURE_EVERY = 10.0
+
+
+async def serve(settings: config.Config) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with running(settings):
+        await stop.wait()
+        log.info("stopping: pods keep running")
+
+
+@contextlib.asynccontextmanager
+async def running(settings: config.Config) -> AsyncIterator[None]:
+    """Have a server running for the block."""
+    _make_directories(settings)
+    groups = cgroups.Cgroups(cgroups.detect(), cgroups.driver(settings.runtime.cgroup_driver))
+    facts = host.probe(groups.hierarchy, await host.runtimes(settings))
+    async with contextlib.AsyncExitStack() as stack:
+        graph = Graph(settings, groups, facts, stack)
+        edge = interceptors.Edge()
+        server = _listen(settings.server.listen, edge, graph)
+        await server.start()
+        stack.push_async_callback(server.stop, STOP_GRACE)
+        stack.push_async_callback(edge.drain)
+        log.info("listening", address=settings.server.listen, cgroup_driver=groups.driver)
+        await graph.zygote.start()
+        await graph.recovery.run()
+        await graph.collector.start()
+        edge.ready = True
+        log.info("ready", network=graph.network.status().ready, handlers=list(settings.runtimes))
+        for work in (_check_networks(graph.pods), _measure(graph.layers)):
+            stack.callback(asyncio.create_task(work).cancel)
+        yield
+
+
+def _make_directories(settings: config.Config) -> None:
+    """Make root and state, closed to other users: images hold setuid files (CVE-2021-41103)."""
+    for directory in (settings.server.root, settings.server.state):
+        directory.mkdir(parents=True, exist_ok=True)
+        directory.chmod(0o711)
+    for name in ("pods", "containers", "runtimes"):
+        (settings.server.state / name).mkdir(mode=0o700, exist_ok=True)
+    Path("/run/netns").mkdir(mode=0o755, exist_ok=True)
+
+
+def _listen(address: str, edge: interceptors.Edge, graph: "Graph") -> grpc.aio.Server:
+    """Make the gRPC server on a unix socket that only root can open."""
+    path = Path(address.removeprefix("unix://"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options = [
+        ("grpc.max_receive_message_length", MESSAGE_LIMIT),
+        ("grpc.max_send_message_length", MESSAGE_LIMIT),
+        ("grpc.so_reuseport", 0),
+    ]
+    server = grpc.aio.server(interceptors=[edge], options=options)
+    api_pb2_grpc.add_RuntimeServiceServicer_to_server(graph.runtime, server)
+    api_pb2_grpc.add_ImageServiceServicer_to_server(graph.image, server)
+    umask = os.umask(0o177)
+    try:
+        server.add_insecure_port(f"unix:{path}")
+    finally:
+        os.umask(umask)
+    return server
+
+
+async def _check_networks(pod_host: pods.Pods) -> None:
+    while True:
+        await asyncio.sleep(NETWORK_CHECK)
+        await pod_host.check_networks()
+
+
+async def _measure(layers: snapshots.Snapshots) -> None:
+    """Keep the sizes of writable layers fresh, so that no request has to look."""
+    while True:
+        await layers.refresh()
+        await asyncio.sleep(MEASURE_EVERY)
+
+
+class Graph:
+    """Every long-lived object, made in dependency order; what needs closing is on the stack."""
+
+    def __init__(
+        self,
+        settings: config.Config,
+        groups: cgroups.Cgroups,
+        facts: host.Host,
+        stack: contextlib.AsyncExitStack,
+    ) -> None:
+        root = settings.server.root
+        records = state.Store(root)
+        records.load()
+        self.layers = snapshots.Snapshots(root)
+        files = podfiles.PodFiles(settings.server.state)
+        self.network = cni.Network(settings.network)
+        stack.push_async_callback(self.network.close)
+        self.zygote = client.Zygote()
+        shim_host = shims.Shims(settings, zygote=self.zygote, files=files, facts=facts)
+        stack.push_async_callback(shim_host.close)
+        bundle_host = bundles.Bundles(
+            settings, files=files, groups=groups, layers=self.layers, facts=facts
+        )
+        image_store = store.Store(root, pinned=settings.images.pinned)
+        self.collector = gc.Collector(
+            image_store,
+            self.layers,
+            in_use=lambda: {layer for c in records.containers() for layer in c.layers},
+        )
+        container_host = containers.Containers(
+            settings=settings,
+            store=records,
+            image_store=image_store,
+            bundle_host=bundle_host,
+            shim_host=shim_host,
+            facts=facts,
+        )
+        self.pods = pods.Pods(
+            settings=settings,
+            store=records,
+            files=files,
+            groups=groups,
+            network=self.network,
+            shim_host=shim_host,
+            container_host=container_host,
+            bundle_host=bundle_host,
+            facts=facts,
+        )
+        self.recovery = recovery.Recovery(
+            store=records,
+            pod_host=self.pods,
+            container_host=container_host,
+            shim_host=shim_host,
+            bundle_host=bundle_host,
+            files=files,
+            layers=self.layers,
+        )
+        exec_host = exec.Exec(
+            settings=settings,
+            container_host=container_host,
+            bundle_host=bundle_host,
+            shim_host=shim_host,
+        )
+        stats_host = stats.Stats(
+            pod_host=self.pods, container_host=container_host, groups=groups, layers=self.layers
+        )
+        info_host = info.Info(
+            settings=settings,
+            facts=facts,
+            groups=groups,
+            network=self.network,
+            pod_host=self.pods,
+            container_host=container_host,
+            bundle_host=bundle_host,
+        )
+        self.runtime = runtime.RuntimeService(
+            pod_host=self.pods,
+            container_host=container_host,
+            exec_host=exec_host,
+            stats_host=stats_host,
+            metrics_host=metrics.Metrics(stats_host),
+            info_host=info_host,
+        )
+        registry_client = registry.Client(
+            settings.images.registry_config_dirs,
+            progress_timeout=settings.images.pull_progress_timeout,
+        )
+        puller = pull.Puller(
+            registry_client,
+            image_store,
+            self.layers,
+            max_parallel_downloads=settings.images.max_parallel_downloads,
+        )
+        self.image = image.ImageService(
+            imagehost.ImageHost(
+                puller=puller,
+                image_store=image_store,
+                layers=self.layers,
+                collector=self.collector,
+            )
+        )

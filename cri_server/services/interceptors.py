@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds for every RPC: errors become statuses, each call is logged, an accepted mutation runs
+to its end.
+
+Until recovery is done every call is answered UNAVAILABLE: an empty list would make the kubelet
+believe that all pods are gone. A caller's deadline or disconnect ends the *wait* for a mutation and
+not the mutation; calls whose work is for the caller alone (PullImage, ExecSync, the lists) end with
+it.
+"""
+
+from __future__ import annotations  # grpc's own classes are not generic, their stubs are
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import structlog
+
+from cri_server import errors
+
+log = structlog.get_logger()
+
+MUTATIONS = frozenset(
+    {
+        "RunPodSandbox",
+        "StopPodSandbox",
+        "RemovePodSandbox",
+        "CreateContainer",
+        "StartContainer",
+        "StopContainer",
+        "RemoveContainer",
+        "ReopenContainerLog",
+        "UpdateRuntimeConfig",
+        "RemoveImage",
+    }
+)
+MESSAGE_LIMIT = 4096
+
+Behaviour = Callable[[Any, Any], Awaitable[Any]]
+StreamBehaviour = Callable[[Any, Any], AsyncIterator[Any]]
+
+
+class Edge(grpc.aio.ServerInterceptor):
+    """Wraps every handler; `ready` is set when recovery is done."""
+
+    def __init__(self) -> None:
+        self.ready = False
+        self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+        self._accepted: set[asyncio.Task[Any]] = set()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[
+            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]
+        ],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        path = handler_call_details.method
+        known = self._wrapped.get(path)
+        if known is None:
+            handler = await continuation(handler_call_details)
+            if handler is None:
+                return None
+            known = self._wrapped[path] = self._wrap(path.rpartition("/")[2], handler)
+        return known
+
+    def _wrap(self, name: str, handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
+        codec = {
+            "request_deserializer": handler.request_deserializer,
+            "response_serializer": handler.response_serializer,
+        }
+        if handler.unary_stream is not None:
+            streaming = self._stream(name, handler.unary_stream)
+            return grpc.unary_stream_rpc_method_handler(streaming, **codec)
+        return grpc.unary_unary_rpc_method_handler(self._unary(name, handler.unary_unary), **codec)
+
+    def _unary(self, name: str, behaviour: Behaviour) -> Behaviour:
+        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            began = time.perf_counter()
+            try:
+                self._check_ready()
+                if name not in MUTATIONS:
+                    return await behaviour(request, context)
+                return await asyncio.shield(self._accept(behaviour(request, context)))
+            except Exception as e:
+                code, message = _status(name, e)
+                await context.abort(code, message)
+            finally:
+                log.debug("rpc", rpc=name, ms=round((time.perf_counter() - began) * 1000, 2))
+
+        return call
+
+    def _stream(self, name: str, behaviour: StreamBehaviour) -> StreamBehaviour:
+        async def call(
+            request: Any, context: grpc.aio.ServicerContext[Any, Any]
+        ) -> AsyncIterator[Any]:
+            try:
+                self._check_ready()
+                async for item in behaviour(request, context):
+                    yield item
+            except Exception as e:
+                code, message = _status(name, e)
+                await context.abort(code, message)
+
+        return call
+
+    def _check_ready(self) -> None:
+        if not self.ready:
+            raise errors.Unavailable(
+                "the server is starting: pods of an earlier run are being recovered"
+            )
+
+    def _accept(self, work: Awaitable[Any]) -> asyncio.Task[Any]:
+        task = asyncio.ensure_future(work)
+        self._accepted.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: asyncio.Task[Any]) -> None:
+        self._accepted.discard(task)
+        if not task.cancelled():
+            task.exception()  # for whoever still waits; nobody may be left
+
+    async def drain(self) -> None:
+        """Wait for the mutations that were accepted."""
+        await asyncio.gather(*self._accepted, return_exceptions=True)
+
+
+def _status(name: str, error: Exception) -> tuple[grpc.StatusCode, str]:
+    """Return the status of a failed call, and log it: our own bugs with a traceback."""
+    if isinstance(error, errors.CriError):
+        log.info("rpc failed", rpc=name, code=error.code, error=error.message)
+        return grpc.StatusCode[error.code], _one_line(error.message)
+    if isinstance(error, ExceptionGroup):
+        return _status(name, error.exceptions[0])
+    log.error("rpc failed", rpc=name, exc_info=error)
+    return grpc.StatusCode.INTERNAL, _one_line(f"{type(error).__name__}: {error}")
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())[:MESSAGE_LIMIT]

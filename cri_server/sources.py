@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What containers take from the host: mount sources, device nodes, seccomp files.
+
+Every function may block for ever: a host path can lie on dead network storage (containerd#10828).
+Callers run them in a thread and stop waiting at a deadline. The only thing that is ever made is the
+folder of a missing hostPath.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cri_server import errors, spec
+from cri_server.pb import api_pb2 as api
+from cri_server.spec import devices
+
+PROFILE_LIMIT = 1 << 20  # bytes of a seccomp profile
+DEVICE_LIMIT = 4096  # devices below one folder
+# Not devices to hand out: mounts of the container's own, other managers' places, the console of
+# whoever looks.
+_SKIPPED = frozenset({"pts", "shm", "fd", "mqueue", ".lxc", ".lxd-mounts", ".udev", "console"})
+
+_Propagation = api.MountPropagation
+
+
+# -- mount sources ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """A mount source that has been looked at: where it really is, and whether it is a folder."""
+
+    path: str
+    directory: bool
+
+
+def check_source(mount: api.Mount) -> Source:
+    """Resolve the source of a CRI mount; one that is missing becomes a folder with mode 0755
+    (behaviour.md §7).
+
+    Raises InvalidArgument if it can't be made, or if its mount does not propagate as asked
+    (critest).
+    """
+    path = mount.host_path
+    try:
+        if not os.path.exists(path):
+            os.makedirs(path, 0o755, exist_ok=True)
+        real = os.path.realpath(path, strict=True)
+        fd = os.open(real, os.O_PATH)
+    except OSError as e:
+        raise errors.InvalidArgument(f"mount source {path[:200]!r}: {e.strerror}") from e
+    try:
+        _check_propagation(fd, real, mount.propagation)
+        return Source(path=real, directory=stat.S_ISDIR(os.fstat(fd).st_mode))
+    finally:
+        os.close(fd)
+
+
+def _check_propagation(fd: int, path: str, wanted: _Propagation.ValueType) -> None:
+    if wanted == _Propagation.PROPAGATION_PRIVATE:
+        return
+    peers = _propagation(fd)
+    if "shared" in peers or (
+        wanted == _Propagation.PROPAGATION_HOST_TO_CONTAINER and "master" in peers
+    ):
+        return
+    raise errors.InvalidArgument(
+        f"mount source {path[:200]!r}: its mount is not shared,"
+        f" as propagation {_Propagation.Name(wanted)} needs"
+    )
+
+
+def _propagation(fd: int) -> set[str]:
+    """Return the kinds of the optional fields, "shared" and "master", of the mount that holds `fd`
+    (proc_pid_mountinfo(5)).
+    """
+    info = Path(f"/proc/self/fdinfo/{fd}").read_text()
+    number = next(line.split()[1] for line in info.splitlines() if line.startswith("mnt_id:"))
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        fields = line.split(" ")
+        if fields[0] == number:
+            return {field.partition(":")[0] for field in fields[6 : fields.index("-")]}
+    return set()
+
+
+# -- devices ---------------------------------------------------------------------------------------
+
+
+def device_nodes(requests: Iterable[devices.Request]) -> tuple[spec.DeviceNode, ...]:
+    """Return the nodes behind the requests; a folder stands for all devices below it.
+
+    Raises InvalidArgument for what does not exist and for what is neither.
+    """
+    return tuple(node for request in requests for node in _nodes(request))
+
+
+def _nodes(request: devices.Request) -> Iterator[spec.DeviceNode]:
+    try:
+        found = os.stat(request.host_path)
+    except OSError as e:
+        raise errors.InvalidArgument(f"device {request.host_path[:200]!r}: {e.strerror}") from e
+    if stat.S_ISDIR(found.st_mode):
+        yield from _below(request.host_path, request.container_path, request.access)
+        return
+    node = _node(found, request.container_path, request.access)
+    if node is None:
+        raise errors.InvalidArgument(f"device {request.host_path[:200]!r} is not a device")
+    yield node
+
+
+def _node(found: os.stat_result, path: str, access: str) -> spec.DeviceNode | None:
+    if not (stat.S_ISCHR(found.st_mode) or stat.S_ISBLK(found.st_mode)):
+        return None
+    return spec.DeviceNode(
+        path=path,
+        kind="c" if stat.S_ISCHR(found.st_mode) else "b",
+        major=os.major(found.st_rdev),
+        minor=os.minor(found.st_rdev),
+        mode=stat.S_IMODE(found.st_mode),
+        uid=found.st_uid,
+        gid=found.st_gid,
+        access=access,
+    )
+
+
+def _below(folder: str, target: str, access: str) -> Iterator[spec.DeviceNode]:
+    """Yield the devices below a folder; symlinks are not followed."""
+    count = 0
+    for here, folders, names in os.walk(folder):
+        folders[:] = sorted(set(folders) - _SKIPPED)
+        for name in sorted(set(names) - _SKIPPED):
+            path = os.path.join(here, name)
+            node = _node(
+                os.lstat(path), os.path.join(target, os.path.relpath(path, folder)), access
+            )
+            if node is not None:
+                count += 1
+                if count > DEVICE_LIMIT:
+                    raise errors.InvalidArgument(
+                        f"device {folder[:200]!r}: too many devices below it"
+                    )
+                yield node
+
+
+def host_devices() -> tuple[spec.DeviceNode, ...]:
+    """Return all device nodes of the host, for privileged containers."""
+    return tuple(_below("/dev", "/dev", "rwm"))
+
+
+# -- seccomp ---------------------------------------------------------------------------------------
+
+
+def seccomp_profile(path: str) -> Mapping[str, object]:
+    """Read a Localhost profile, a JSON object of at most 1 MiB. Raises InvalidArgument if it cannot
+    be one.
+    """
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            text = file.read(PROFILE_LIMIT + 1)
+        if len(text) > PROFILE_LIMIT:
+            raise errors.InvalidArgument(
+                f"seccomp: {path[:200]} is larger than {PROFILE_LIMIT} bytes"
+            )
+        document = json.loads(text)
+    except OSError as e:
+        raise errors.InvalidArgument(f"seccomp: {path[:200]}: {e.strerror}") from e
+    except (ValueError, RecursionError) as e:
+        raise errors.InvalidArgument(f"seccomp: {path[:200]} is not JSON") from e
+    if not isinstance(document, dict):
+        raise errors.InvalidArgument(f"seccomp: {path[:200]} does not hold a profile")
+    return document

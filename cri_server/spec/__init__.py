@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The OCI runtime spec as pure functions of CRI messages, image configs and host facts: no file, no
+clock, no process.
+
+    validate_sandbox, validate_container    refuse what can never work, before anything is done
+    container                               the config.json of a container
+    sandbox                                 the config.json of a pod's init (shared PID namespace)
+    process                                 the process of an exec
+    resources                               the resources of an UpdateContainerResources
+    sysctls, pid_mode, user_request, …      what pods and containers must know of a request before
+    they can ask for a spec
+
+Every field of PodSandboxConfig and ContainerConfig is either honoured or refused with an
+InvalidArgument that names it.
+"""
+
+from cri_server import errors
+from cri_server.pb import api_pb2 as api
+from cri_server.spec import (
+    checks,
+    devices,
+    linux,
+    mounts,
+    oci,
+    pod,
+    processes,
+    seccomp,
+    security,
+    signals,
+    types,
+)
+from cri_server.spec.types import (
+    ContainerInput,
+    Defaults,
+    DeviceNode,
+    ExecInput,
+    HostFacts,
+    ImageConfig,
+    PodFiles,
+    Rlimit,
+    SandboxInput,
+    User,
+    UserRequest,
+)
+
+__all__ = [
+    "CAPABILITIES",
+    "ContainerInput",
+    "Defaults",
+    "DeviceNode",
+    "ExecInput",
+    "HostFacts",
+    "ImageConfig",
+    "PodFiles",
+    "Rlimit",
+    "SandboxInput",
+    "User",
+    "UserRequest",
+    "capability_names",
+    "container",
+    "device_requests",
+    "image_volumes",
+    "pid_mode",
+    "process",
+    "resources",
+    "sandbox",
+    "seccomp_path",
+    "stop_signal",
+    "stop_signal_name",
+    "stop_signal_value",
+    "sysctls",
+    "user_request",
+    "validate_container",
+    "validate_sandbox",
+]
+
+CAPABILITIES = security.CAPABILITIES
+validate_sandbox = pod.validate
+sandbox = pod.sandbox
+sysctls = pod.sysctls
+pid_mode = pod.pid_mode
+process = processes.exec_process
+resources = linux.resources
+user_request = security.user_request
+capability_names = security.capability_names
+device_requests = devices.requests
+image_volumes = mounts.image_volumes
+stop_signal = signals.stop_signal
+stop_signal_name = signals.stop_signal_name
+stop_signal_value = signals.stop_signal_value
+
+
+def container(wanted: types.ContainerInput) -> oci.Spec:
+    """Return the spec of a container. Parts of it are shared between calls (seccomp): do not change
+    it.
+
+    Raises InvalidArgument as `validate_container` does, and for a Localhost seccomp file that holds
+    no profile.
+    """
+    main = processes.container(wanted)
+    return oci.Spec(
+        ociVersion=oci.VERSION,
+        process=main,
+        root=oci.Root(path=wanted.rootfs, readonly=wanted.security.readonly_rootfs),
+        mounts=mounts.mounts(wanted),
+        annotations=_annotations(wanted),
+        linux=linux.linux(wanted, main["capabilities"]["bounding"]),
+    )
+
+
+def _annotations(wanted: types.ContainerInput) -> dict[str, str]:
+    image = wanted.config.image
+    return {
+        **wanted.annotations,
+        **pod.annotations("container", wanted.pod_id, wanted.sandbox),
+        "io.kubernetes.cri.container-name": wanted.config.metadata.name,
+        "io.kubernetes.cri.image-name": image.user_specified_image or image.image,
+    }
+
+
+def validate_container(
+    config: api.ContainerConfig,
+    sandbox_config: api.PodSandboxConfig,
+    host: types.HostFacts,
+    *,
+    image: types.ImageConfig,
+    defaults: types.Defaults | None = None,
+) -> None:
+    """Refuse a container that can never be made as asked. Raises InvalidArgument (or Unimplemented)
+    naming the field.
+
+    What only a look at the host or the image's files can tell is left to `sources` and `rootfs`.
+    """
+    _check_names(config)
+    context = config.linux.security_context
+    security.check_privileged(context, sandbox_config)
+    held = security.capabilities(context, host=host, defaults=defaults or types.Defaults())
+    security.user_request(config, image)
+    security.apparmor(context, host)
+    security.check_selinux(context.selinux_options, host)
+    _check_seccomp(context, held, host)
+    pod.check_namespaces(config, sandbox_config)
+    mounts.check(config, host)
+    mounts.image_volumes(config, image)
+    devices.requests(config)
+    linux.resources(config.linux.resources, host)
+    linux.oom_score_adj(config.linux.resources, host)
+    linux.paths(context)
+    _check_process(config, image)
+    signals.stop_signal(config, image)
+
+
+def _check_names(config: api.ContainerConfig) -> None:
+    if not config.metadata.name:
+        raise errors.InvalidArgument("config.metadata.name is missing")
+    checks.line(config.metadata.name, "metadata.name")
+    if not config.image.image:
+        raise errors.InvalidArgument("config.image.image is missing")
+    checks.unsupported(config.HasField("windows"), "windows", "this is Linux")
+
+
+def _check_seccomp(
+    context: api.LinuxContainerSecurityContext, held: oci.Capabilities, host: types.HostFacts
+) -> None:
+    any_profile = {"defaultAction": seccomp.ERRNO}  # the file is read later
+    security.seccomp_profile(context, held=held["bounding"], host=host, localhost=any_profile)
+
+
+def _check_process(config: api.ContainerConfig, image: types.ImageConfig) -> None:
+    processes.args(config, image)
+    processes.cwd(config, image)
+    for variables in (processes.image_env(image), processes.requested_env(config)):
+        dict(variables)
+
+
+def seccomp_path(config: api.ContainerConfig) -> str:
+    """Return the file of the Localhost profile that must be read into
+    ContainerInput.seccomp_profile, "" for none.
+    """
+    kind, path = security.seccomp_request(config.linux.security_context)
+    return path if kind == "localhost" else ""

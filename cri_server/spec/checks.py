@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small refusals that every part of the spec shares. Each raises InvalidArgument that names the
+field.
+"""
+
+import posixpath
+
+from cri_server import errors
+
+MAX_ID = (
+    2**31 - 1
+)  # what Kubernetes allows; larger numbers have wrapped to 0 elsewhere (CVE-2024-40635)
+
+
+def text(value: str, field: str) -> str:
+    """Return `value` if it holds no NUL, which no exec argument, path or variable can carry."""
+    if "\0" in value:
+        raise errors.InvalidArgument(f"{field}: contains a NUL byte")
+    return value
+
+
+def line(value: str, field: str) -> str:
+    """Return `value` if it is one line of printable text: it will be written into a file or a
+    list.
+    """
+    if any(ord(c) < 32 or ord(c) == 127 for c in value):
+        raise errors.InvalidArgument(f"{field}: contains a control character")
+    return value
+
+
+def absolute(path: str, field: str) -> str:
+    """Return the normalised form of an absolute path ("/a//b/../c" is "/a/c")."""
+    text(path, field)
+    if not path.startswith("/"):
+        raise errors.InvalidArgument(f"{field}: {path[:200]!r} is not an absolute path")
+    return posixpath.normpath("/" + path.lstrip("/"))
+
+
+def identity(number: int, field: str) -> int:
+    """Return `number` if it can be a user or group id."""
+    if not 0 <= number <= MAX_ID:
+        raise errors.InvalidArgument(f"{field}: {number} is not between 0 and {MAX_ID}")
+    return number
+
+
+def parse_identity(value: str, field: str) -> int | None:
+    """Return the number that `value` spells, None if it is a name.
+
+    What begins like a number must be one: falling back to a name let an image map it to root
+    (CVE-2026-46680).
+    """
+    if value[:1].isdigit() or value[:1] in ("+", "-"):
+        if not (value.isascii() and value.isdigit() and len(value) <= 10):
+            raise errors.InvalidArgument(f"{field}: {value[:80]!r} is not a number")
+        return identity(int(value), field)
+    return None
+
+
+def unsupported(present: bool, field: str, why: str) -> None:
+    """Refuse a field that is set and that we do not honour: nothing is ignored in silence
+    (design.md §4).
+    """
+    if present:
+        raise errors.InvalidArgument(f"{field}: {why}")

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices: which nodes a container gets, and what its device cgroup lets through.
+
+Pure. `requests` says what is asked for; `cri_server.sources` looks at the nodes and hands them back
+as DeviceNode. CDI devices have their place here; until then they are refused.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from cri_server import errors
+from cri_server.pb import api_pb2 as api
+from cri_server.spec import checks, oci, types
+
+CDI_PREFIX = "cdi.k8s.io/"
+
+# The nodes themselves are made by the OCI runtime (config-linux.md, "Default Devices"). Making any
+# node is allowed as it gives nothing: opening it is what the other rules are about.
+_ALWAYS: tuple[oci.DeviceRule, ...] = (
+    {"allow": False, "access": "rwm"},
+    {"allow": True, "type": "c", "access": "m"},
+    {"allow": True, "type": "b", "access": "m"},
+    {"allow": True, "type": "c", "major": 1, "minor": 3, "access": "rwm"},  # null
+    {"allow": True, "type": "c", "major": 1, "minor": 5, "access": "rwm"},  # zero
+    {"allow": True, "type": "c", "major": 1, "minor": 7, "access": "rwm"},  # full
+    {"allow": True, "type": "c", "major": 1, "minor": 8, "access": "rwm"},  # random
+    {"allow": True, "type": "c", "major": 1, "minor": 9, "access": "rwm"},  # urandom
+    {"allow": True, "type": "c", "major": 5, "minor": 0, "access": "rwm"},  # tty
+    {"allow": True, "type": "c", "major": 5, "minor": 1, "access": "rwm"},  # console
+    {"allow": True, "type": "c", "major": 5, "minor": 2, "access": "rwm"},  # ptmx
+    {"allow": True, "type": "c", "major": 136, "access": "rwm"},  # pts/*
+)
+_ALL: tuple[oci.DeviceRule, ...] = ({"allow": True, "access": "rwm"},)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One entry of config.devices; a folder stands for every device below it."""
+
+    host_path: str
+    container_path: str
+    access: str
+
+
+def requests(config: api.ContainerConfig) -> tuple[Request, ...]:
+    """Return the devices asked for, checked. Raises InvalidArgument naming the field."""
+    checks.unsupported(bool(config.CDI_devices), "CDI_devices", "CDI is not supported yet")
+    for key in config.annotations:
+        checks.unsupported(
+            key.startswith(CDI_PREFIX), f"annotation {key[:100]!r}", "CDI is not supported yet"
+        )
+    return tuple(_request(d) for d in config.devices)
+
+
+def _request(device: api.Device) -> Request:
+    host_path = checks.absolute(device.host_path, "devices.host_path")
+    access = device.permissions
+    if not access or not set(access) <= set("rwm") or len(set(access)) != len(access):
+        raise errors.InvalidArgument(
+            f"device {host_path!r}: permissions {access[:20]!r} are not among r, w, m"
+        )
+    path = checks.absolute(device.container_path or device.host_path, "devices.container_path")
+    return Request(host_path=host_path, container_path=path, access=access)
+
+
+def nodes(wanted: types.ContainerInput) -> list[oci.Device]:
+    """Return the nodes to make beyond the default ones; for one path the request wins over a
+    privileged one's host node.
+    """
+    host = wanted.host_devices if wanted.security.privileged else ()
+    by_path = {node.path: node for node in (*host, *wanted.devices)}
+    return [_node(node) for node in by_path.values()]
+
+
+def _node(node: types.DeviceNode) -> oci.Device:
+    return oci.Device(
+        path=node.path,
+        type=node.kind,
+        major=node.major,
+        minor=node.minor,
+        fileMode=node.mode,
+        uid=node.uid,
+        gid=node.gid,
+    )
+
+
+def rules(listed: Iterable[types.DeviceNode], *, privileged: bool) -> list[oci.DeviceRule]:
+    """Return the device cgroup's rules: deny all, the defaults, what is listed; a privileged
+    container may do all.
+    """
+    if privileged:
+        return [*_ALL]
+    return [*_ALWAYS, *(_rule(node) for node in listed)]
+
+
+def _rule(node: types.DeviceNode) -> oci.DeviceRule:
+    return oci.DeviceRule(
+        allow=True, type=node.kind, major=node.major, minor=node.minor, access=node.access
+    )

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `linux` part of a container's spec: namespaces, resources, masked paths, and what security
+and devices add.
+
+Pure. `resources` serves UpdateContainerResources too.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from cri_server import errors
+from cri_server.pb import api_pb2 as api
+from cri_server.spec import checks, devices, mounts, oci, security, types
+
+_SET = re.compile(r"[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*")
+_UNIFIED_KEY = re.compile(r"(?!cgroup\.)[a-z0-9_]+(\.[a-zA-Z0-9_]+)+")
+_JOINED = ("network", "ipc", "uts", "pid", "user")
+
+
+def linux(wanted: types.ContainerInput, held: Iterable[str]) -> oci.Linux:
+    """Return the whole part; `held` are the container's capabilities, which the seccomp profile
+    follows.
+    """
+    context = wanted.security
+    result = oci.Linux(
+        namespaces=namespaces(wanted),
+        devices=devices.nodes(wanted),
+        cgroupsPath=wanted.cgroups_path,
+        resources=_resources(wanted),
+    )
+    result["maskedPaths"], result["readonlyPaths"] = paths(context)
+    profile = security.seccomp_profile(
+        context, held=held, host=wanted.host, localhost=wanted.seccomp_profile
+    )
+    if profile is not None:
+        result["seccomp"] = profile
+    if propagation := mounts.rootfs_propagation(wanted.config):
+        result["rootfsPropagation"] = propagation
+    return result
+
+
+# -- namespaces ------------------------------------------------------------------------------------
+
+
+def namespaces(wanted: types.ContainerInput) -> list[oci.Namespace]:
+    """Return what is new (no path) and what is joined. A cgroup namespace is private on v2, unless
+    privileged.
+    """
+    result = [oci.Namespace(type="mount"), *joined(wanted.namespaces)]
+    if wanted.host.cgroup_v2 and not wanted.security.privileged:
+        result.append(oci.Namespace(type="cgroup"))
+    return result
+
+
+def joined(paths: Mapping[str, str]) -> Iterable[oci.Namespace]:
+    """Yield an entry for each kind in `paths`; an empty path means a new one."""
+    for kind in _JOINED:
+        path = paths.get(kind)
+        if path is not None:
+            yield oci.Namespace(type=kind, path=path) if path else oci.Namespace(type=kind)
+
+
+def paths(context: api.LinuxContainerSecurityContext) -> tuple[list[str], list[str]]:
+    """Return masked and read-only paths as CRI lists them; none when privileged (critest)."""
+    masked = [_path(p, "masked_paths") for p in context.masked_paths]
+    readonly = [_path(p, "readonly_paths") for p in context.readonly_paths]
+    return ([], []) if context.privileged else (masked, readonly)
+
+
+def _path(path: str, field: str) -> str:
+    checks.absolute(path, field)
+    return path
+
+
+# -- resources -------------------------------------------------------------------------------------
+
+
+def _resources(wanted: types.ContainerInput) -> oci.Resources:
+    result = resources(wanted.config.linux.resources, wanted.host)
+    result["devices"] = devices.rules(wanted.devices, privileged=wanted.security.privileged)
+    return result
+
+
+def resources(asked: api.LinuxContainerResources, host: types.HostFacts) -> oci.Resources:
+    """Return the limits asked for; zero and "" mean "not set". Raises InvalidArgument for what
+    cannot be set.
+
+    oom_score_adj is not here: it belongs to the process.
+    """
+    result = oci.Resources()
+    if cpu := _cpu(asked):
+        result["cpu"] = cpu
+    if memory := _memory(asked, host):
+        result["memory"] = memory
+    if pages := _hugepages(asked, host):
+        result["hugepageLimits"] = pages
+    if asked.unified:
+        result["unified"] = _unified(asked, host)
+    return result
+
+
+def _cpu(asked: api.LinuxContainerResources) -> oci.Cpu:
+    _at_least(asked.cpu_shares, 0, "cpu_shares")
+    _at_least(asked.cpu_quota, -1, "cpu_quota")
+    _at_least(asked.cpu_period, 0, "cpu_period")
+    cpu = oci.Cpu()
+    if asked.cpu_shares:
+        cpu["shares"] = asked.cpu_shares
+    if asked.cpu_quota:
+        cpu["quota"] = asked.cpu_quota
+    if asked.cpu_period:
+        cpu["period"] = asked.cpu_period
+    if asked.cpuset_cpus:
+        cpu["cpus"] = _set(asked.cpuset_cpus, "cpuset_cpus")
+    if asked.cpuset_mems:
+        cpu["mems"] = _set(asked.cpuset_mems, "cpuset_mems")
+    return cpu
+
+
+def _set(value: str, field: str) -> str:
+    if not _SET.fullmatch(value):
+        raise errors.InvalidArgument(f"{field}: {value[:80]!r} is not a list of numbers")
+    return value
+
+
+def _at_least(value: int, least: int, field: str) -> None:
+    if value < least:
+        raise errors.InvalidArgument(f"{field}: {value} is less than {least}")
+
+
+def _memory(asked: api.LinuxContainerResources, host: types.HostFacts) -> oci.Memory:
+    """Swap means memory plus swap, as in the OCI spec; unset it equals the limit, so a container
+    with a limit has none.
+
+    Where the kernel does not account swap it cannot be limited and is left out (behaviour.md §7).
+    """
+    limit, swap = asked.memory_limit_in_bytes, asked.memory_swap_limit_in_bytes
+    _at_least(limit, -1, "memory_limit_in_bytes")
+    _at_least(swap, -1, "memory_swap_limit_in_bytes")
+    if swap > 0 and (limit <= 0 or swap < limit):
+        raise errors.InvalidArgument(
+            f"memory_swap_limit_in_bytes: {swap} is less than the memory limit {limit}"
+        )
+    memory = oci.Memory()
+    if limit:
+        memory["limit"] = limit
+    if host.swap_accounting and (swap or limit):
+        memory["swap"] = swap or limit
+    return memory
+
+
+def _hugepages(
+    asked: api.LinuxContainerResources, host: types.HostFacts
+) -> list[oci.HugepageLimit]:
+    """The kubelet lists every size of the host, with 0 for those not asked for; a size without a
+    controller can only be 0.
+    """
+    result = []
+    for page in asked.hugepage_limits:
+        if page.page_size in host.hugepage_sizes:
+            result.append(oci.HugepageLimit(pageSize=page.page_size, limit=page.limit))
+        elif page.limit:
+            raise errors.InvalidArgument(
+                f"hugepage_limits: this host cannot limit pages of {page.page_size[:20]!r}"
+            )
+    return result
+
+
+def _unified(asked: api.LinuxContainerResources, host: types.HostFacts) -> dict[str, str]:
+    checks.unsupported(not host.cgroup_v2, "unified", "this host has no cgroup v2")
+    for key, value in asked.unified.items():
+        if not _UNIFIED_KEY.fullmatch(key):
+            raise errors.InvalidArgument(f"unified: {key[:80]!r} is not a controller's file")
+        checks.text(value, f"unified[{key}]")
+    return dict(asked.unified)
+
+
+def oom_score_adj(asked: api.LinuxContainerResources, host: types.HostFacts) -> int:
+    """Return the value to set: raised to what this host lets us set
+    (Documentation/filesystems/proc.rst §3.1).
+    """
+    value = asked.oom_score_adj
+    if not -1000 <= value <= 1000:
+        raise errors.InvalidArgument(f"oom_score_adj: {value} is not between -1000 and 1000")
+    return max(value, host.oom_score_adj_floor)

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mount list of a container: our defaults, the pod's files, then what CRI asks for, parents
+before children.
+
+Pure. That sources exist and targets are safe is looked at elsewhere (`cri_server.sources`,
+`cri_server.rootfs`).
+"""
+
+from collections.abc import Iterable, Mapping
+
+from cri_server import errors
+from cri_server.pb import api_pb2 as api
+from cri_server.spec import checks, oci, types
+
+SHM = "/dev/shm"  # noqa: S108  # a mount target, not a place for our files
+_Propagation = api.MountPropagation
+_OPTIONS = {
+    _Propagation.PROPAGATION_PRIVATE: "rprivate",
+    _Propagation.PROPAGATION_HOST_TO_CONTAINER: "rslave",
+    _Propagation.PROPAGATION_BIDIRECTIONAL: "rshared",
+}
+
+
+def mounts(wanted: types.ContainerInput) -> list[oci.Mount]:
+    """Return all mounts in the order to make them: by depth, otherwise as listed.
+
+    A CRI mount replaces a default with the same target, one on /dev replaces every default below it
+    too.
+    """
+    requested = [bind(m, wanted.sources) for m in wanted.config.mounts]
+    taken = {m["destination"] for m in requested}
+    base = [m for m in _defaults(wanted) if not _replaced(m["destination"], taken)]
+    shared = [m for m in _pod_files(wanted) if m["destination"] not in taken]
+    targets = {m["destination"] for m in shared}
+    base = [m for m in base if m["destination"] not in targets]
+    return sorted([*base, *shared, *requested], key=_depth)
+
+
+def _replaced(destination: str, taken: set[str]) -> bool:
+    return destination in taken or ("/dev" in taken and destination.startswith("/dev/"))
+
+
+def _depth(mount: oci.Mount) -> int:
+    return mount["destination"].rstrip("/").count("/")
+
+
+# -- defaults --------------------------------------------------------------------------------------
+
+
+def _defaults(wanted: types.ContainerInput) -> list[oci.Mount]:
+    mode = "rw" if wanted.security.privileged else "ro"
+    return [
+        _mount("/proc", "proc", "nosuid", "noexec", "nodev"),
+        _mount("/dev", "tmpfs", "nosuid", "strictatime", "mode=755", "size=65536k"),
+        _mount(
+            "/dev/pts",
+            "devpts",
+            "nosuid",
+            "noexec",
+            "newinstance",
+            "ptmxmode=0666",
+            "mode=0620",
+            "gid=5",
+        ),
+        _mount(SHM, "tmpfs", "nosuid", "noexec", "nodev", "mode=1777", "size=65536k"),
+        _mount("/dev/mqueue", "mqueue", "nosuid", "noexec", "nodev"),
+        _mount("/sys", "sysfs", "nosuid", "noexec", "nodev", mode),
+        _mount("/sys/fs/cgroup", "cgroup", "nosuid", "noexec", "nodev", "relatime", mode),
+    ]
+
+
+def _mount(destination: str, kind: str, *options: str) -> oci.Mount:
+    return oci.Mount(destination=destination, type=kind, source=kind, options=list(options))
+
+
+def minimal() -> list[oci.Mount]:
+    """Return what the OCI runtimes need to start any process at all: for the pod's init."""
+    return [
+        _mount("/proc", "proc", "nosuid", "noexec", "nodev"),
+        _mount("/dev", "tmpfs", "nosuid", "noexec", "strictatime", "mode=755", "size=64k"),
+    ]
+
+
+def _pod_files(wanted: types.ContainerInput) -> Iterable[oci.Mount]:
+    files = wanted.pod_files
+    mode = "ro" if wanted.security.readonly_rootfs else "rw"
+    shared = (
+        ("/etc/resolv.conf", files.resolv_conf, mode),
+        ("/etc/hostname", files.hostname, mode),
+        ("/etc/hosts", files.hosts, mode),
+        (SHM, files.shm, "rw"),
+    )
+    return [
+        oci.Mount(
+            destination=target, type="bind", source=source, options=["rbind", "rprivate", access]
+        )
+        for target, source, access in shared
+        if source
+    ]
+
+
+# -- what CRI asks for -----------------------------------------------------------------------------
+
+
+def check(config: api.ContainerConfig, host: types.HostFacts) -> None:
+    """Refuse mounts that can never be made or that we do not honour; the message names the target.
+
+    Sources for recursive read-only and propagation: KEP-3857 and behaviour.md §1.6.
+    """
+    for mount in config.mounts:
+        _check(mount, host)
+        bind(mount, {})
+
+
+def _check(mount: api.Mount, host: types.HostFacts) -> None:
+    where = f"mount {mount.container_path[:200]!r}"
+    if mount.HasField("image") or mount.image_sub_path:
+        raise errors.Unimplemented(
+            f"ImageVolumeMountFailed: {where}: field image is not supported yet"
+        )
+    mapped = bool(mount.uidMappings or mount.gidMappings)
+    checks.unsupported(mapped, where, "uidMappings and gidMappings are not supported yet")
+    relabel = mount.selinux_relabel and host.selinux
+    checks.unsupported(relabel, where, "selinux_relabel is not supported yet")
+    if mount.recursive_read_only:
+        _check_recursive(mount, where, host)
+
+
+def _check_recursive(mount: api.Mount, where: str, host: types.HostFacts) -> None:
+    private = mount.propagation == _Propagation.PROPAGATION_PRIVATE
+    checks.unsupported(not mount.readonly, where, "recursive_read_only needs readonly")
+    checks.unsupported(not private, where, "recursive_read_only needs propagation PRIVATE")
+    if not host.recursive_read_only:
+        raise errors.InvalidArgument(
+            f"RROUnsupported: {where}: recursive_read_only is not possible here"
+        )
+
+
+def bind(mount: api.Mount, sources: Mapping[str, str]) -> oci.Mount:
+    """Return the bind mount for a CRI mount. Raises InvalidArgument for a path or propagation that
+    cannot be.
+    """
+    target = checks.absolute(mount.container_path, "mount container_path")
+    checks.unsupported(target == "/", "mount container_path", "the root cannot be a mount target")
+    if not mount.host_path:
+        raise errors.InvalidArgument(f"mount {target!r}: host_path is empty")
+    host_path = checks.absolute(mount.host_path, f"mount {target!r}: host_path")
+    source = sources.get(mount.host_path, host_path)
+    # A volume there would stand in for the kernel's answers, AppArmor's label files among them
+    # (CVE-2019-16884).
+    checks.unsupported(
+        target == "/proc" and source != "/proc",
+        "mount '/proc'",
+        "only the host's /proc can be here",
+    )
+    propagation = _OPTIONS.get(mount.propagation)
+    if propagation is None:
+        raise errors.InvalidArgument(
+            f"mount {target!r}: propagation {int(mount.propagation)} is not known"
+        )
+    return oci.Mount(
+        destination=target,
+        type="bind",
+        source=source,
+        options=["rbind", propagation, _access(mount)],
+    )
+
+
+def _access(mount: api.Mount) -> str:
+    if mount.recursive_read_only:
+        return "rro"
+    return "ro" if mount.readonly else "rw"
+
+
+def rootfs_propagation(config: api.ContainerConfig) -> str:
+    """Return what the root itself needs so that events pass it: "rshared", "rslave", or "" for the
+    runtime's default.
+    """
+    asked = {m.propagation for m in config.mounts}
+    if _Propagation.PROPAGATION_BIDIRECTIONAL in asked:
+        return "rshared"
+    return "rslave" if _Propagation.PROPAGATION_HOST_TO_CONTAINER in asked else ""
+
+
+# -- image volumes ---------------------------------------------------------------------------------
+
+
+def image_volumes(config: api.ContainerConfig, image: types.ImageConfig) -> tuple[str, ...]:
+    """Return the folders that the image's VOLUME lines name and no mount covers: they are made in
+    the writable layer.
+
+    Raises InvalidArgument for a path that is not one below the root (CVE-2022-23648).
+    """
+    covered = {checks.absolute(m.container_path, "mount container_path") for m in config.mounts}
+    paths = [checks.absolute(v, "image VOLUME") for v in image.volumes]
+    checks.unsupported("/" in paths, "image VOLUME", "the root cannot be a volume")
+    return tuple(p for p in dict.fromkeys(paths) if p not in covered)

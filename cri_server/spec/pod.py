@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a PodSandboxConfig asks for: checks, sysctls, which namespaces are the pod's own, and the
+spec of the pod's init.
+
+Pure. The namespaces themselves are made by the shim; only a shared PID namespace needs a process to
+hold it.
+"""
+
+import ipaddress
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from cri_server import errors
+from cri_server.pb import api_pb2 as api
+from cri_server.spec import checks, linux, mounts, oci, processes, security, types
+
+NOBODY = 65534
+INIT = "/catatonit"
+_OOM_SCORE_ADJ, _CPU_SHARES = (
+    -998,
+    2,
+)  # the last to be killed and the first to yield, as for a pause container
+
+_Mode = api.NamespaceMode
+_HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
+_SYSCTL = re.compile(r"[\w@:-]+(/[\w@:-]+)*(\.[\w@:-]+(/[\w@:-]+)*)+", re.ASCII)
+_IPC_SYSCTLS = re.compile(r"kernel\.(shm|msg)\w+|kernel\.sem|fs\.mqueue\.\w+", re.ASCII)
+
+
+# -- checks ----------------------------------------------------------------------------------------
+
+
+def validate(config: api.PodSandboxConfig, host: types.HostFacts) -> None:
+    """Refuse a sandbox that can never be made as asked. Raises InvalidArgument that names the
+    field.
+    """
+    _check_metadata(config)
+    checks.unsupported(config.HasField("windows"), "windows", "this is Linux")
+    if config.hostname and (len(config.hostname) > 64 or not _HOSTNAME.fullmatch(config.hostname)):
+        raise errors.InvalidArgument(f"hostname: {config.hostname[:80]!r} is not a host name")
+    if config.log_directory:
+        checks.line(checks.absolute(config.log_directory, "log_directory"), "log_directory")
+    for entry in (
+        *config.dns_config.servers,
+        *config.dns_config.searches,
+        *config.dns_config.options,
+    ):
+        checks.line(entry, "dns_config")
+    for mapping in config.port_mappings:
+        _check_port(mapping)
+    _check_cgroup_parent(config.linux.cgroup_parent)
+    sysctls(config)
+    _check_security(config.linux.security_context, host)
+
+
+def _check_metadata(config: api.PodSandboxConfig) -> None:
+    if not config.HasField("metadata"):
+        raise errors.InvalidArgument("config.metadata is missing")
+    metadata = config.metadata
+    if not metadata.name:
+        raise errors.InvalidArgument("config.metadata.name is missing")
+    for field in ("name", "uid", "namespace"):
+        value = checks.line(getattr(metadata, field), f"metadata.{field}")
+        # These become file names and the CNI_ARGS list "A=1;B=2".
+        checks.unsupported(
+            any(c in value for c in "/;"), f"metadata.{field}", f"{value[:80]!r} contains / or ;"
+        )
+
+
+def _check_port(mapping: api.PortMapping) -> None:
+    if mapping.protocol not in api.Protocol.values():
+        raise errors.InvalidArgument(
+            f"port_mappings: protocol {int(mapping.protocol)} is not known"
+        )
+    if not (0 < mapping.container_port < 65536 and 0 <= mapping.host_port < 65536):
+        raise errors.InvalidArgument(
+            f"port_mappings: {mapping.container_port}:{mapping.host_port} are not ports"
+        )
+    if mapping.host_ip:
+        try:
+            ipaddress.ip_address(mapping.host_ip)
+        except ValueError as e:
+            raise errors.InvalidArgument(
+                f"port_mappings: host_ip {mapping.host_ip[:80]!r} is no address"
+            ) from e
+
+
+def _check_cgroup_parent(parent: str) -> None:
+    checks.line(parent, "cgroup_parent")
+    checks.unsupported(".." in parent.split("/"), "cgroup_parent", "contains '..'")
+
+
+def _check_security(context: api.LinuxSandboxSecurityContext, host: types.HostFacts) -> None:
+    if context.HasField("run_as_group") and not context.HasField("run_as_user"):
+        raise errors.InvalidArgument("run_as_group: needs run_as_user")
+    init_user(context)
+    security.check_selinux(context.selinux_options, host)
+    security.profile(
+        context.HasField("seccomp"), context.seccomp, context.seccomp_profile_path, "seccomp"
+    )
+    security.profile(context.HasField("apparmor"), context.apparmor, "", "apparmor")
+    options = context.namespace_options
+    _one_of(options.network, (_Mode.POD, _Mode.NODE), "network")
+    _one_of(options.ipc, (_Mode.POD, _Mode.NODE), "ipc")
+    _one_of(options.pid, (_Mode.POD, _Mode.CONTAINER, _Mode.NODE), "pid")
+    check_userns(options)
+
+
+def _one_of(mode: _Mode.ValueType, allowed: tuple[_Mode.ValueType, ...], field: str) -> None:
+    if mode not in allowed:
+        name = _Mode.Name(mode) if mode in _Mode.values() else str(int(mode))
+        raise errors.InvalidArgument(f"namespace_options.{field}: {name} is not possible here")
+
+
+def check_userns(options: api.NamespaceOption) -> None:
+    """Refuse user namespaces, which are not made yet, and mappings for the host's, which has
+    none.
+    """
+    if not options.HasField("userns_options"):
+        return
+    userns = options.userns_options
+    _one_of(userns.mode, (_Mode.POD, _Mode.NODE), "userns_options")
+    node, mapped = userns.mode == _Mode.NODE, bool(userns.uids or userns.gids)
+    checks.unsupported(node and mapped, "userns_options", "mode NODE has no mappings")
+    checks.unsupported(not node, "userns_options", "mode POD is not supported yet")
+
+
+# -- namespaces ------------------------------------------------------------------------------------
+
+
+def own_network(config: api.PodSandboxConfig) -> bool:
+    return config.linux.security_context.namespace_options.network != _Mode.NODE
+
+
+def own_ipc(config: api.PodSandboxConfig) -> bool:
+    return config.linux.security_context.namespace_options.ipc != _Mode.NODE
+
+
+def pid_mode(
+    config: api.ContainerConfig, sandbox: api.PodSandboxConfig
+) -> Literal["own", "pod", "host", "target"]:
+    """Return whose PID namespace the container lives in.
+
+    Unset means POD in the protocol's encoding, so POD follows the pod: the host's if the pod is in
+    it, the container's own if the pod shares none. Raises InvalidArgument for the host's in a pod
+    that has its own, and for TARGET without an id.
+    """
+    options = config.linux.security_context.namespace_options
+    of_pod = sandbox.linux.security_context.namespace_options.pid
+    if options.pid == _Mode.TARGET:
+        checks.unsupported(
+            not options.target_id, "namespace_options.target_id", "is missing for pid TARGET"
+        )
+        return "target"
+    checks.unsupported(
+        bool(options.target_id), "namespace_options.target_id", "is for pid TARGET only"
+    )
+    _one_of(options.pid, (_Mode.POD, _Mode.CONTAINER, _Mode.NODE), "pid")
+    if options.pid == _Mode.NODE and of_pod != _Mode.NODE:
+        raise errors.InvalidArgument(
+            "namespace_options.pid: NODE in a pod that is not in the host's namespace"
+        )
+    if options.pid == _Mode.CONTAINER or of_pod == _Mode.CONTAINER:
+        return "own"
+    return "host" if of_pod == _Mode.NODE else "pod"
+
+
+def check_namespaces(config: api.ContainerConfig, sandbox: api.PodSandboxConfig) -> None:
+    """Refuse namespaces that the container's pod does not give. Unset is POD and follows the
+    pod.
+    """
+    options = config.linux.security_context.namespace_options
+    for field, own in (("network", own_network(sandbox)), ("ipc", own_ipc(sandbox))):
+        mode = getattr(options, field)
+        _one_of(mode, (_Mode.POD,) if own else (_Mode.POD, _Mode.NODE), field)
+    check_userns(options)
+    pid_mode(config, sandbox)
+
+
+# -- sysctls ---------------------------------------------------------------------------------------
+
+
+def sysctls(config: api.PodSandboxConfig) -> dict[str, str]:
+    """Return the sysctls to write in the pod's namespaces, by dotted name ("/" inside a part stands
+    for a dot in it).
+
+    Refused is what would change the host: a name that no namespace of the pod's own contains
+    (GHSA-w2j5-3rcx-vx7x). Added are, with an own network, binding low ports and ping without
+    privilege.
+    """
+    result: dict[str, str] = {}
+    for name, value in config.linux.sysctls.items():
+        dotted = _dotted(name)
+        if not _namespaced(dotted, config):
+            raise errors.InvalidArgument(
+                f"sysctls: {name[:100]!r} is not in a namespace of the pod's own"
+            )
+        result[dotted] = checks.line(value.replace("\t", " "), f"sysctls: {dotted}")
+    if own_network(config):
+        result.setdefault("net.ipv4.ip_unprivileged_port_start", "0")
+        result.setdefault("net.ipv4.ping_group_range", "0 2147483647")
+    return result
+
+
+def _dotted(name: str) -> str:
+    """Both notations of sysctl(8): a/b.c/d and a.b/c.d are the same; the first separator tells
+    which it is.
+    """
+    first = next((c for c in name if c in "./"), "")
+    dotted = name.translate(str.maketrans("./", "/.")) if first == "/" else name
+    if not _SYSCTL.fullmatch(dotted):
+        raise errors.InvalidArgument(f"sysctls: {name[:100]!r} is not a sysctl's name")
+    return dotted
+
+
+def _namespaced(name: str, config: api.PodSandboxConfig) -> bool:
+    if name.startswith("net."):
+        return own_network(config)
+    return own_ipc(config) and _IPC_SYSCTLS.fullmatch(name) is not None
+
+
+# -- the pod's init --------------------------------------------------------------------------------
+
+
+def init_user(context: api.LinuxSandboxSecurityContext) -> types.User:
+    """Return who the pod's init runs as: the sandbox's run_as_user, else nobody."""
+    uid = context.run_as_user.value if context.HasField("run_as_user") else NOBODY
+    gid = context.run_as_group.value if context.HasField("run_as_group") else uid
+    groups = tuple(checks.identity(g, "supplemental_groups") for g in context.supplemental_groups)
+    return types.User(
+        uid=checks.identity(uid, "run_as_user"),
+        gid=checks.identity(gid, "run_as_group"),
+        additional_gids=groups,
+    )
+
+
+def sandbox(wanted: types.SandboxInput) -> oci.Spec:
+    """Return the spec of the pod's init: holds the PID namespace, reaps, can do nothing else."""
+    nothing = oci.Capabilities(bounding=[], effective=[], permitted=[], inheritable=[], ambient=[])
+    bound = oci.Mount(
+        destination=INIT, type="bind", source=wanted.init, options=["bind", "ro", "nosuid", "nodev"]
+    )
+    return oci.Spec(
+        ociVersion=oci.VERSION,
+        process=oci.Process(
+            terminal=False,
+            user=processes.user(init_user(wanted.config.linux.security_context)),
+            args=[INIT, "-P"],
+            env=[f"PATH={processes.DEFAULT_PATH}"],
+            cwd="/",
+            capabilities=nothing,
+            noNewPrivileges=True,
+            oomScoreAdj=max(_OOM_SCORE_ADJ, wanted.host.oom_score_adj_floor),
+        ),
+        root=oci.Root(path=wanted.rootfs, readonly=True),
+        mounts=[*mounts.minimal(), bound],
+        annotations={**wanted.annotations, **annotations("sandbox", wanted.id, wanted.config)},
+        linux=_linux(wanted),
+    )
+
+
+def _linux(wanted: types.SandboxInput) -> oci.Linux:
+    paths = {kind: path for kind, path in wanted.namespaces.items() if kind != "pid"}
+    return oci.Linux(
+        namespaces=[oci.Namespace(type="mount"), oci.Namespace(type="pid"), *linux.joined(paths)],
+        cgroupsPath=wanted.cgroups_path,
+        resources=oci.Resources(
+            cpu=oci.Cpu(shares=_CPU_SHARES), devices=[{"allow": False, "access": "rwm"}]
+        ),
+    )
+
+
+def annotations(kind: str, pod_id: str, config: api.PodSandboxConfig) -> Mapping[str, str]:
+    """Return containerd's annotations, which VM runtimes and hooks read (behaviour.md §6)."""
+    prefix, metadata = "io.kubernetes.cri.", config.metadata
+    return {
+        f"{prefix}container-type": kind,
+        f"{prefix}sandbox-id": pod_id,
+        f"{prefix}sandbox-name": metadata.name,
+        f"{prefix}sandbox-namespace": metadata.namespace,
+        f"{prefix}sandbox-uid": metadata.uid,
+    }

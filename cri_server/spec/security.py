@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who a container is and what it may do: user, capabilities, privileged, AppArmor, SELinux, the
+choice of seccomp.
+
+Pure. Names of users are looked up elsewhere (`cri_server.rootfs`), profiles are read elsewhere;
+here the request is checked and turned into numbers, sets and names.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+from cri_server import errors
+from cri_server.pb import api_pb2 as api
+from cri_server.spec import checks, oci, seccomp, types
+
+# In the kernel's order: the position is the number (capabilities(7)).
+CAPABILITIES = tuple(
+    f"CAP_{name}"
+    for name in [
+        "CHOWN",
+        "DAC_OVERRIDE",
+        "DAC_READ_SEARCH",
+        "FOWNER",
+        "FSETID",
+        "KILL",
+        "SETGID",
+        "SETUID",
+        "SETPCAP",
+        "LINUX_IMMUTABLE",
+        "NET_BIND_SERVICE",
+        "NET_BROADCAST",
+        "NET_ADMIN",
+        "NET_RAW",
+        "IPC_LOCK",
+        "IPC_OWNER",
+        "SYS_MODULE",
+        "SYS_RAWIO",
+        "SYS_CHROOT",
+        "SYS_PTRACE",
+        "SYS_PACCT",
+        "SYS_ADMIN",
+        "SYS_BOOT",
+        "SYS_NICE",
+        "SYS_RESOURCE",
+        "SYS_TIME",
+        "SYS_TTY_CONFIG",
+        "MKNOD",
+        "LEASE",
+        "AUDIT_WRITE",
+        "AUDIT_CONTROL",
+        "SETFCAP",
+        "MAC_OVERRIDE",
+        "MAC_ADMIN",
+        "SYSLOG",
+        "WAKE_ALARM",
+        "BLOCK_SUSPEND",
+        "AUDIT_READ",
+        "PERFMON",
+        "BPF",
+        "CHECKPOINT_RESTORE",
+    ]
+)
+_ORDER = {name: number for number, name in enumerate(CAPABILITIES)}
+
+ProfileKind = Literal["none", "default", "localhost"]
+_Context = api.LinuxContainerSecurityContext
+_Kind = api.SecurityProfile.ProfileType
+
+
+# -- privileged ------------------------------------------------------------------------------------
+
+
+def check_privileged(context: _Context, sandbox: api.PodSandboxConfig) -> None:
+    """Refuse a privileged container in a pod that is not (critest)."""
+    if context.privileged and not sandbox.linux.security_context.privileged:
+        raise errors.InvalidArgument(
+            "security_context.privileged: the pod sandbox is not privileged"
+        )
+
+
+# -- capabilities ----------------------------------------------------------------------------------
+
+
+def capability_names(numbers: int) -> frozenset[str]:
+    """Return the names of the bits in a mask such as CapBnd of /proc/self/status."""
+    return frozenset(name for name, bit in _ORDER.items() if numbers >> bit & 1)
+
+
+def capabilities(
+    context: _Context, *, host: types.HostFacts, defaults: types.Defaults
+) -> oci.Capabilities:
+    """Return the five sets. Order of application: default or ALL, drop ALL, add, drop
+    (containerd's).
+
+    ALL and the defaults mean "as far as this host has them"; a capability that is asked for by name
+    and that the host lacks is refused, because the OCI runtime would fail on it later and less
+    clearly. Inheritable is empty (CVE-2022-29162) but for the ambient ones, which the kernel
+    couples to it: they are exactly add_ambient_capabilities, and are added everywhere.
+    """
+    if context.privileged:
+        return _sets(host.capabilities)
+    asked = context.capabilities
+    add = _named(asked.add_capabilities, "add_capabilities", host)
+    drop = _named(asked.drop_capabilities, "drop_capabilities", host)
+    ambient = _named(asked.add_ambient_capabilities, "add_ambient_capabilities", host)
+    held = (
+        set(host.capabilities) if "ALL" in add else host.capabilities & set(defaults.capabilities)
+    )
+    if "ALL" in drop:
+        held = set()
+    ambient = set(host.capabilities) if "ALL" in ambient else ambient
+    held = (held | (add - {"ALL"}) | ambient) - drop
+    missing = (add | ambient) & held - host.capabilities
+    if missing:
+        raise errors.InvalidArgument(f"capability {min(missing)} is not available on this host")
+    return _sets(held, ambient & held)
+
+
+def _named(names: Iterable[str], field: str, host: types.HostFacts) -> set[str]:
+    return {_capability(name, f"capabilities.{field}", host) for name in names}
+
+
+def _capability(name: str, field: str, host: types.HostFacts) -> str:
+    upper = name.upper()
+    if upper == "ALL":
+        return upper
+    full = upper if upper.startswith("CAP_") else f"CAP_{upper}"
+    if full not in host.known_capabilities:
+        raise errors.InvalidArgument(f"{field}: {name[:80]!r} is not a capability of this kernel")
+    return full
+
+
+def _sets(held: Iterable[str], ambient: Iterable[str] = ()) -> oci.Capabilities:
+    ordered = sorted(held, key=_ORDER.__getitem__)
+    raised = sorted(ambient, key=_ORDER.__getitem__)
+    return oci.Capabilities(
+        bounding=ordered, effective=ordered, permitted=ordered, inheritable=raised, ambient=raised
+    )
+
+
+# -- user ------------------------------------------------------------------------------------------
+
+
+def user_request(config: api.ContainerConfig, image: types.ImageConfig) -> types.UserRequest:
+    """Return who is to run: run_as_user, else run_as_username, else the image's USER, else root
+    (behaviour.md §1.6).
+
+    Raises InvalidArgument for numbers out of range and for a group without a user.
+    """
+    context = config.linux.security_context
+    named = context.HasField("run_as_user") or bool(context.run_as_username)
+    if context.HasField("run_as_group") and not named:
+        raise errors.InvalidArgument("run_as_group: needs run_as_user or run_as_username")
+    uid, name, gid, group = _wanted(context) if named else _from_image(image.user)
+    return types.UserRequest(
+        uid=uid,
+        name=name,
+        gid=gid,
+        group=group,
+        supplemental=tuple(
+            checks.identity(g, "supplemental_groups") for g in context.supplemental_groups
+        ),
+        strict=_strict(context.supplemental_groups_policy),
+    )
+
+
+def _wanted(context: _Context) -> tuple[int | None, str, int | None, str]:
+    gid = None
+    if context.HasField("run_as_group"):
+        gid = checks.identity(context.run_as_group.value, "run_as_group")
+    if context.HasField("run_as_user"):
+        return checks.identity(context.run_as_user.value, "run_as_user"), "", gid, ""
+    name = checks.line(context.run_as_username, "run_as_username")
+    uid = checks.parse_identity(name, "run_as_username")
+    return uid, "" if uid is not None else name, gid, ""
+
+
+def _from_image(user: str) -> tuple[int | None, str, int | None, str]:
+    name, _, group = checks.line(user, "image USER").partition(":")
+    uid = checks.parse_identity(name, "image USER") if name else 0
+    gid = checks.parse_identity(group, "image USER") if group else None
+    return uid, "" if uid is not None else name, gid, "" if gid is not None else group
+
+
+def _strict(policy: api.SupplementalGroupsPolicy.ValueType) -> bool:
+    if policy not in (api.SupplementalGroupsPolicy.Merge, api.SupplementalGroupsPolicy.Strict):
+        raise errors.InvalidArgument(f"supplemental_groups_policy: {int(policy)} is not known")
+    return policy == api.SupplementalGroupsPolicy.Strict
+
+
+# -- profiles --------------------------------------------------------------------------------------
+
+
+def profile(
+    present: bool, message: api.SecurityProfile, deprecated: str, field: str
+) -> tuple[ProfileKind, str]:
+    """Return which profile is asked for and its localhost_ref; the SecurityProfile message wins
+    over the old string.
+
+    An absent one means "none" (critest). A Localhost profile without a reference is an error
+    (CVE-2023-2431).
+    """
+    if present:
+        kind, reference = _kind(message.profile_type, field), message.localhost_ref
+    else:
+        kind, reference = _deprecated(deprecated, field)
+    if kind == "localhost" and not reference:
+        raise errors.InvalidArgument(f"{field}: Localhost needs localhost_ref")
+    return kind, checks.line(
+        reference.removeprefix("localhost/"), field
+    ) if kind == "localhost" else ""
+
+
+def _kind(kind: _Kind.ValueType, field: str) -> ProfileKind:
+    if kind == _Kind.RuntimeDefault:
+        return "default"
+    if kind == _Kind.Unconfined:
+        return "none"
+    if kind == _Kind.Localhost:
+        return "localhost"
+    raise errors.InvalidArgument(f"{field}: profile type {int(kind)} is not known")
+
+
+def _deprecated(value: str, field: str) -> tuple[ProfileKind, str]:
+    if value in ("", "unconfined"):
+        return "none", ""
+    if value in ("runtime/default", "docker/default"):
+        return "default", ""
+    if value.startswith("localhost/"):
+        return "localhost", value.removeprefix("localhost/")
+    raise errors.InvalidArgument(f"{field}: {value[:200]!r} is not a profile")
+
+
+def seccomp_request(context: _Context) -> tuple[ProfileKind, str]:
+    """Return the wanted seccomp profile and, for "localhost", the absolute path of its file.
+    Privileged has none.
+    """
+    kind, path = profile(
+        context.HasField("seccomp"), context.seccomp, context.seccomp_profile_path, "seccomp"
+    )
+    if kind == "localhost":
+        path = checks.absolute(path, "seccomp.localhost_ref")
+    return ("none", "") if context.privileged else (kind, path)
+
+
+def seccomp_profile(
+    context: _Context,
+    *,
+    held: Iterable[str],
+    host: types.HostFacts,
+    localhost: Mapping[str, object] | None,
+) -> Mapping[str, object] | oci.Seccomp | None:
+    """Return the profile to write, None for unconfined. The result is shared: read it, do not
+    change it.
+    """
+    kind, path = seccomp_request(context)
+    if kind == "none":
+        return None
+    if not host.seccomp:
+        raise errors.InvalidArgument("seccomp: this host's kernel has none")
+    if kind == "default":
+        return seccomp.default(frozenset(held), host.machine)
+    return seccomp.localhost(localhost, path)
+
+
+def apparmor(context: _Context, host: types.HostFacts) -> str:
+    """Return the AppArmor profile's name, "" for none.
+
+    Without AppArmor the default is void and a Localhost profile an error (behaviour.md §1.6).
+    """
+    kind, name = profile(
+        context.HasField("apparmor"), context.apparmor, context.apparmor_profile, "apparmor"
+    )
+    if kind == "none" or context.privileged:
+        return ""
+    if host.apparmor_profiles is None:
+        checks.unsupported(
+            kind == "localhost", "apparmor", f"profile {name[:80]!r}: this host has no AppArmor"
+        )
+        return ""
+    name = name if kind == "localhost" else host.apparmor_default
+    if name not in host.apparmor_profiles:
+        raise errors.InvalidArgument(f"apparmor: profile {name[:80]!r} is not loaded")
+    return name
+
+
+def check_selinux(options: api.SELinuxOption, host: types.HostFacts) -> None:
+    """Check the options; on a host without SELinux there is nothing to label and they have no
+    effect, as in containerd.
+
+    On a host with SELinux they are refused, as we do not label yet.
+    """
+    wanted = {
+        "user": options.user,
+        "role": options.role,
+        "type": options.type,
+        "level": options.level,
+    }
+    for part, value in wanted.items():
+        checks.line(value, f"selinux_options.{part}")
+        checks.unsupported(
+            ":" in value and part != "level", f"selinux_options.{part}", "contains a colon"
+        )
+    checks.unsupported(
+        host.selinux and any(wanted.values()), "selinux_options", "labels are not supported yet"
+    )

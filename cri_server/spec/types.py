@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the spec functions are given: values that others found out, so that nothing here touches a
+machine.
+
+`containers` and `pods` fill ContainerInput and SandboxInput; `host` probes HostFacts; `images`
+reads ImageConfig; `rootfs` resolves User; `sources` looks at host paths and devices. All values are
+frozen.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from cri_server.pb import api_pb2 as api
+
+DEFAULT_CAPABILITIES = (
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_SETPCAP",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_NET_RAW",
+    "CAP_SYS_CHROOT",
+    "CAP_MKNOD",
+    "CAP_AUDIT_WRITE",
+    "CAP_SETFCAP",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageConfig:
+    """The `config` object of an OCI image, as the image wrote it: nothing in it is trusted."""
+
+    user: str = ""
+    env: tuple[str, ...] = ()
+    entrypoint: tuple[str, ...] = ()
+    cmd: tuple[str, ...] = ()
+    working_dir: str = ""
+    stop_signal: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    volumes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UserRequest:
+    """Who is to run, as asked for; numbers are checked, names are not yet looked up.
+
+    Exactly one of `uid` and `name` is set. `gid` or `group` overrides the primary group.
+    `supplemental` comes from the request; unless `strict`, the image's /etc/group adds to it
+    (SupplementalGroupsPolicy).
+    """
+
+    uid: int | None = None
+    name: str = ""
+    gid: int | None = None
+    group: str = ""
+    supplemental: tuple[int, ...] = ()
+    strict: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class User:
+    """Who runs, in numbers. `additional_gids` contains the primary group too (CVE-2022-36109)."""
+
+    uid: int = 0
+    gid: int = 0
+    additional_gids: tuple[int, ...] = ()
+    home: str = "/"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceNode:
+    """A device of the host that has been looked at. `kind` is "c" or "b", `mode` the permission
+    bits.
+    """
+
+    path: str  # inside the container
+    kind: str
+    major: int
+    minor: int
+    mode: int = 0o660
+    uid: int = 0
+    gid: int = 0
+    access: str = "rwm"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PodFiles:
+    """Host paths of what a pod's containers share; "" leaves the image's own in place."""
+
+    resolv_conf: str = ""
+    hostname: str = ""
+    hosts: str = ""
+    shm: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rlimit:
+    """A resource limit by its C name, "RLIMIT_NOFILE"."""
+
+    type: str
+    soft: int
+    hard: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Defaults:
+    """What a handler's configuration gives to each container that does not ask."""
+
+    capabilities: tuple[str, ...] = DEFAULT_CAPABILITIES
+    rlimits: tuple[Rlimit, ...] = (Rlimit(type="RLIMIT_NOFILE", soft=1024, hard=524288),)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostFacts:
+    """What this host, and the OCI runtime that will read the spec, can do. Probed once.
+
+    `capabilities` are those of our bounding set, `known_capabilities` those of the kernel; a
+    request for one that is known but not ours is refused. `apparmor_profiles` are the loaded ones,
+    None without AppArmor; `apparmor_default` is the name of ours. `rlimit_ceilings` holds our own
+    hard limits where we may not raise them (no CAP_SYS_RESOURCE). `hugepage_sizes` are those with a
+    cgroup controller, as CRI writes them: "2MB", "1GB".
+    """
+
+    machine: str = "x86_64"
+    capabilities: frozenset[str]
+    known_capabilities: frozenset[str]
+    cgroup_v2: bool
+    oom_score_adj_floor: int = -1000
+    seccomp: bool = True
+    apparmor_profiles: frozenset[str] | None = None
+    apparmor_default: str = ""
+    selinux: bool = False
+    swap_accounting: bool = False
+    hugepage_sizes: frozenset[str] = frozenset()
+    recursive_read_only: bool = False
+    rlimit_ceilings: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ContainerInput:
+    """All that the spec of one container follows from.
+
+    `namespaces` maps OCI types (network, ipc, uts, pid, user) to paths to join. A type that is
+    missing is the host's; "pid" with an empty path is a new one of the container's own. `sources`
+    maps a mount's host_path to where it really is; `devices` are the nodes behind config.devices,
+    `host_devices` all of the host's (for privileged). `seccomp_profile` is the parsed Localhost
+    file that security.seccomp_path() named. `annotations` are the pod's and the container's that
+    the handler's configuration lets through.
+    """
+
+    id: str
+    pod_id: str
+    config: api.ContainerConfig
+    sandbox: api.PodSandboxConfig
+    image: ImageConfig
+    user: User
+    namespaces: Mapping[str, str]
+    cgroups_path: str
+    rootfs: str
+    pod_files: PodFiles
+    hostname: str
+    host: HostFacts
+    defaults: Defaults = field(default_factory=Defaults)
+    sources: Mapping[str, str] = field(default_factory=dict)
+    devices: tuple[DeviceNode, ...] = ()
+    host_devices: tuple[DeviceNode, ...] = ()
+    seccomp_profile: Mapping[str, object] | None = None
+    annotations: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def security(self) -> api.LinuxContainerSecurityContext:
+        return self.config.linux.security_context
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SandboxInput:
+    """All that the spec of a pod's init follows from: `init` is catatonit's path on the host,
+    `rootfs` a folder of ours.
+
+    `namespaces` as in ContainerInput, without "pid": the point of this container is to hold a new
+    one.
+    """
+
+    id: str
+    config: api.PodSandboxConfig
+    rootfs: str
+    init: str
+    namespaces: Mapping[str, str]
+    cgroups_path: str
+    host: HostFacts
+    annotations: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExecInput:
+    """A command for a running container; `process` is the one of the container's stored spec."""
+
+    process: Mapping[str, object]
+    cmd: tuple[str, ...]
+    tty: bool = False

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What containers and pods use: cgroup files, network counters, writable layers. No process, no
+`du`.
+
+All containers of a list are read in one hop to a thread. A container that cannot be read costs its
+own figures and never the list. `usage_nano_cores` needs two samples: it is absent in the first
+answer, not zero.
+"""
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cri_server import cgroups, containers, errors, pods, snapshots, state, usage
+from cri_server.network import counters
+from cri_server.pb import api_pb2 as api
+
+RATE_WINDOW = 1_000_000_000  # ns: a rate over less would be noise
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sample:
+    at: int
+    cpu: int
+
+
+class Stats:
+    """Answers ContainerStats, PodSandboxStats and their lists."""
+
+    def __init__(
+        self,
+        *,
+        pod_host: pods.Pods,
+        container_host: containers.Containers,
+        groups: cgroups.Cgroups,
+        layers: snapshots.Snapshots,
+    ) -> None:
+        self._pods, self._containers = pod_host, container_host
+        self._groups, self._layers = groups, layers
+        self._samples: dict[str, tuple[_Sample, int | None]] = {}
+
+    # -- containers -------------------------------------------------------------------------------
+
+    async def container(self, wanted: str) -> api.ContainerStats:
+        """Return the stats of one container. Raises NotFound, FailedPrecondition when it has ended."""
+        container = self._containers.record(wanted)
+        if container.finished_at:
+            raise errors.FailedPrecondition(f"container {container.id[:13]} has ended: no stats")
+        return (await asyncio.to_thread(self._read, [container]))[0]
+
+    async def containers(self, wanted: api.ContainerStatsFilter) -> Sequence[api.ContainerStats]:
+        """Return the stats of all containers that match and have not ended."""
+        records = self._containers.matching(
+            api.ContainerFilter(
+                id=wanted.id,
+                pod_sandbox_id=wanted.pod_sandbox_id,
+                label_selector=wanted.label_selector,
+            )
+        )
+        alive = [c for c in records if not c.finished_at]
+        self._forget({c.id for c in self._containers.matching(api.ContainerFilter())})
+        return await asyncio.to_thread(self._read, alive)
+
+    def _read(self, records: Sequence[state.Container]) -> list[api.ContainerStats]:
+        return [self._one(c) for c in records]
+
+    def _one(self, container: state.Container) -> api.ContainerStats:
+        now = time.time_ns()
+        m = container.config
+        stats = api.ContainerStats(
+            attributes=api.ContainerAttributes(
+                id=container.id, metadata=m.metadata, labels=m.labels, annotations=m.annotations
+            ),
+            writable_layer=self._writable_layer(container.id, now),
+        )
+        used = (
+            usage.read(self._groups.directories(container.cgroups_path)) if container.pid else None
+        )
+        if used is not None:
+            _fill(stats, used, now, self._rate(container.id, now, used.cpu))
+        return stats
+
+    def _writable_layer(self, container_id: str, now: int) -> api.FilesystemUsage:
+        size = self._layers.usage(container_id)
+        return api.FilesystemUsage(
+            timestamp=now,
+            fs_id=api.FilesystemIdentifier(mountpoint=str(self._layers.mountpoint)),
+            used_bytes=api.UInt64Value(value=size.bytes),
+            inodes_used=api.UInt64Value(value=size.inodes),
+        )
+
+    # -- pods -------------------------------------------------------------------------------------
+
+    async def pod(self, wanted: str) -> api.PodSandboxStats:
+        """Return the stats of one pod. Raises NotFound, Unavailable when it is not ready."""
+        pod = self._pods.record(wanted)
+        if pod.state is not state.PodState.READY:
+            raise errors.Unavailable(f"pod sandbox {pod.id[:13]} is not ready: no stats")
+        return (await self._read_pods([pod]))[0]
+
+    async def pods(self, wanted: api.PodSandboxStatsFilter) -> Sequence[api.PodSandboxStats]:
+        """Return the stats of all ready pods that match."""
+        chosen = self._pods.matching(
+            api.PodSandboxFilter(id=wanted.id, label_selector=wanted.label_selector)
+        )
+        return await self._read_pods([p for p in chosen if p.state is state.PodState.READY])
+
+    async def _read_pods(self, chosen: Sequence[state.Pod]) -> list[api.PodSandboxStats]:
+        inside = {p.id: self._containers.of_pod(p.id) for p in chosen}
+        return await asyncio.to_thread(lambda: [self._pod(p, inside[p.id]) for p in chosen])
+
+    def _pod(self, pod: state.Pod, inside: Sequence[state.Container]) -> api.PodSandboxStats:
+        now = time.time_ns()
+        m = pod.config
+        parts = self._read([c for c in inside if not c.finished_at])
+        linux = api.LinuxPodSandboxStats(containers=parts)
+        used = usage.read(self._groups.pod_directories(pod.id, m.linux.cgroup_parent))
+        if used is not None:
+            _fill(linux, used, now, self._rate(pod.id, now, used.cpu))
+            linux.process.timestamp = now
+            linux.process.process_count.value = used.processes or 0
+        if pod.netns:
+            linux.network.CopyFrom(_network(pod.netns, now))
+        return api.PodSandboxStats(
+            attributes=api.PodSandboxAttributes(
+                id=pod.id, metadata=m.metadata, labels=m.labels, annotations=m.annotations
+            ),
+            linux=linux,
+        )
+
+    # -- rates ------------------------------------------------------------------------------------
+
+    def _rate(self, key: str, now: int, cpu: int | None) -> int | None:
+        """Return nanoseconds of CPU per second since the sample before, None in the beginning."""
+        if cpu is None:
+            return None
+        before, rate = self._samples.get(key, (None, None))
+        if before is None or now - before.at >= RATE_WINDOW:
+            if before is not None:
+                rate = max(cpu - before.cpu, 0) * 1_000_000_000 // (now - before.at)
+            self._samples[key] = (_Sample(at=now, cpu=cpu), rate)
+        return rate
+
+    def _forget(self, known: set[str]) -> None:
+        known |= {p.id for p in self._pods.matching(api.PodSandboxFilter())}
+        for gone in self._samples.keys() - known:
+            del self._samples[gone]
+
+
+def _fill(
+    stats: api.ContainerStats | api.LinuxPodSandboxStats,
+    used: usage.Usage,
+    now: int,
+    rate: int | None,
+) -> None:
+    """Set cpu, memory, swap and io from what was read; a figure that is not known is left unset."""
+    stats.cpu.timestamp = stats.memory.timestamp = now
+    _set(stats.cpu, usage_core_nano_seconds=used.cpu, usage_nano_cores=rate)
+    _set(
+        stats.memory,
+        working_set_bytes=used.working_set,
+        available_bytes=_available(used.limit, used.working_set),
+        usage_bytes=used.memory,
+        rss_bytes=used.rss,
+        page_faults=used.faults,
+        major_page_faults=used.major_faults,
+    )
+    if used.swap is not None and isinstance(stats, api.ContainerStats):
+        stats.swap.timestamp = now
+        _set(
+            stats.swap,
+            swap_usage_bytes=used.swap,
+            swap_available_bytes=_available(used.swap_limit, used.swap),
+        )
+    if used.pressure is not None:
+        _fill_pressure(stats, used.pressure, now)
+
+
+def _fill_pressure(
+    stats: api.ContainerStats | api.LinuxPodSandboxStats,
+    pressure: Mapping[str, Mapping[str, usage.Pressure]],
+    now: int,
+) -> None:
+    for name, target in (("cpu", stats.cpu), ("memory", stats.memory), ("io", stats.io)):
+        if name in pressure:
+            target.psi.CopyFrom(_psi(pressure[name]))
+    stats.io.timestamp = now
+
+
+def _psi(lines: Mapping[str, usage.Pressure]) -> api.PsiStats:
+    found = {
+        kind.capitalize(): api.PsiData(
+            Total=line.total, Avg10=line.avg10, Avg60=line.avg60, Avg300=line.avg300
+        )
+        for kind, line in lines.items()
+    }
+    return api.PsiStats(**found)
+
+
+def _set(target: api.CpuUsage | api.MemoryUsage | api.SwapUsage, **values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None:
+            getattr(target, name).value = value
+
+
+def _available(limit: int | None, used: int | None) -> int | None:
+    return None if limit is None or used is None else max(limit - used, 0)
+
+
+def _network(path: str, now: int) -> api.NetworkUsage:
+    """Return the counters of every interface but the loopback; eth0, else the first, is the
+    default.
+    """
+    interfaces = [
+        api.NetworkInterfaceUsage(
+            name=c.name,
+            rx_bytes=api.UInt64Value(value=c.rx_bytes),
+            rx_errors=api.UInt64Value(value=c.rx_errors),
+            tx_bytes=api.UInt64Value(value=c.tx_bytes),
+            tx_errors=api.UInt64Value(value=c.tx_errors),
+        )
+        for c in counters.read(path)
+    ]
+    interfaces.sort(key=lambda i: i.name != "eth0")
+    return api.NetworkUsage(
+        timestamp=now,
+        default_interface=interfaces[0] if interfaces else None,
+        interfaces=interfaces[1:],
+    )

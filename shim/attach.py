@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A client that joins the standard streams of a running container until either of them goes.
+
+The container never ends because of a client, and a client that leaves takes nothing with it but, where the
+container was made with `stdin_once`, its stdin.
+"""
+
+import contextlib
+from typing import Protocol
+
+from shim import container, errors, loop
+from shim.pb import shim_pb2 as pb
+
+
+class Client(Protocol):
+    """Who asked. `recv` gives None when nothing more will come; whoever runs the call cancels it when lost."""
+
+    async def recv(self) -> pb.AttachInput | None:
+        """Return the next input."""
+
+    async def send(self, message: pb.AttachOutput) -> None:
+        """Pass output on. Raises Unavailable when the client is gone."""
+
+
+async def attach(owner: container.Container, start: pb.AttachStart, client: Client) -> None:
+    """Serve a client until the container has ended, and tell it how. Raises FailedPrecondition."""
+    owner.require(container.State.RUNNING, verb="attach to")
+    session = _Session(start, client)
+    owner.streams.add(session)
+    listener = loop.spawn(_listen(owner, start, client), name="attach input")
+    try:
+        record = await owner.wait()
+        await client.send(pb.AttachOutput(exit=record))
+    finally:
+        listener.cancel()
+        owner.streams.remove(session)
+        await _leave_stdin(owner, start)
+
+
+class _Session:
+    """The output that a client asked for, as one of the `stdio.Sink`s."""
+
+    def __init__(self, start: pb.AttachStart, client: Client) -> None:
+        self._start = start
+        self._client = client
+
+    async def output(self, stream: str, data: bytes) -> None:
+        if stream == "stdout" and self._start.stdout:
+            await self._client.send(pb.AttachOutput(stdout=data))
+        if stream == "stderr" and self._start.stderr:
+            await self._client.send(pb.AttachOutput(stderr=data))
+
+
+async def _listen(owner: container.Container, start: pb.AttachStart, client: Client) -> None:
+    with contextlib.suppress(errors.ShimError):
+        while (message := await client.recv()) is not None:
+            match message.WhichOneof("input"):
+                case "stdin" if start.stdin:
+                    await owner.streams.write_stdin(message.stdin)
+                case "resize":
+                    owner.streams.resize(message.resize.width, message.resize.height)
+                case "close_stdin":
+                    break
+        await _leave_stdin(owner, start)
+
+
+async def _leave_stdin(owner: container.Container, start: pb.AttachStart) -> None:
+    if start.stdin and owner.spec.stdin_once:
+        await owner.streams.close_stdin()

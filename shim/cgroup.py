@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cgroup of a container as a shim needs it: kill what is in it, count OOM kills, split off a part for an exec.
+
+The directories are given (one per v1 controller, one for v2); the OCI runtime makes and removes them. A tree is
+killed by `cgroup.kill` (Linux 5.14, v2) or by freezing, killing and thawing (v1), so that nothing can fork its way
+out. Nothing is remembered: after a crash the next owner of the directories can do the same again.
+"""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator, Mapping
+
+from shim import loop
+
+_UNIFIED = ""
+_TRIES = 50
+_PAUSE = 0.01
+
+
+class Cgroup:
+    """Controller names ("" for v2) to absolute directories. Missing directories count as empty.
+
+    `controller` is the one of the hierarchy in which trees are killed and parts are made.
+    """
+
+    def __init__(self, directories: Mapping[str, str]) -> None:
+        self.directories = dict(directories)
+        self.controller = _tree_controller(self.directories)
+
+    def processes(self) -> list[int]:
+        """Return the pids in the group and below it. Zombies are not among them."""
+        root = self.directories.get(self.controller)
+        return [pid for directory, _, _ in os.walk(root) for pid in _pids(directory)] if root else []
+
+    def kill(self) -> bool:
+        """Kill everything inside, once; return whether there was something to kill."""
+        pids = self.processes()
+        if not pids:
+            return False
+        if self.controller == _UNIFIED and self._write("cgroup.kill", "1"):
+            return True
+        with self._frozen():
+            for pid in self.processes():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        return True
+
+    async def kill_all(self) -> bool:
+        """Kill until nothing is left, half a second at most; return whether the group is empty."""
+        for _ in range(_TRIES):
+            if not self.kill():
+                return True
+            await loop.sleep(_PAUSE)
+        return not self.processes()
+
+    def thaw(self) -> None:
+        """Let a paused group run, for a frozen process on v1 does not even take SIGKILL."""
+        if self.controller == "freezer":
+            self._write("freezer.state", "THAWED")
+
+    def part(self, name: str) -> "Cgroup":
+        """Return the group `name` below this one, in the hierarchy that trees are killed in only."""
+        if self.controller not in self.directories:
+            return Cgroup({})
+        return Cgroup({self.controller: os.path.join(self.directories[self.controller], name)})
+
+    def create(self) -> str:
+        """Make the directories; return the controller that they are of. Raises OSError."""
+        for directory in self.directories.values():
+            os.makedirs(directory, exist_ok=True)
+        return self.controller
+
+    def remove(self) -> bool:
+        """Remove the directories with all below; return whether they are gone. Processes inside prevent it."""
+        for root in self.directories.values():
+            for directory, _, _ in os.walk(root, topdown=False):
+                with contextlib.suppress(OSError):
+                    os.rmdir(directory)
+        return not any(map(os.path.exists, self.directories.values()))
+
+    @contextlib.contextmanager
+    def _frozen(self) -> Iterator[None]:
+        if self.controller != "freezer":
+            yield
+            return
+        self._write("freezer.state", "FROZEN")
+        try:
+            yield
+        finally:
+            self.thaw()
+
+    def _write(self, name: str, value: str) -> bool:
+        try:
+            with open(os.path.join(self.directories[self.controller], name), "w") as file:
+                file.write(value)
+        except OSError:
+            return False
+        return True
+
+
+def _tree_controller(directories: Mapping[str, str]) -> str:
+    """Choose the hierarchy to kill in: freezer on v1 and hybrid, where v2 may hold nothing of the container."""
+    for name in ("freezer", _UNIFIED, "pids", "memory"):
+        if name in directories:
+            return name
+    return next(iter(directories), _UNIFIED)
+
+
+def _pids(directory: str) -> list[int]:
+    try:
+        with open(os.path.join(directory, "cgroup.procs"), "rb") as file:
+            return [pid for pid in map(int, file.read().split()) if pid]
+    except OSError:  # Removed meanwhile, ENODEV included.
+        return []

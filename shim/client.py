@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The door of the shim, the only thing that cri_server sees of it: make one, find one, talk to it.
+
+    Zygote.fork(pod_id, socket_path, handler=...) ─► pid        the shim serves on socket_path
+    ShimClient.connect(socket_path) ─► typed verbs, exec_sync, exec, attach
+
+Neither holds anything that matters: a shim outlives the server that forked it, and a new server finds
+it by connecting to the socket path and asking `ping`. Every failure is a `shim.errors.ShimError` with
+the code that the shim gave; Unavailable when it cannot be reached.
+"""
+
+import asyncio
+import contextlib
+import errno
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from shim import bootstrap, errors, process
+from shim.pb import shim_pb2 as pb
+from shim.ttrpc import client as ttrpc
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
+SERVICE = "shim.v1.Shim"
+HandlerSpec = bootstrap.HandlerSpec
+ShimError = errors.ShimError
+
+_START_SECONDS = 30.0
+_FORK_SECONDS = 10.0
+_STOP_SECONDS = 2.0
+_MESSAGE_LIMIT = 256 << 10
+
+R = TypeVar("R", bound="Message")
+
+
+class Zygote:
+    """Forks shims. Starts its process on demand and again when it has died; one fork at a time."""
+
+    def __init__(self, *, stderr: int = 2) -> None:
+        """`stderr` is the descriptor that the zygote and its shims write their JSON log lines to."""
+        self._stderr = stderr
+        self._lock = asyncio.Lock()
+        self._child: process.Child | None = None
+        self._socket: socket.socket | None = None
+        self._ended = asyncio.Event()
+        self._ended.set()
+
+    async def start(self) -> None:
+        """Start the process and wait until it is ready. Raises Unavailable."""
+        async with self._lock:
+            await self._ensure()
+
+    async def fork(
+        self,
+        pod_id: str,
+        socket_path: str,
+        *,
+        handler: HandlerSpec,
+        features: Mapping[str, Any] | None = None,
+    ) -> int:
+        """Make a shim that serves on `socket_path` and return its pid.
+
+        The socket's directory is made when it is missing and is the pod's directory to the shim.
+        Asking again for a pod whose shim runs gives that shim's pid. Raises Unavailable.
+        """
+        told = bootstrap.Bootstrap(
+            pod_id=pod_id,
+            pod_dir=os.path.dirname(socket_path),
+            handler=handler,
+            features=features or {},
+        )
+        request = {"socket": socket_path, "bootstrap": json.loads(told.to_json())}
+        async with self._lock:
+            reply = await self._ask_healing(json.dumps(request).encode())
+        if reply.get("errno") == errno.EEXIST:
+            return await _pid_of(socket_path, pod_id)
+        if "pid" not in reply:
+            raise errors.Unavailable(f"no shim: {reply.get('error')}")
+        return int(reply["pid"])
+
+    async def close(self) -> None:
+        """End the process; its shims live on."""
+        async with self._lock:
+            await self._stop()
+
+    async def _ask_healing(self, request: bytes) -> dict[str, Any]:
+        for last in (False, True):
+            try:
+                await self._ensure()
+                return await self._ask(request)
+            except (OSError, ValueError, errors.Unavailable) as error:  # TimeoutError is an OSError
+                await self._stop()
+                if last:
+                    raise errors.Unavailable(f"no shim: the zygote failed: {error}") from error
+        raise AssertionError  # the loop has returned or raised
+
+    async def _ask(self, request: bytes) -> dict[str, Any]:
+        wanted = json.loads(request)["socket"]
+        async with asyncio.timeout(_FORK_SECONDS):
+            await asyncio.get_running_loop().sock_sendall(self._control(), request)
+            while (reply := await self._receive()).get("socket") != wanted:
+                continue  # an answer to somebody who was cancelled meanwhile
+        return reply
+
+    async def _receive(self) -> dict[str, Any]:
+        data = await asyncio.get_running_loop().sock_recv(self._control(), _MESSAGE_LIMIT)
+        if not data:
+            raise errors.Unavailable("the zygote has ended")
+        reply: dict[str, Any] = json.loads(data)
+        return reply
+
+    def _control(self) -> socket.socket:
+        if self._socket is None:
+            raise errors.Unavailable("the zygote has ended")
+        return self._socket
+
+    async def _ensure(self) -> None:
+        if self._child is not None:
+            return
+        await self._stop()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        self._socket = ours
+        with theirs:
+            child = process.spawn(_argv(3), fds={3: theirs.fileno()}, stderr=self._stderr)
+        self._child = child
+        self._ended.clear()
+        asyncio.get_running_loop().add_reader(child.pidfd, self._reap, child)
+        async with asyncio.timeout(_START_SECONDS):
+            await self._receive()
+
+    def _reap(self, child: process.Child) -> None:
+        asyncio.get_running_loop().remove_reader(child.pidfd)
+        process.reap(child)
+        self._child = None
+        self._ended.set()
+
+    async def _stop(self) -> None:
+        """Close the socket, which ends the process, and see it reaped."""
+        control, self._socket = self._socket, None
+        if control is not None:
+            control.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_STOP_SECONDS):
+                await self._ended.wait()
+        if self._child is not None:
+            signal.pidfd_send_signal(self._child.pidfd, signal.SIGKILL)
+            await self._ended.wait()
+
+
+def _argv(fd: int) -> list[str]:
+    """Return the zygote's command; by path, so that it is the same code as ours wherever that is."""
+    main = os.path.join(os.path.dirname(os.path.abspath(__file__)), "__main__.py")
+    return [sys.executable, "-I", main, "zygote", str(fd)]
+
+
+async def _pid_of(socket_path: str, pod_id: str) -> int:
+    shim = await ShimClient.connect(socket_path)
+    try:
+        answer = await shim.ping(timeout=_FORK_SECONDS)
+    finally:
+        shim.close()
+    if answer.pod_id != pod_id:
+        raise errors.FailedPrecondition(f"{socket_path} belongs to the shim of pod {answer.pod_id}")
+    return answer.pid
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExecResult:
+    """How an exec ended and what it said, each stream cut at the caller's limit."""
+
+    stdout: bytes
+    stderr: bytes
+    exit_code: int
+    timed_out: bool
+
+
+class ShimClient:
+    """One shim. The verbs are those of proto/shim/v1/shim.proto, where they are explained.
+
+    All share one connection, whose loss sets `closed` and ends what is in progress with Unavailable;
+    a new client must be connected then. `timeout` is in seconds, None waits for ever; a call that is
+    late or cancelled goes on in the shim.
+    """
+
+    def __init__(self, socket_path: str, connection: ttrpc.Connection) -> None:
+        self.socket_path = socket_path
+        self._connection = connection
+
+    @classmethod
+    async def connect(cls, socket_path: str) -> "ShimClient":
+        """Connect to a shim. Raises Unavailable; says nothing about who it is, `ping` does."""
+        return cls(socket_path, await ttrpc.Connection.connect(socket_path))
+
+    @property
+    def closed(self) -> "asyncio.Future[None]":
+        """Done when the connection is lost or was closed."""
+        return self._connection.closed
+
+    def close(self) -> None:
+        """Close the connection; the shim goes on."""
+        self._connection.close()
+
+    async def call(
+        self,
+        method: str,
+        request: "Message",
+        response: type[R],
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 - the shim is told
+    ) -> R:
+        """Call any unary method."""
+        return await self._connection.call(SERVICE, method, request, response, timeout)
+
+    async def ping(self, *, timeout: float | None = None) -> pb.PingResponse:  # noqa: ASYNC109
+        return await self.call("Ping", pb.PingRequest(), pb.PingResponse, timeout=timeout)
+
+    async def create_sandbox(
+        self,
+        request: pb.CreateSandboxRequest,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> pb.CreateSandboxResponse:
+        return await self.call("CreateSandbox", request, pb.CreateSandboxResponse, timeout=timeout)
+
+    async def stop_sandbox(
+        self,
+        request: pb.StopSandboxRequest,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> pb.StopSandboxResponse:
+        return await self.call("StopSandbox", request, pb.StopSandboxResponse, timeout=timeout)
+
+    async def shutdown(self, *, timeout: float | None = None) -> pb.ShutdownResponse:  # noqa: ASYNC109
+        return await self.call(
+            "Shutdown", pb.ShutdownRequest(), pb.ShutdownResponse, timeout=timeout
+        )
+
+    async def create(
+        self,
+        request: pb.CreateRequest,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> pb.CreateResponse:
+        return await self.call("Create", request, pb.CreateResponse, timeout=timeout)
+
+    async def start(
+        self,
+        request: pb.StartRequest,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> pb.StartResponse:
+        return await self.call("Start", request, pb.StartResponse, timeout=timeout)
+
+    async def state(
+        self,
+        request: pb.StateRequest,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> pb.StateResponse:
+        return await self.call("State", request, pb.StateResponse, timeout=timeout)
+
+    async def kill(
+        self,
+        request: pb.KillRequest,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> pb.KillResponse:
+        return await self.call("Kill", request, pb.KillResponse, timeout=timeout)
+
+    async def wait(
+        self,
+        request: pb.WaitRequest,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> pb.WaitResponse:
+        return await self.call("Wait", request, pb.WaitResponse, timeout=timeout)
+
+    async def delete(
+        self,
+        request: pb.DeleteRequest,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> pb.DeleteResponse:
+        return await self.call("Delete", request, pb.DeleteResponse, timeout=timeout)
+
+    async def update(
+        self,
+        request: pb.UpdateRequest,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> pb.UpdateResponse:
+        return await self.call("Update", request, pb.UpdateResponse, timeout=timeout)
+
+    async def reopen_log(
+        self,
+        request: pb.ReopenLogRequest,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> pb.ReopenLogResponse:
+        return await self.call("ReopenLog", request, pb.ReopenLogResponse, timeout=timeout)
+
+    @contextlib.asynccontextmanager
+    async def exec(self) -> AsyncIterator[ttrpc.Stream[pb.ExecOutput]]:
+        """Open an exec of its own connection; send ExecInput, `start` first. Leaving the block kills it."""
+        async with self._stream("Exec", pb.ExecOutput) as stream:
+            yield stream
+
+    @contextlib.asynccontextmanager
+    async def attach(self) -> AsyncIterator[ttrpc.Stream[pb.AttachOutput]]:
+        """Open an attach of its own connection; send AttachInput, `start` first. Leaving it detaches."""
+        async with self._stream("Attach", pb.AttachOutput) as stream:
+            yield stream
+
+    async def exec_sync(self, start: pb.ExecStart, *, max_bytes: int = 16 << 20) -> ExecResult:
+        """Run a process to its end; output over `max_bytes` per stream is read and dropped.
+
+        Cancelling kills the process and its descendants. Raises ShimError when it could not be run.
+        """
+        stdout, stderr = bytearray(), bytearray()
+        async with self.exec() as stream:
+            await stream.send(pb.ExecInput(start=start))
+            while (output := await stream.recv()) is not None:
+                if output.HasField("exit"):
+                    return ExecResult(
+                        stdout=bytes(stdout),
+                        stderr=bytes(stderr),
+                        exit_code=output.exit.exit_code,
+                        timed_out=output.exit.timed_out,
+                    )
+                stdout += output.stdout[: max_bytes - len(stdout)]
+                stderr += output.stderr[: max_bytes - len(stderr)]
+        raise errors.Internal("the shim ended an exec without saying how")
+
+    @contextlib.asynccontextmanager
+    async def _stream(self, method: str, response: type[R]) -> AsyncIterator[ttrpc.Stream[R]]:
+        connection = await ttrpc.Connection.connect(self.socket_path)
+        try:
+            yield await connection.stream(SERVICE, method, response)
+        finally:
+            connection.close()

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One container, from its bundle to its exit record.
+
+    CREATED ──start──► STARTING ──► RUNNING ──the end──► STOPPED ──delete──► forgotten
+                           └────────failure────────────────▲
+
+All that changes the state is in this file. At an exit: what is left of the tree is killed, the output is read to its
+end into the log, OOM kills are counted, `exit.json` is on disk (by rename), and only then anyone is told; the
+runtime's own clean-up follows and `delete` waits for it. If the shim dies before `exit.json` is there, the exit is
+lost (255); what is running then is `cri_server`'s to kill.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from shim import cgroup, diagnostics, errors, logfile, loop, oom, process, reaper, runtimes, stdio
+from shim.pb import shim_pb2 as pb
+
+EXIT_FILE = "exit.json"
+START_ERROR = 128
+_MESSAGE_LIMIT = 1024
+_DRAIN_SECONDS = 2.0
+_KILL_SECONDS = 10.0
+
+
+class State(StrEnum):
+    """Where a container is in its life."""
+
+    CREATED = "created"
+    STARTING = "starting"
+    RUNNING = "running"
+    STOPPED = "stopped"
+
+
+_WIRE = {
+    State.CREATED: pb.CREATED,
+    State.STARTING: pb.CREATED,
+    State.RUNNING: pb.RUNNING,
+    State.STOPPED: pb.STOPPED,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spec:
+    """What a container is made from. `silent`: nobody will read its output, so it gets /dev/null."""
+
+    id: str
+    bundle: str
+    log_path: str = ""
+    terminal: bool = False
+    stdin: bool = False
+    stdin_once: bool = False
+    silent: bool = False
+    cgroups: Mapping[str, str]
+
+
+class Container:
+    """A container that the shim answers for. Raises InvalidArgument when its log cannot be opened."""
+
+    def __init__(
+        self, spec: Spec, *, runtime: runtimes.Runtime, children: reaper.Reaper
+    ) -> None:
+        self.spec = spec
+        self.runtime = runtime
+        self.children = children
+        self.state = State.CREATED
+        self.exit: pb.ExitRecord | None = None
+        self.cgroup = cgroup.Cgroup(spec.cgroups)
+        self._log = logfile.LogFile(spec.log_path)
+        self.streams = stdio.Streams(
+            terminal=spec.terminal, stdin=spec.stdin, silent=spec.silent, log=self._log
+        )
+        self._parts: list[cgroup.Cgroup] = []
+        self._started_at = 0
+        self._start_time = 0
+        self._lock = loop.Lock()
+        self._stopped = loop.Event()
+        self._launch: loop.Task[reaper.Process] | None = None
+        self._init: reaper.Process | None = None
+        self._removal: loop.Task[None] | None = None
+
+    # ---- the verbs, in the order of a life
+
+    async def start(self) -> pb.StartResponse:
+        """Run it. Raises FailedPrecondition out of turn, the runtime's error when it does not start."""
+        async with self._lock:
+            self.require(State.CREATED, verb="start")
+            self.state = State.STARTING
+            self._launch = loop.spawn(self._run(), name="start")
+            try:
+                self._begin(await self._launch.join())
+            except BaseException as error:
+                reason = _start_error(error)
+                await self._fail(reason)
+                raise reason from error
+        return pb.StartResponse(
+            pid=self.pid, started_at=self._started_at, start_time=self._start_time
+        )
+
+    async def kill(self, signum: int, *, everything: bool = False) -> None:
+        """Signal the init, or kill all. Nothing happens when it has ended; SIGKILL ends a start too."""
+        signum = signal.SIGKILL if everything else signum
+        await self._settle_start(abort=signum == signal.SIGKILL)
+        if self.state is State.STOPPED:
+            return
+        self.require(State.RUNNING, verb="kill")
+        if signum == signal.SIGKILL:
+            self.cgroup.thaw()
+        if self._init:
+            self._init.signal(signum)
+        if everything:
+            await self.cgroup.kill_all()
+
+    async def wait(self) -> pb.ExitRecord | None:
+        """Return how it ended, once its output and the record are on disk."""
+        await self._stopped.wait()
+        return self.exit
+
+    async def delete(self) -> pb.ExitRecord | None:
+        """Kill it and remove it from the runtime. Raises DeadlineExceeded when it cannot be killed."""
+        await self.end()
+        async with self._lock:
+            self.streams.close()
+            self._log.close()
+            for name in (runtimes.PID_FILE, runtimes.LOG_FILE):
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(self.spec.bundle, name))
+        return self.exit
+
+    async def update(self, resources: bytes) -> None:
+        """Apply LinuxResources (OCI JSON). Raises FailedPrecondition unless running."""
+        async with self._lock:
+            self.require(State.RUNNING, verb="update")
+            await self.runtime.update(self.spec.id, resources)
+
+    def reopen_log(self) -> None:
+        """Begin a new log file at the same path. Raises FailedPrecondition unless running."""
+        self.require(State.RUNNING, verb="reopen the log of")
+        self._log.reopen()
+
+    def require(self, state: State, *, verb: str) -> None:
+        """Raise FailedPrecondition unless the container is in this state."""
+        if self.state is not state:
+            what = f"cannot {verb} container {self.spec.id}"
+            raise errors.FailedPrecondition(f"{what}: it is {self.state}, not {state}")
+
+    @property
+    def pid(self) -> int:
+        """The host pid of its init, also after the end; 0 when it never ran."""
+        return self._init.pid if self._init else 0
+
+    def describe(self) -> pb.Container:
+        """Return all that is known of it."""
+        return pb.Container(
+            id=self.spec.id,
+            state=_WIRE[self.state],
+            pid=self.pid,
+            started_at=self._started_at,
+            start_time=self._start_time,
+            exit=self.exit,
+        )
+
+    def leave_part(self, part: cgroup.Cgroup) -> None:
+        """Remember a part of the cgroup that an exec could not remove, for a child of it lives on."""
+        self._parts = [old for old in self._parts if not old.remove()]
+        self._parts.append(part)
+
+    # ---- the beginning
+
+    async def _run(self) -> reaper.Process:
+        bundle = self.spec.bundle
+
+        async def launch(streams: runtimes.Stdio) -> int:
+            return await self.runtime.run(self.spec.id, bundle, directory=bundle, stdio=streams)
+
+        with self.children.launching():
+            return self.children.claim(await self.streams.connect(bundle, launch))
+
+    def _begin(self, init: reaper.Process) -> None:
+        self._init = init
+        self._started_at = time.time_ns()
+        self._start_time = process.start_time(init.pid)
+        self.state = State.RUNNING
+        loop.spawn(self._watch(init), name="watch")
+
+    async def _settle_start(self, *, abort: bool) -> None:
+        """Wait until a start in progress has ended one way or the other."""
+        if self.state is State.STARTING and self._launch:
+            if abort:
+                self._launch.cancel()
+            async with self._lock:
+                return
+
+    async def _fail(self, error: errors.ShimError) -> None:
+        message = " ".join(error.message.split())[:_MESSAGE_LIMIT]
+        await self._finish(
+            pb.ExitRecord(
+                exit_code=START_ERROR,
+                finished_at=time.time_ns(),
+                reason="StartError",
+                message=message,
+            )
+        )
+
+    # ---- the end
+
+    async def _watch(self, init: reaper.Process) -> None:
+        code = await init.wait()
+        await self._finish(pb.ExitRecord(exit_code=code, finished_at=time.time_ns()))
+
+    async def _finish(self, record: pb.ExitRecord) -> None:
+        await self.cgroup.kill_all()
+        await self.streams.drain(_DRAIN_SECONDS, patient=False)
+        self.streams.close()
+        self._log.close()
+        record.oom_killed = oom.kills(self.spec.cgroups) > 0
+        self._write(record)
+        self.exit = record
+        self.state = State.STOPPED
+        self._stopped.set()
+        self._removal = loop.spawn(self._remove(), name="remove")
+
+    def _write(self, record: pb.ExitRecord) -> None:
+        """Put the record beside the bundle; waiters are told even if that fails, for they cannot do better."""
+        path = os.path.join(self.spec.bundle, EXIT_FILE)
+        fields = {field.name: getattr(record, field.name) for field in record.DESCRIPTOR.fields}
+        try:
+            with open(f"{path}.new", "w") as file:
+                json.dump(fields, file)
+            os.rename(f"{path}.new", path)
+        except OSError as error:
+            diagnostics.report("cannot write an exit record", container=self.spec.id, error=error)
+
+    async def end(self) -> None:
+        """Kill it if it runs and wait until the runtime has forgotten it; the record stays.
+
+        Raises DeadlineExceeded when it cannot be killed, the runtime's error when it cannot be removed.
+        """
+        if self.state in (State.STARTING, State.RUNNING):
+            await self.kill(signal.SIGKILL, everything=True)
+            try:
+                async with loop.timeout(_KILL_SECONDS):
+                    await self._stopped.wait()
+            except TimeoutError:
+                raise errors.DeadlineExceeded(
+                    f"container {self.spec.id} (pid {self.pid}) does not end after SIGKILL"
+                ) from None
+        async with self._lock:
+            await self._await_removal()
+
+    async def _await_removal(self) -> None:
+        """Be sure that the runtime has forgotten it; what failed after the exit is tried again."""
+        if self._removal is None:
+            return
+        try:
+            await self._removal.join()
+        except errors.ShimError:
+            self._removal = loop.spawn(self._remove(), name="remove")
+            await self._removal.join()
+
+    async def _remove(self) -> None:
+        await self.runtime.delete(self.spec.id)
+        self.cgroup.remove()
+
+
+def _start_error(error: BaseException) -> errors.ShimError:
+    if isinstance(error, errors.ShimError):
+        return error
+    if isinstance(error, loop.Cancelled):
+        return errors.FailedPrecondition("killed before it had started")
+    return errors.Internal(f"{type(error).__name__}: {error}")

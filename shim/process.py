@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes: started in one place, waited for by pidfd, killed as a tree.
+
+`spawn` uses posix_spawn, which shares no memory with the parent and runs no Python in the child, so it is as safe
+in a threaded gRPC server as in a shim. A child leads a session of its own: it has no terminal, no signal of ours
+reaches it, and its process group can be killed as one. Nothing here outlives this process; children do, and are
+found again by (pid, start time) with `alive`. Waiting without blocking belongs to `shim.loop` and to
+`cri_server.commands`.
+"""
+
+import fcntl
+import os
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+DEFAULT_ENV: Mapping[str, str] = {"PATH": DEFAULT_PATH, "LANG": "C.UTF-8", "HOME": "/"}
+
+# Python ignores SIGPIPE and SIGXFSZ, a shim ignores more; an ignored signal would be inherited through exec.
+_RESET_SIGNALS = sorted(set(range(1, 32)) - {signal.SIGKILL, signal.SIGSTOP})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Child:
+    """A started process. Whoever has it must `reap` it, which closes the pidfd."""
+
+    pid: int
+    pidfd: int
+
+
+def spawn(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    stdin: int | None = None,
+    stdout: int | None = None,
+    stderr: int | None = None,
+    fds: Mapping[int, int] | None = None,
+    new_session: bool = True,
+) -> Child:
+    """Start a program and return at once; no shell, and no descriptor but the given ones.
+
+    `env` is the whole environment (None: `DEFAULT_ENV`). A standard stream that is None is /dev/null. `fds` maps
+    numbers in the child to descriptors here. The caller keeps, and closes, what it passed.
+    Raises FileNotFoundError, PermissionError, and OSError when the host has no process or descriptor left.
+    """
+    environment = DEFAULT_ENV if env is None else env
+    wanted = {0: stdin, 1: stdout, 2: stderr, **(fds or {})}
+    duplicates: list[int] = []
+    try:
+        pid = os.posix_spawn(
+            find(argv[0], environment.get("PATH", DEFAULT_PATH)),
+            list(argv),
+            dict(environment),
+            file_actions=_file_actions(wanted, duplicates),
+            setsigmask=[],
+            setsigdef=_RESET_SIGNALS,
+            **({"setsid": True} if new_session else {"setpgroup": 0}),
+        )
+    finally:
+        for fd in duplicates:
+            os.close(fd)
+    return Child(pid=pid, pidfd=_pidfd(pid))
+
+
+def _file_actions(wanted: Mapping[int, int | None], duplicates: list[int]) -> list[tuple[int, ...]]:
+    """Plan the child's descriptors; a source that would be overwritten before its turn is duplicated."""
+    actions: list[tuple[int, ...]] = []
+    for target, source in wanted.items():
+        if source is None:
+            actions.append((os.POSIX_SPAWN_OPEN, target, b"/dev/null", os.O_RDWR, 0))  # type: ignore[arg-type]
+            continue
+        if source != target and source in wanted:
+            source = fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, max(wanted) + 1)
+            duplicates.append(source)
+        actions.append((os.POSIX_SPAWN_DUP2, source, target))
+    return actions
+
+
+def _pidfd(pid: int) -> int:
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
+
+
+def find(name: str, path: str = DEFAULT_PATH) -> str:
+    """Return the executable that `name` means in a PATH. Raises FileNotFoundError."""
+    if "/" in name:
+        return name
+    for directory in path.split(":"):
+        candidate = f"{directory or '.'}/{name}"
+        if os.access(candidate, os.X_OK) and os.path.isfile(candidate):
+            return candidate
+    raise FileNotFoundError(2, "executable not found in PATH", name)
+
+
+def input_file(data: bytes) -> int:
+    """Return a descriptor from which a child reads exactly `data`: no pipe to fill, no writer to wait for."""
+    fd = os.memfd_create("stdin")
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        os.lseek(fd, 0, os.SEEK_SET)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def kill_group(child: Child, signum: int = signal.SIGKILL) -> None:
+    """Signal the child's process group and every descendant that left it. Only before `reap`.
+
+    A zombie still owns its number, so an unreaped leader's group cannot be somebody else's.
+    """
+    strays = list(descendants(child.pid))
+    for send, target in [(os.killpg, child.pid), *((os.kill, pid) for pid in strays)]:
+        try:
+            send(target, signum)
+        except ProcessLookupError:
+            continue
+
+
+def descendants(pid: int) -> Iterator[int]:
+    """Yield the live descendants of a process, parents first (orphans have already gone elsewhere)."""
+    for child in _children(pid):
+        yield child
+        yield from descendants(child)
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/children", "rb") as file:
+                found += map(int, file.read().split())
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return found
+
+
+def reap(child: Child) -> int:
+    """Wait for the end of a child, release its number and pidfd; return its code, or -n for signal n.
+
+    Blocks when the child has not ended: wait until its pidfd is readable first. Raises ChildProcessError when
+    somebody else has waited for it.
+    """
+    try:
+        result = os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED)
+    finally:
+        os.close(child.pidfd)
+    if result is None:  # only with WNOHANG
+        raise ChildProcessError(child.pid)
+    return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
+
+
+def start_time(pid: int) -> int:
+    """Return when a process started, in clock ticks since boot: with the pid its identity until a reboot.
+
+    Field 22 of /proc/<pid>/stat, see proc(5). Raises ProcessLookupError.
+    """
+    return int(_stat(pid)[19])
+
+
+def alive(pid: int, start_time: int) -> bool:
+    """Say whether exactly this process exists and is not a zombie."""
+    try:
+        stat = _stat(pid)
+    except ProcessLookupError:
+        return False
+    return int(stat[19]) == start_time and stat[0] not in (b"Z", b"X")
+
+
+def _stat(pid: int) -> list[bytes]:
+    """Return the fields from the third on: the second, the command, may hold spaces and parentheses."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()
+    except FileNotFoundError:
+        raise ProcessLookupError(3, "no such process", str(pid)) from None

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ends of processes that an OCI runtime left to us: each exit is delivered once, by pidfd, never by number.
+
+A shim is a child subreaper, so a container's init, an exec's process and, where a container shares the host's pid
+namespace, their orphans become its children. The first two are claimed by number as soon as the runtime has told
+it; while a runtime is at work nobody knows which zombie is to be claimed, so strays are reaped only between.
+The exits of a shim that died are lost; `cri_server` reports them as 255.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Iterator
+
+from shim import errors, linux, loop, process
+
+LOST = 255  # the exit code of a process that was never our child
+
+
+class Process:
+    """A claimed process. `wait` once; it ends the claim. `signal` is harmless when the process has ended."""
+
+    def __init__(self, reaper: "Reaper", pid: int) -> None:
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except ProcessLookupError as error:
+            raise errors.Internal(f"process {pid} was gone before it could be watched") from error
+        self.pid = pid
+        self._reaper = reaper
+        reaper.claimed[pid] = self
+
+    async def wait(self) -> int:
+        """Return the exit code, 128+n when signal n ended it, once it has ended; its number is free then."""
+        await loop.readable(self._pidfd)
+        code = _exit_code(self._pidfd)
+        self._reaper.claimed.pop(self.pid, None)
+        pidfd, self._pidfd = self._pidfd, -1
+        os.close(pidfd)
+        self._reaper.sweep()
+        return code
+
+    def signal(self, signum: int) -> None:
+        """Send a signal. Raises InvalidArgument for a number that is none."""
+        if self._pidfd < 0:
+            return
+        try:
+            signal.pidfd_send_signal(self._pidfd, signum)
+        except ProcessLookupError:
+            return
+        except (OSError, ValueError) as error:
+            raise errors.InvalidArgument(f"cannot send signal {signum}: {error}") from error
+
+    def kill_tree(self) -> None:
+        """Kill it with its process group and its descendants; nothing happens when it has ended."""
+        if self._pidfd >= 0:
+            process.kill_group(process.Child(pid=self.pid, pidfd=self._pidfd))
+
+
+def _exit_code(pidfd: int) -> int:
+    try:
+        end = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+    except ChildProcessError:
+        return LOST
+    if end is None:
+        return LOST
+    return end.si_status if end.si_code == os.CLD_EXITED else 128 + end.si_status
+
+
+class Reaper:
+    """Watches claimed processes and buries strays. One per shim."""
+
+    def __init__(self) -> None:
+        self.claimed: dict[int, Process] = {}
+        self._launching = 0
+
+    def claim(self, pid: int) -> Process:
+        """Watch a process that a runtime has just started. Raises Internal when it does not exist."""
+        return Process(self, pid)
+
+    @contextlib.contextmanager
+    def launching(self) -> Iterator[None]:
+        """Keep every zombie while a child of ours runs that may still tell whose it is."""
+        self._launching += 1
+        try:
+            yield
+        finally:
+            self._launching -= 1
+            self.sweep()
+
+    def sweep(self) -> None:
+        """Reap what has ended and belongs to nobody."""
+        while not self._launching:
+            try:
+                end = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if end is None or end.si_pid in self.claimed:
+                    return  # A claimed one is reaped by its owner, who sweeps again.
+                os.waitid(os.P_PID, end.si_pid, os.WEXITED | os.WNOHANG)
+            except ChildProcessError:
+                return
+
+    async def run(self) -> None:
+        """Become a subreaper and sweep whenever a child ends, until cancelled."""
+        linux.prctl_set_child_subreaper()
+        ours, wakeup = socket.socketpair()
+        with ours, wakeup:
+            ours.setblocking(False)
+            wakeup.setblocking(False)
+            signal.signal(signal.SIGCHLD, lambda *_: None)
+            previous = signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+            try:
+                while True:
+                    await loop.readable(ours.fileno())
+                    ours.recv(4096)
+                    self.sweep()
+            finally:
+                signal.set_wakeup_fd(previous)

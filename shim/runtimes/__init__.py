@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a shim asks of the thing that really makes containers, whatever its protocol.
+
+A runtime keeps its own state below its root and survives a shim; a shim holds nothing of a runtime but this object.
+Every verb ends within the handler's time limit or raises DeadlineExceeded with everything killed that it started.
+Failures carry the runtime's own words, in one line.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Protocol
+
+from shim import errors
+
+MESSAGE_LIMIT = 1024
+
+
+# The files of a launch in the directory that it is given; whoever gives it removes them.
+PROCESS_FILE = "process.json"
+PID_FILE = "pid"
+LOG_FILE = "runtime.log"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stdio:
+    """What a process gets as standard streams: descriptors (None: /dev/null), or a console socket's path."""
+
+    stdin: int | None = None
+    stdout: int | None = None
+    stderr: int | None = None
+    console: str = ""
+
+
+class Runtime(Protocol):
+    """The verbs of a container's life. `directory` is where a verb may put its files; the caller removes it."""
+
+    async def run(self, container_id: str, bundle: str, *, directory: str, stdio: Stdio) -> int:
+        """Create and start a container; return the host pid of its init."""
+
+    async def exec(self, container_id: str, *, directory: str, cgroup: str, stdio: Stdio) -> int:
+        """Start the process in `directory`/process.json inside a container; return its host pid.
+
+        `cgroup` is an existing part of the container's, as "[controller:]name"; empty: the container's own.
+        """
+
+    async def update(self, container_id: str, resources: bytes) -> None:
+        """Apply LinuxResources (OCI JSON)."""
+
+    async def delete(self, container_id: str) -> None:
+        """Remove the container, killing what is left. Nothing happens when it does not exist."""
+
+    def can_split_cgroups(self, controller: str) -> bool:
+        """Say whether `exec` takes a part of the container's cgroup in this hierarchy ("" for v2)."""
+
+
+class Silent(errors.ShimError):
+    """The runtime failed and its log does not say why; its stderr may."""
+
+
+def last_error(said: bytes) -> str:
+    """Return the last error of a runtime's log or stderr, in one line of at most 1 KiB; "" when there is none.
+
+    Lines are JSON objects with `level` and `msg` (runc, crun, youki with --log-format json) or plain text.
+    """
+    last = ""
+    for line in said.decode(errors="replace").splitlines():
+        level, text = _parse(line)
+        if text and (level in ("error", "fatal", "panic") or not last):
+            last = text
+    return " ".join(last.split())[:MESSAGE_LIMIT]
+
+
+def _parse(line: str) -> tuple[str, str]:
+    try:
+        record = json.loads(line)
+        return str(record.get("level", "error")), str(record["msg"])
+    except (ValueError, KeyError, AttributeError, RecursionError):
+        return "error", line.strip()

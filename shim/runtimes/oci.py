@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""runc, crun, runsc and youki by their command line: one method per verb, the differences as data.
+
+A container is made with `run --detach`, one runtime process instead of the two of `create` and `start`. Standard
+streams are handed through: a detached runtime leaves them to the container. What the runtime itself has to say
+comes from its log file, not from those streams.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from shim import errors, loop, process, reaper, runtimes
+
+_OUTPUT_LIMIT = 64 << 10
+_LOG_TAIL = 16 << 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dialect:
+    """In what an OCI runtime's command line differs from the others'. `{log}` stands for the log file."""
+
+    global_flags: tuple[str, ...] = ()
+    log_flags: tuple[str, ...] = ("--log", "{log}", "--log-format", "json")
+    # The hierarchies ("v1", "v2") in which `exec --cgroup` takes "[controller:]name".
+    exec_cgroups: frozenset[str] = frozenset()
+    update_flags: tuple[str, ...] = ("--resources", "-")
+
+
+DIALECTS: Mapping[str, Dialect] = {
+    "runc": Dialect(exec_cgroups=frozenset({"v1", "v2"})),
+    "crun": Dialect(log_flags=("--log", "file:{log}", "--log-format", "json"), exec_cgroups=frozenset({"v2"})),
+    "runsc": Dialect(global_flags=("--ignore-cgroups=false",)),
+    "youki": Dialect(),
+}
+
+
+def dialect_of(name: str, path: str) -> Dialect:
+    """Return the dialect that the program's file name or the handler's name tells; else that of runc."""
+    return DIALECTS.get(os.path.basename(path)) or DIALECTS.get(name) or DIALECTS["runc"]
+
+
+class Oci:
+    """An OCI runtime at `path` with its state below `root`; implements `runtimes.Runtime`."""
+
+    def __init__(
+        self, path: str, root: str, *, dialect: Dialect, children: reaper.Reaper, timeout: float
+    ) -> None:
+        self._base = (path, "--root", root, *dialect.global_flags)
+        self._dialect = dialect
+        self._children = children
+        self._timeout = timeout
+
+    async def run(self, container_id: str, bundle: str, *, directory: str, stdio: runtimes.Stdio) -> int:
+        """Create and start a container; return the host pid of its init."""
+        pid_file = os.path.join(directory, runtimes.PID_FILE)
+        await self._launch(
+            ("run", "--detach", "--bundle", bundle, "--pid-file", pid_file, *_console(stdio), container_id),
+            directory, stdio,
+        )  # fmt: skip
+        return _read_pid(pid_file)
+
+    async def exec(
+        self, container_id: str, *, directory: str, cgroup: str, stdio: runtimes.Stdio
+    ) -> int:
+        """Start the process in `directory`/process.json inside a container; return its host pid."""
+        pid_file = os.path.join(directory, runtimes.PID_FILE)
+        part = ("--cgroup", cgroup) if cgroup else ()
+        await self._launch(
+            ("exec", "--detach", "--process", os.path.join(directory, runtimes.PROCESS_FILE), "--pid-file", pid_file,
+             *part, *_console(stdio), container_id),
+            directory, stdio,
+        )  # fmt: skip
+        return _read_pid(pid_file)
+
+    async def update(self, container_id: str, resources: bytes) -> None:
+        """Apply LinuxResources (OCI JSON)."""
+        await self._command(("update", *self._dialect.update_flags, container_id), stdin=resources)
+
+    async def delete(self, container_id: str) -> None:
+        """Remove the container, killing what is left. Nothing happens when it does not exist."""
+        await self._command(("delete", "--force", container_id))
+
+    def can_split_cgroups(self, controller: str) -> bool:
+        """Say whether `exec` takes a part of the container's cgroup in this hierarchy ("" for v2)."""
+        return ("v1" if controller else "v2") in self._dialect.exec_cgroups
+
+    async def _launch(self, verb: Sequence[str], directory: str, stdio: runtimes.Stdio) -> None:
+        log = os.path.join(directory, runtimes.LOG_FILE)
+        flags = [flag.replace("{log}", log) for flag in self._dialect.log_flags]
+        with _open_null() as null, self._children.launching():
+            done = await self._run(
+                (*self._base, *flags, *verb),
+                stdin=null if stdio.stdin is None else stdio.stdin,
+                stdout=null if stdio.stdout is None else stdio.stdout,
+                stderr=null if stdio.stderr is None else stdio.stderr,
+            )
+        if done.returncode:
+            raise _failure(verb[0], done, _read_log(log))
+
+    async def _command(self, verb: Sequence[str], *, stdin: bytes = b"") -> None:
+        with self._children.launching():
+            done = await self._run((*self._base, *verb), stdin=stdin)
+        if done.returncode:
+            raise _failure(verb[0], done, done.stderr)
+
+    async def _run(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bytes | int,
+        stdout: int | None = None,
+        stderr: int | None = None,
+    ) -> loop.Finished:
+        try:
+            return await loop.run_command(
+                argv, stdin=stdin, stdout=stdout, stderr=stderr,
+                timeout=self._timeout, max_output=_OUTPUT_LIMIT,
+            )  # fmt: skip
+        except TimeoutError as error:
+            verb = next(word for word in argv[3:] if not word.startswith("-"))
+            raise errors.DeadlineExceeded(
+                f"{argv[0]} {verb} did not end within {self._timeout:g} s and was killed"
+            ) from error
+        except OSError as error:
+            raise errors.FailedPrecondition(f"cannot run {argv[0]}: {error.strerror}") from error
+
+
+def _read_pid(path: str) -> int:
+    try:
+        with open(path, "rb") as file:
+            return int(file.read(32))
+    except (OSError, ValueError) as error:
+        raise errors.Internal("the runtime reported success but no pid") from error
+
+
+def _read_log(path: str) -> bytes:
+    """Return the last 16 KiB of what the runtime logged."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _LOG_TAIL))
+            return file.read(_LOG_TAIL)
+    except FileNotFoundError:
+        return b""
+
+
+@contextlib.contextmanager
+def _open_null() -> Iterator[int]:
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        yield null
+    finally:
+        os.close(null)
+
+
+def _console(stdio: runtimes.Stdio) -> tuple[str, ...]:
+    return ("--console-socket", stdio.console) if stdio.console else ()
+
+
+def _failure(verb: str, done: loop.Finished, said: bytes) -> errors.ShimError:
+    how = f"status {done.returncode}" if done.returncode > 0 else f"signal {-done.returncode}"
+    name = os.path.basename(done.argv[0])
+    message = runtimes.last_error(said)
+    if message:
+        return errors.ShimError(message)
+    return runtimes.Silent(f"{name} {verb} ended with {how} and said nothing")

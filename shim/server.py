@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shim's service: messages in, one call to the supervisor, messages out. No decision is made here.
+
+`serve` is where a forked shim begins and ends. Errors travel by their code; see `shim.ttrpc.server`.
+"""
+
+import os
+import socket
+import traceback
+from collections.abc import Iterable
+
+from shim import (
+    attach,
+    bootstrap,
+    container,
+    diagnostics,
+    errors,
+    exec,
+    loop,
+    reaper,
+    runtimes,
+    sandbox,
+    supervisor,
+)
+from shim.pb import shim_pb2 as pb
+from shim.runtimes import oci
+from shim.ttrpc import server as ttrpc
+
+SERVICE = "shim.v1.Shim"
+VERSION = 1
+DEFAULT_TIMEOUT = 120.0  # seconds for one call of an OCI runtime
+_ANSWER_SECONDS = 5.0
+
+
+def serve(listener: socket.socket, told: bootstrap.Bootstrap) -> None:
+    """Be the shim of a pod until it is told to end. The listener stays the caller's."""
+    os.umask(0o022)  # What runtimes and containers inherit is ours to choose.
+    diagnostics.set_context(pod=told.pod_id)
+    loop.set_error_hook(_report)
+    loop.run(_serve(listener, told))
+
+
+async def _serve(listener: socket.socket, told: bootstrap.Bootstrap) -> None:
+    children = reaper.Reaper()
+    pod = supervisor.Supervisor(runtime=make_runtime(told.handler, children), children=children)
+    service = ttrpc.Server(listener, SERVICE, Service(told.pod_id, pod).methods())
+    loop.spawn(children.run(), name="reaper")
+    accepting = loop.spawn(service.serve(), name="accept")
+    await pod.ending.wait()
+    accepting.cancel()
+    await service.drain(seconds=_ANSWER_SECONDS)
+
+
+def make_runtime(handler: bootstrap.HandlerSpec, children: reaper.Reaper) -> runtimes.Runtime:
+    """Return the runtime of a handler. Option `timeout`: seconds for one call of it, 120.
+
+    Raises InvalidArgument for a kind that this shim does not speak.
+    """
+    if handler.kind != "oci":
+        raise errors.InvalidArgument(f"handler {handler.name}: no runtime of kind {handler.kind!r}")
+    return oci.Oci(
+        handler.path,
+        handler.root,
+        dialect=oci.dialect_of(handler.name, handler.path),
+        children=children,
+        timeout=float(handler.options.get("timeout", DEFAULT_TIMEOUT)),
+    )
+
+
+class Service:
+    """The methods of shim.v1.Shim, in the order of shim.proto."""
+
+    def __init__(self, pod_id: str, pod: supervisor.Supervisor) -> None:
+        self._pod_id = pod_id
+        self._pod = pod
+
+    def methods(self) -> dict[str, ttrpc.Method]:
+        """Return the table that the ttrpc server dispatches by."""
+        unary = ttrpc.Unary
+        return {
+            "Ping": unary(request=pb.PingRequest, handler=self.ping),
+            "CreateSandbox": unary(request=pb.CreateSandboxRequest, handler=self.create_sandbox),
+            "StopSandbox": unary(request=pb.StopSandboxRequest, handler=self.stop_sandbox),
+            "Shutdown": unary(request=pb.ShutdownRequest, handler=self.shutdown),
+            "Create": unary(request=pb.CreateRequest, handler=self.create),
+            "Start": unary(request=pb.StartRequest, handler=self.start),
+            "State": unary(request=pb.StateRequest, handler=self.state),
+            "Kill": unary(request=pb.KillRequest, handler=self.kill),
+            "Wait": unary(request=pb.WaitRequest, handler=self.wait),
+            "Delete": unary(request=pb.DeleteRequest, handler=self.delete),
+            "Update": unary(request=pb.UpdateRequest, handler=self.update),
+            "ReopenLog": unary(request=pb.ReopenLogRequest, handler=self.reopen_log),
+            "Exec": ttrpc.Streaming(request=pb.ExecInput, handler=self.exec),
+            "Attach": ttrpc.Streaming(request=pb.AttachInput, handler=self.attach),
+        }
+
+    async def ping(self, _: pb.PingRequest) -> pb.PingResponse:
+        return pb.PingResponse(pod_id=self._pod_id, pid=os.getpid(), version=VERSION)
+
+    async def create_sandbox(self, request: pb.CreateSandboxRequest) -> pb.CreateSandboxResponse:
+        spec = None
+        if request.bundle:
+            spec = container.Spec(id=request.id, bundle=request.bundle, silent=True, cgroups={})
+        pid = await self._pod.create_sandbox(_namespaces(request), spec)
+        return pb.CreateSandboxResponse(pid=pid)
+
+    async def stop_sandbox(self, request: pb.StopSandboxRequest) -> pb.StopSandboxResponse:
+        await self._pod.stop_sandbox(list(_paths(request.sandbox).values()))
+        return pb.StopSandboxResponse()
+
+    async def shutdown(self, _: pb.ShutdownRequest) -> pb.ShutdownResponse:
+        self._pod.shut_down()
+        return pb.ShutdownResponse()
+
+    async def create(self, request: pb.CreateRequest) -> pb.CreateResponse:
+        self._pod.create(
+            container.Spec(
+                id=request.id,
+                bundle=request.bundle,
+                log_path=request.log_path,
+                terminal=request.terminal,
+                stdin=request.stdin,
+                stdin_once=request.stdin_once,
+                cgroups=dict(request.cgroups),
+            )
+        )
+        return pb.CreateResponse()
+
+    async def start(self, request: pb.StartRequest) -> pb.StartResponse:
+        return await self._pod.get(request.id).start()
+
+    async def state(self, request: pb.StateRequest) -> pb.StateResponse:
+        found = [self._pod.get(request.id)] if request.id else self._pod.list()
+        return pb.StateResponse(containers=[one.describe() for one in found])
+
+    async def kill(self, request: pb.KillRequest) -> pb.KillResponse:
+        await self._pod.get(request.id).kill(request.signal, everything=request.all)
+        return pb.KillResponse()
+
+    async def wait(self, request: pb.WaitRequest) -> pb.WaitResponse:
+        return pb.WaitResponse(exit=await self._pod.get(request.id).wait())
+
+    async def delete(self, request: pb.DeleteRequest) -> pb.DeleteResponse:
+        gone = await self._pod.delete(request.id)
+        return pb.DeleteResponse(exit=gone.exit if gone else None)
+
+    async def update(self, request: pb.UpdateRequest) -> pb.UpdateResponse:
+        await self._pod.get(request.id).update(request.resources)
+        return pb.UpdateResponse()
+
+    async def reopen_log(self, request: pb.ReopenLogRequest) -> pb.ReopenLogResponse:
+        self._pod.get(request.id).reopen_log()
+        return pb.ReopenLogResponse()
+
+    async def exec(self, stream: ttrpc.Stream) -> None:
+        first = await stream.recv()
+        _check_start(first)
+        start = first.start
+        await exec.Exec(self._pod.get(start.id), start, stream).run()
+
+    async def attach(self, stream: ttrpc.Stream) -> None:
+        first = await stream.recv()
+        _check_start(first)
+        start = first.start
+        await attach.attach(self._pod.get(start.id), start, stream)
+
+
+def _check_start(message: pb.ExecInput | pb.AttachInput | None) -> None:
+    if message is None or message.WhichOneof("input") != "start":
+        raise errors.InvalidArgument("the first input must be `start`")
+
+
+def _paths(request: pb.CreateSandboxRequest) -> dict[str, str]:
+    """Return the namespaces that are the pod's own, user first, for it owns the others."""
+    paths = {
+        "user": request.user_path,
+        "net": request.network_path,
+        "ipc": request.ipc_path,
+        "uts": request.uts_path,
+    }
+    return {kind: path for kind, path in paths.items() if path}
+
+
+def _namespaces(request: pb.CreateSandboxRequest) -> sandbox.Namespaces:
+    mapped = bool(request.uid_mappings and request.gid_mappings)
+    if mapped != bool(request.user_path):
+        raise errors.InvalidArgument("user_path, uid_mappings, gid_mappings: all or none")
+    return sandbox.Namespaces(
+        paths=_paths(request),
+        hostname=request.hostname,
+        sysctls=dict(request.sysctls),
+        uid_map=_map(request.uid_mappings),
+        gid_map=_map(request.gid_mappings),
+    )
+
+
+def _map(mappings: Iterable[pb.IdMapping]) -> str:
+    return "".join(f"{m.container_id} {m.host_id} {m.size}\n" for m in mappings)
+
+
+def _report(task: str, error: BaseException) -> None:
+    where = traceback.extract_tb(error.__traceback__)[-3:]
+    lines = [f"{frame.filename}:{frame.lineno}" for frame in where]
+    diagnostics.report("task failed", task=task, error=repr(error), at=lines)

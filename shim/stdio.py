@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The standard streams of one process: read once, written to its log and to everyone who is attached.
+
+    process ──pipe or terminal──► pump ──► log file        (first, and without waiting)
+                                      └──► sink, sink …    (waits for the slowest: that is the back-pressure)
+
+A chunk is in the log before any client sees it. A client that is gone, or that takes nothing for 30 s, is dropped;
+a process never notices who listens. At most one chunk of 64 KiB per stream is in memory. If the shim dies the pipes
+break with it, which is why `cri_server` kills the containers of a dead shim.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Protocol
+
+from shim import console, errors, logfile, loop, runtimes
+
+_CHUNK = 65536
+_STALL_SECONDS = 30.0
+_CONSOLE_SECONDS = 5.0
+_WORDS_SECONDS = 0.2
+_WORDS_LIMIT = 4096
+
+
+class Sink(Protocol):
+    """Somebody who wants output."""
+
+    async def output(self, stream: str, data: bytes) -> None:
+        """Take bytes of "stdout" or "stderr". Raises OSError or ShimError when it cannot take any more, ever."""
+
+
+class Streams:
+    """The streams of one process. `connect` once, then `drain`, then `close`, which may also come at any time.
+
+    `silent`: there is no input and nobody will ever read the output, so all are /dev/null.
+    """
+
+    def __init__(
+        self,
+        *,
+        terminal: bool,
+        stdin: bool,
+        silent: bool = False,
+        log: logfile.LogFile | None = None,
+    ) -> None:
+        self._silent = silent
+        self._terminal = terminal
+        self._wants_stdin = stdin
+        self._log = log
+        self._sinks: list[Sink] = []
+        self._pumps: list[_Pump] = []
+        self._input = -1
+        self._input_lock = loop.Lock()
+
+    async def connect(
+        self, directory: str, launch: Callable[[runtimes.Stdio], Awaitable[int]]
+    ) -> int:
+        """Let `launch` start the process with our streams; return its pid. Output is read from the start."""
+        if self._silent:
+            return await launch(runtimes.Stdio())
+        if self._terminal:
+            return await self._connect_terminal(directory, launch)
+        tail = _Tail()
+        self.add(tail)
+        try:
+            with self._pipes() as ends:
+                return await launch(ends)
+        except runtimes.Silent as error:
+            await self.drain(_WORDS_SECONDS, patient=False)
+            raise errors.ShimError(runtimes.last_error(tail.data) or error.message) from error
+        finally:
+            self.remove(tail)
+
+    async def _connect_terminal(
+        self, directory: str, launch: Callable[[runtimes.Stdio], Awaitable[int]]
+    ) -> int:
+        with console.ConsoleSocket(directory) as listener:
+            pid = await launch(runtimes.Stdio(console=listener.path))
+            try:
+                async with loop.timeout(_CONSOLE_SECONDS):
+                    self._use_terminal(await listener.receive())
+            except TimeoutError as error:
+                raise errors.Internal("the runtime sent no terminal") from error
+        return pid
+
+    def add(self, sink: Sink) -> None:
+        """Send a copy of all output from now on to a client."""
+        self._sinks.append(sink)
+
+    def remove(self, sink: Sink) -> None:
+        """Forget a client; nothing happens when it is not there."""
+        if sink in self._sinks:
+            self._sinks.remove(sink)
+
+    async def write_stdin(self, data: bytes) -> None:
+        """Pass bytes on; dropped when the process has no stdin (any more)."""
+        view = memoryview(data)
+        async with self._input_lock:
+            with contextlib.suppress(OSError):  # EBADF, EPIPE, EIO: the reader is gone.
+                while view and self._input >= 0:
+                    view = await _write_some(self._input, view)
+
+    async def close_stdin(self) -> None:
+        """Let the process read the end of its stdin, after what has been written. A terminal has no such end."""
+        async with self._input_lock:
+            if not self._terminal:
+                self._drop_input()
+
+    def resize(self, width: int, height: int) -> None:
+        """Set the size of the terminal, if there is one."""
+        if self._terminal and self._input >= 0:
+            console.resize(self._input, width, height)
+
+    async def drain(self, seconds: float, *, patient: bool) -> None:
+        """Read to the end of all output, or for `seconds` where a stranger keeps the pipes open.
+
+        What is in the pipes then is still delivered: if `patient`, to a slow client too; else only to the log.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with loop.timeout(seconds):
+                for pump in self._pumps:
+                    await pump.task.join()
+        for pump in self._pumps:
+            await pump.finish(patient=patient)
+
+    def close(self) -> None:
+        """Let go of everything; the log stays open."""
+        self._drop_input()
+        for pump in self._pumps:
+            pump.task.cancel()
+        self._sinks.clear()
+
+    @contextlib.contextmanager
+    def _pipes(self) -> Iterator[runtimes.Stdio]:
+        """Open the pipes and read from them; the process's ends are ours for the block only."""
+        stdin, ends = None, []
+        try:
+            if self._wants_stdin:
+                stdin, self._input = os.pipe()
+                os.set_blocking(self._input, False)
+                ends.append(stdin)
+            for stream in ("stdout", "stderr"):
+                ours, theirs = os.pipe()
+                ends.append(theirs)
+                self._pump(ours, stream)
+            yield runtimes.Stdio(stdin=stdin, stdout=ends[-2], stderr=ends[-1])
+        finally:
+            for fd in ends:
+                os.close(fd)
+
+    def _use_terminal(self, master: int) -> None:
+        self._input = master
+        self._pump(os.dup(master), "stdout")
+
+    def _pump(self, fd: int, stream: str) -> None:
+        os.set_blocking(fd, False)
+        self._pumps.append(_Pump(fd, stream, self._log, self._deliver))
+
+    async def _deliver(self, stream: str, data: bytes) -> None:
+        for sink in tuple(self._sinks):
+            try:
+                async with loop.timeout(_STALL_SECONDS):
+                    await sink.output(stream, data)
+            except (OSError, errors.ShimError):  # TimeoutError is an OSError.
+                self.remove(sink)
+
+    def _drop_input(self) -> None:
+        fd, self._input = self._input, -1
+        if fd >= 0:
+            loop.close(fd)
+
+
+class _Tail:
+    """Keeps the last words of a runtime that may fail without logging a reason."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    async def output(self, stream: str, data: bytes) -> None:
+        """Keep the end of stderr."""
+        if stream == "stderr":
+            self.data = (self.data + data)[-_WORDS_LIMIT:]
+
+
+class _Pump:
+    """Reads one descriptor, which it owns, to its end."""
+
+    def __init__(
+        self,
+        fd: int,
+        stream: str,
+        log: logfile.LogFile | None,
+        deliver: Callable[[str, bytes], Awaitable[None]],
+    ) -> None:
+        self._fd = fd
+        self._stream = stream
+        self._log = log
+        self._deliver = deliver
+        self._idle = False
+        self._log_only = False
+        self._budget: int | None = None  # how much is still to be read, once time is up
+        self.task = loop.spawn(self._run(), name=f"pump {stream}")
+
+    async def finish(self, *, patient: bool) -> None:
+        """Take what is in the pipe now and end. Unless `patient`, clients get none of it."""
+        if self.task.done:
+            return
+        self._budget = _capacity(self._fd)
+        self._log_only = not patient
+        if self._idle or not patient:
+            self.task.cancel()
+        await self.task.join()
+
+    async def _run(self) -> None:
+        try:
+            while chunk := await self._next():
+                if self._log:
+                    self._log.write(self._stream, chunk)
+                await self._offer(chunk)
+        except loop.Cancelled:
+            return  # by `close`
+        finally:
+            if self._log:
+                self._log.finish(self._stream)
+            os.close(self._fd)
+
+    async def _next(self) -> bytes:
+        if self._budget is None:
+            await self._wait()
+        elif self._budget <= 0:
+            return b""
+        chunk = _read(self._fd)
+        if self._budget is not None:
+            self._budget -= len(chunk)
+        return chunk
+
+    async def _wait(self) -> None:
+        self._idle = True
+        try:
+            await loop.readable(self._fd)
+        except loop.Cancelled:
+            if self._budget is None:
+                raise
+        finally:
+            self._idle = False
+
+    async def _offer(self, chunk: bytes) -> None:
+        if self._log_only:
+            return
+        try:
+            await self._deliver(self._stream, chunk)
+        except loop.Cancelled:
+            if not self._log_only:
+                raise
+
+
+def _read(fd: int) -> bytes:
+    """Read what is there; b"" at the end or when nothing is. EIO is how a terminal ends, see pty(7)."""
+    try:
+        return os.read(fd, _CHUNK)
+    except BlockingIOError:
+        return b""
+    except OSError as error:
+        if error.errno == errno.EIO:
+            return b""
+        raise
+
+
+async def _write_some(fd: int, view: memoryview) -> memoryview:
+    try:
+        return view[os.write(fd, view) :]
+    except BlockingIOError:
+        await loop.writable(fd)
+        return view
+
+
+def _capacity(fd: int) -> int:
+    """Return how many bytes a pipe holds at most; a terminal holds less than a chunk."""
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
+    except OSError:
+        return _CHUNK

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One pod: its namespaces, its sandbox container if it has one, its containers.
+
+What the shim knows is here and in the containers, in memory; what must outlive it is in exit records, logs and
+mounts. A verb that fails leaves things as they were, or says in the container's state what became of it.
+"""
+
+from collections.abc import Iterator
+
+from shim import container, diagnostics, errors, loop, reaper, runtimes, sandbox
+
+
+class Supervisor:
+    """The pod of this shim. Verbs on one object wait for each other; different objects do not."""
+
+    def __init__(self, *, runtime: runtimes.Runtime, children: reaper.Reaper) -> None:
+        self._runtime = runtime
+        self._children = children
+        self._containers: dict[str, container.Container] = {}
+        self._sandbox: container.Container | None = None
+        self._lock = loop.Lock()
+        self.ending = loop.Event()
+
+    # ---- the sandbox
+
+    async def create_sandbox(self, wanted: sandbox.Namespaces, spec: container.Spec | None) -> int:
+        """Make the namespaces and run the sandbox container, if any; return its pid or 0."""
+        async with self._lock:
+            await sandbox.create(wanted, self._children)
+            try:
+                return await self._start_sandbox(spec) if spec else 0
+            except BaseException:
+                self._release(wanted)
+                raise
+
+    async def stop_sandbox(self, paths: list[str]) -> None:
+        """Kill every process of the pod, then release its namespaces. Raises the first failure, after all."""
+        async with self._lock:
+            failures = [error for one in self._all() if (error := await self._stop(one))]
+            try:
+                sandbox.release(paths)
+            except OSError as error:
+                failures.append(errors.Internal(f"cannot release a namespace: {error}"))
+            if failures:
+                raise failures[0]
+
+    def shut_down(self) -> None:
+        """End the shim soon. Raises FailedPrecondition while a container runs."""
+        for one in self._all():
+            if one.state in (container.State.STARTING, container.State.RUNNING):
+                raise errors.FailedPrecondition(f"container {one.spec.id} is {one.state}")
+        self.ending.set()
+
+    # ---- containers
+
+    def create(self, spec: container.Spec) -> None:
+        """Take a container over. Raises FailedPrecondition when there is one of that id."""
+        if any(one.spec.id == spec.id for one in self._all()):
+            raise errors.FailedPrecondition(f"container {spec.id} exists already")
+        self._containers[spec.id] = self._make(spec)
+
+    def get(self, container_id: str) -> container.Container:
+        """Return a container, the sandbox container included. Raises NotFound."""
+        for one in self._all():
+            if one.spec.id == container_id:
+                return one
+        raise errors.NotFound(f"container {container_id} is not known to this shim")
+
+    def list(self) -> list[container.Container]:
+        """Return all containers, the sandbox container first."""
+        return list(self._all())
+
+    async def delete(self, container_id: str) -> container.Container | None:
+        """End and forget a container; return what it was, None when it is not known."""
+        try:
+            one = self.get(container_id)
+        except errors.NotFound:
+            return None
+        await one.delete()
+        self._containers.pop(container_id, None)
+        if one is self._sandbox:
+            self._sandbox = None
+        return one
+
+    # ---- inside
+
+    def _all(self) -> Iterator[container.Container]:
+        if self._sandbox:
+            yield self._sandbox
+        yield from self._containers.values()
+
+    def _make(self, spec: container.Spec) -> container.Container:
+        return container.Container(spec, runtime=self._runtime, children=self._children)
+
+    async def _start_sandbox(self, spec: container.Spec) -> int:
+        one = self._make(spec)
+        try:
+            await one.start()
+        except BaseException:
+            await one.delete()
+            raise
+        self._sandbox = one
+        return one.pid
+
+    async def _stop(self, one: container.Container) -> errors.ShimError | None:
+        """End a container and let the runtime forget it; its record stays until `delete`."""
+        try:
+            await one.end()
+        except errors.ShimError as error:
+            diagnostics.report("cannot end a container", container=one.spec.id, error=error.message)
+            return error
+        return None
+
+    def _release(self, wanted: sandbox.Namespaces) -> None:
+        try:
+            sandbox.release(wanted.paths.values())
+        except OSError as error:  # `create_sandbox` fails for the first reason.
+            diagnostics.report("cannot undo a sandbox", error=error)

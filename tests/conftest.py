@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test run does: probes instead of assumptions, no silent skips, and nothing left behind.
+
+The snapshot of the host is taken before the first test and compared after the last one (`residue.py`); anything
+left fails the run. CRI_TESTS_REQUIRE=all turns a skip into a failure unless a probe of `probes.ALLOWED` caused it.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shim import linux
+from tests import probes, residue
+
+REQUIRE_ALL = os.environ.get("CRI_TESTS_REQUIRE") == "all"
+ID = re.compile(rb"\b[0-9a-f]{64}\b")
+HUGETLB = Path("/sys/fs/cgroup/hugetlb")
+ALLOWED = pytest.StashKey[bool]()
+BEFORE = pytest.StashKey[frozenset[str]]()
+
+
+class Marks:
+    """What the run calls its own: names that show up in whatever it might leave behind."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def add(self, *names: str) -> None:
+        self.names.update(names)
+
+    def add_ids(self, log: Path) -> None:
+        """Add all pod and container ids of a server's log: half-made pods are in there too."""
+        if log.exists():
+            self.names.update(found.decode() for found in ID.findall(log.read_bytes()))
+
+
+MARKS = Marks()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(*names): what the machine must have (tests/probes.py)")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.stash[BEFORE] = residue.take()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("needs"):
+        for name in mark.args:
+            reason = probes.missing(name)
+            if reason:
+                item.stash[ALLOWED] = name in probes.ALLOWED
+                pytest.skip(f"needs {name}: {reason}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    if REQUIRE_ALL and report.skipped and not hasattr(report, "wasxfail"):  # type: ignore[attr-defined]
+        if not item.stash.get(ALLOWED, False):
+            report.outcome = "failed"  # type: ignore[attr-defined]
+            report.longrepr = f"skipped, but CRI_TESTS_REQUIRE=all: {report.longrepr}"  # type: ignore[attr-defined]
+    return report
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    left = residue.left(session.stash[BEFORE], marks=MARKS.names, alone=REQUIRE_ALL)
+    session.config.stash[LEFT] = left
+    if left and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+LEFT = pytest.StashKey[list[str]]()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    left = config.stash.get(LEFT, [])
+    if left:
+        terminalreporter.section("left behind", red=True)
+        for line in left:
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def marks() -> Marks:
+    """Return the run's marks; a fixture that makes something adds its name."""
+    return MARKS
+
+
+@pytest.fixture(scope="session")
+def crun() -> Iterator[str]:
+    """Make crun usable and return its name.
+
+    On a hybrid host crun refuses to work while cgroup v2 holds a controller, and hugetlb is the one that nobody
+    has mounted: it is mounted as a v1 hierarchy for the run.
+    """
+    mounted = False
+    if "hugetlb" in probes.missing("crun-works"):
+        HUGETLB.mkdir(exist_ok=True)
+        linux.mount("cgroup", os.fspath(HUGETLB), "cgroup", 0, "hugetlb")
+        mounted = True
+    yield "crun"
+    if mounted:
+        linux.umount2(os.fspath(HUGETLB), linux.MNT_DETACH)
+        HUGETLB.rmdir()

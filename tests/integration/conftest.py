@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real server, a real registry, a real network: registry → server → kubelet → pod → container.
+
+One server serves the whole session; a test that ends or breaks a server makes its own (`make_site`). The fixture
+`kubelet` removes the pods that its test made, and fails when a pod cannot be removed. CRI_ENDPOINT=unix://… holds
+the same tests against another runtime, which finds the registry through CRI_CERTS_DIR; tests of what is ours alone
+are marked `ours` and left out then.
+"""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import residue
+from tests.conftest import Marks
+from tests.fakes import kubelet as kubelets
+from tests.lab import cgroups, image, network, server
+from tests.lab import registry as registries
+
+ELSEWHERE = os.environ.get("CRI_ENDPOINT", "")
+SLEEP = ("sleep", "86400")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if ELSEWHERE:
+        items[:] = [item for item in items if item.get_closest_marker("ours") is None]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "ours: about this runtime only, not about every CRI server")
+
+
+# -- what stands for the whole session ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def home(marks: Marks) -> Iterator[Path]:
+    """Return a temporary folder for the registry and the configuration."""
+    with tempfile.TemporaryDirectory(prefix="crit-", dir="/tmp") as folder:
+        marks.add(folder)
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def net(marks: Marks) -> Iterator[network.Network]:
+    """Return a pod network of this run."""
+    made = network.own("crit")
+    marks.add(made.name)
+    yield made
+    cgroups.remove(f"/{made.name}")
+    made.remove()
+
+
+@pytest.fixture(scope="session")
+def registry(home: Path) -> Iterator[registries.Registry]:
+    """Return a running registry that the server knows as `registry.test`."""
+    with registries.run(home / "registry") as running:
+        if "CRI_CERTS_DIR" in os.environ:
+            running.hosts(Path(os.environ["CRI_CERTS_DIR"]))
+        yield running
+
+
+@pytest.fixture(scope="session")
+def busybox() -> image.Image:
+    """Return the test image (not yet in the registry)."""
+    return image.busybox()
+
+
+@pytest.fixture(scope="session")
+def settings(
+    home: Path, net: network.Network, registry: registries.Registry
+) -> dict[str, dict[str, Any]]:
+    """Return the configuration of a server, without its `[server]` section."""
+    hosts = registry.hosts(home / "certs.d", "mirror.test")
+    return {
+        "network": {"conf_dir": os.fspath(net.write(home / "net.d"))},
+        "images": {"registry_config_dirs": [os.fspath(hosts)]},
+        "runtime": {"default": "runc"},
+    }
+
+
+@pytest.fixture(scope="session")
+def site(settings: dict[str, dict[str, Any]], marks: Marks) -> Iterator[server.Site]:
+    """Return the session's server, running; at its end it must have cleaned up."""
+    with _site(settings, marks) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def endpoint(request: pytest.FixtureRequest) -> str:
+    """Return the socket that the tests talk to."""
+    if ELSEWHERE:
+        return ELSEWHERE
+    running: server.Site = request.getfixturevalue("site")
+    return running.endpoint
+
+
+@pytest.fixture(scope="session")
+def reference(registry: registries.Registry, busybox: image.Image) -> str:
+    """Return the reference of the test image in the registry."""
+    return registry.push(busybox, "test/busybox")
+
+
+@pytest.fixture(scope="session")
+def pulled(endpoint: str, reference: str) -> str:
+    """Return the reference of the test image, pulled into the session's server."""
+    with kubelets.Kubelet(endpoint) as client:
+        client.pull(reference)
+    return reference
+
+
+# -- what each test gets ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kubelet(endpoint: str, net: network.Network) -> Iterator[kubelets.Kubelet]:
+    """Return a client of the session's server; the pods that it makes go with it."""
+    prefix = "test" + os.urandom(4).hex()
+    with kubelets.Kubelet(endpoint, cgroup_parent=f"/{net.name}", prefix=prefix) as client:
+        yield client
+        client.remove_own_pods()
+
+
+@pytest.fixture
+def pod(kubelet: kubelets.Kubelet, pulled: str) -> kubelets.Pod:
+    """Return a running sandbox on the pod network."""
+    return kubelet.run_pod()
+
+
+@pytest.fixture
+def container(kubelet: kubelets.Kubelet, pod: kubelets.Pod, pulled: str) -> str:
+    """Return the id of a running container in `pod` that sleeps."""
+    return kubelet.run(pod, pulled, SLEEP)
+
+
+@pytest.fixture
+def make_site(
+    settings: dict[str, dict[str, Any]], marks: Marks
+) -> Iterator[Callable[..., server.Site]]:
+    """Return a function that starts a server of one's own; keyword arguments are further config tables."""
+    with contextlib.ExitStack() as stack:
+
+        def make(**tables: dict[str, Any]) -> server.Site:
+            merged = {**settings}
+            for name, table in tables.items():
+                merged[name] = {**merged.get(name, {}), **table}
+            return stack.enter_context(_site(merged, marks))
+
+        yield make
+
+
+@pytest.fixture
+def client_of(net: network.Network) -> Iterator[Callable[[server.Site], kubelets.Kubelet]]:
+    """Return a function that gives a client for a server of `make_site`."""
+    with contextlib.ExitStack() as stack:
+
+        def make(of: server.Site) -> kubelets.Kubelet:
+            client = kubelets.Kubelet(of.endpoint, cgroup_parent=f"/{net.name}", prefix="own")
+            return stack.enter_context(client)
+
+        yield make
+
+
+@contextlib.contextmanager
+def _site(settings: dict[str, dict[str, Any]], marks: Marks) -> Iterator[server.Site]:
+    with server.site(settings) as made:
+        marks.add(os.fspath(made.home))
+        made.start()
+        try:
+            yield made
+        finally:
+            _empty(made)
+            marks.add_ids(made.log)
+            _keep_log(made)
+
+
+def _empty(site: server.Site) -> None:
+    """Remove all pods, end the server, and see that its folders hold none."""
+    if site.process is None:
+        site.start()
+    with kubelets.Kubelet(site.endpoint) as client:
+        for pod in client.pods():
+            client.remove_pod(pod.id)
+    assert site.stop() == 0, site.tail()
+    assert residue.of_folders(site.root, site.state) == []
+
+
+def _keep_log(site: server.Site) -> None:
+    """Copy the server's log to $CRI_TESTS_LOGS, when that is set."""
+    if folder := os.environ.get("CRI_TESTS_LOGS"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        shutil.copy(site.log, Path(folder, f"{site.home.name}.log"))

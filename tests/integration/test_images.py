@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images through the socket: pull, status, list, remove, and their consistency (CRI ImageService)."""
+
+import concurrent.futures
+import time
+
+import grpc
+import pytest
+
+from cri_server.pb import api_pb2 as api
+from tests.fakes.kubelet import Kubelet
+from tests.lab import image, registry
+
+pytestmark = pytest.mark.needs("root", "overlay", "docker-registry")
+
+
+def tiny(name: str, **config: object) -> image.Image:
+    """Make an image of one file that no other image has."""
+    entry = image.Entry(name="file", data=name.encode())
+    return image.image([image.tar([entry])], {"Cmd": ["/file"], **config})
+
+
+def listed(kubelet: Kubelet, prefix: str) -> list[api.Image]:
+    """Return the images that have a name with `prefix`."""
+    images = kubelet.images.ListImages(api.ListImagesRequest()).images
+    return [i for i in images if any(t.startswith(prefix) for t in (*i.repo_tags, *i.repo_digests))]
+
+
+def test_pull_by_tag_tells_the_id(kubelet: Kubelet, registry: registry.Registry) -> None:
+    made = tiny("by-tag")
+    reference = registry.push(made, "images/by-tag", tag="v1")
+    assert kubelet.pull(reference) == made.id
+    found = kubelet.image_status(reference)
+    assert found is not None
+    assert found.id == made.id
+    assert list(found.repo_tags) == [reference]
+    assert list(found.repo_digests) == [f"registry.test/images/by-tag@{made.digest}"]
+    assert found.size > 0
+    kubelet.remove_image(reference)
+
+
+def test_pull_by_digest(kubelet: Kubelet, registry: registry.Registry) -> None:
+    made = tiny("by-digest")
+    registry.push(made, "images/by-digest")
+    reference = f"registry.test/images/by-digest@{made.digest}"
+    assert kubelet.pull(reference) == made.id
+    found = kubelet.image_status(reference)
+    assert found is not None
+    assert list(found.repo_tags) == []
+    assert list(found.repo_digests) == [reference]
+    kubelet.remove_image(reference)
+
+
+def test_no_tag_is_latest(kubelet: Kubelet, registry: registry.Registry) -> None:
+    made = tiny("no-tag")
+    registry.push(made, "images/no-tag")
+    assert kubelet.pull("registry.test/images/no-tag") == made.id
+    found = kubelet.image_status("registry.test/images/no-tag:latest")
+    assert found is not None
+    assert list(found.repo_tags) == ["registry.test/images/no-tag:latest"]
+    kubelet.remove_image(made.id)
+
+
+def test_an_image_is_found_by_every_name_and_by_its_id(
+    kubelet: Kubelet, registry: registry.Registry
+) -> None:
+    made = tiny("names")
+    reference = registry.push(made, "images/names", tag="v1")
+    kubelet.pull(reference)
+    names = [reference, made.id, made.id.removeprefix("sha256:"), made.id[7:25]]
+    names.append(f"registry.test/images/names@{made.digest}")
+    for name in names:
+        found = kubelet.image_status(name)
+        assert found is not None, name
+        assert found.id == made.id
+    kubelet.remove_image(reference)
+
+
+def test_an_unknown_image_is_not_an_error(kubelet: Kubelet) -> None:
+    assert kubelet.image_status("registry.test/images/unknown:v1") is None
+    assert kubelet.image_status("sha256:" + "0" * 64) is None
+    kubelet.remove_image("registry.test/images/unknown:v1")
+
+
+def test_three_tags_of_one_image_are_one_entry(
+    kubelet: Kubelet, registry: registry.Registry
+) -> None:
+    made = tiny("tags")
+    tags = [registry.push(made, "images/tags", tag=tag) for tag in ("1", "2", "3")]
+    assert {kubelet.pull(tag) for tag in tags} == {made.id}
+    [entry] = listed(kubelet, "registry.test/images/tags")
+    assert sorted(entry.repo_tags) == tags
+    kubelet.remove_image(tags[1])
+    assert not listed(kubelet, "registry.test/images/tags")
+    assert kubelet.image_status(tags[0]) is None
+
+
+def test_a_tag_that_moves_leaves_the_old_image(
+    kubelet: Kubelet, registry: registry.Registry
+) -> None:
+    old, new = tiny("moves-1"), tiny("moves-2")
+    reference = registry.push(old, "images/moves")
+    kubelet.pull(reference)
+    registry.push(new, "images/moves")
+    assert kubelet.pull(reference) == new.id
+    found = kubelet.image_status(reference)
+    assert found is not None
+    assert found.id == new.id
+    previous = kubelet.image_status(old.id)
+    assert previous is not None
+    assert list(previous.repo_tags) == []
+    kubelet.remove_image(old.id)
+    kubelet.remove_image(new.id)
+
+
+def test_one_image_of_two_registries_is_one_entry(
+    kubelet: Kubelet, registry: registry.Registry
+) -> None:
+    made = tiny("two-registries")
+    reference = registry.push(made, "images/two")
+    other = reference.replace("registry.test", f"{registry.address}")
+    assert kubelet.pull(reference) == kubelet.pull(other) == made.id
+    [entry] = listed(kubelet, "registry.test/images/two")
+    assert sorted(entry.repo_tags) == sorted([reference, other])
+    kubelet.remove_image(made.id)
+
+
+def test_simultaneous_pulls_and_removals_agree(
+    kubelet: Kubelet, registry: registry.Registry
+) -> None:
+    made = image.busybox([image.Entry(name="simultaneous", data=b"x" * 100)])
+    reference = registry.push(made, "images/simultaneous")
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        assert set(pool.map(kubelet.pull, [reference] * 6)) == {made.id}
+        list(pool.map(kubelet.remove_image, [made.id] * 6))
+    assert kubelet.image_status(made.id) is None
+
+
+def test_a_deadline_is_told_as_one(kubelet: Kubelet, registry: registry.Registry) -> None:
+    reference = registry.push(tiny("deadline"), "images/deadline")
+    request = api.PullImageRequest(image=api.ImageSpec(image=reference))
+    with pytest.raises(grpc.RpcError) as failure:
+        kubelet.images.PullImage(request, timeout=0.001)
+    assert failure.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("user", "uid", "name"),
+    [("1002", 1002, ""), ("www-data", None, "www-data"), ("1003:50000", 1003, ""), ("a:b", None, "a"), ("", None, "")],
+)
+def test_the_user_of_an_image(
+    kubelet: Kubelet, registry: registry.Registry, user: str, uid: int | None, name: str
+) -> None:
+    made = tiny(f"user-{user}", User=user)
+    reference = registry.push(made, "images/user", tag=made.id[7:15])
+    kubelet.pull(reference)
+    found = kubelet.image_status(reference)
+    assert found is not None
+    assert (found.uid.value if found.HasField("uid") else None) == uid
+    assert found.username == name
+    kubelet.remove_image(reference)
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["", "UPPER/case", "registry.test/a:b:c", "registry.test/a@sha256:12", "registry.test/ space", "-/x"],
+)
+def test_a_bad_reference_is_refused(kubelet: Kubelet, reference: str) -> None:
+    with pytest.raises(grpc.RpcError) as failure:
+        kubelet.pull(reference)
+    refused = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNKNOWN}
+    assert failure.value.code() in refused  # type: ignore[attr-defined]
+
+
+def test_what_the_registry_does_not_have(kubelet: Kubelet, registry: registry.Registry) -> None:
+    with pytest.raises(grpc.RpcError, match="none"):
+        kubelet.pull("registry.test/images/none:v1")
+
+
+@pytest.mark.ours
+def test_a_registry_that_is_down_is_named_so(kubelet: Kubelet) -> None:
+    address = f"127.0.0.1:{registry.free_port()}"
+    with pytest.raises(grpc.RpcError) as failure:
+        kubelet.pull(f"{address}/images/any:v1")
+    assert failure.value.code() is grpc.StatusCode.UNKNOWN  # type: ignore[attr-defined]
+    assert failure.value.details().startswith("RegistryUnavailable")  # type: ignore[attr-defined]
+
+
+def test_the_filesystem_of_images(kubelet: Kubelet, pulled: str) -> None:
+    answer = kubelet.images.ImageFsInfo(api.ImageFsInfoRequest())
+    [found] = answer.image_filesystems
+    assert found.fs_id.mountpoint.startswith("/")
+    assert found.HasField("used_bytes")
+    assert found.HasField("inodes_used")
+    assert abs(found.timestamp - time.time_ns()) < 60e9
+
+
+@pytest.mark.ours
+def test_the_list_can_be_filtered_and_streamed(kubelet: Kubelet, pulled: str) -> None:
+    condition = api.ImageFilter(image=api.ImageSpec(image=pulled))
+    [found] = kubelet.images.ListImages(api.ListImagesRequest(filter=condition)).images
+    assert pulled in found.repo_tags
+    with grpc.insecure_channel(kubelet.endpoint) as channel:
+        call = channel.unary_stream(
+            "/runtime.v1.ImageService/StreamImages",
+            request_serializer=api.StreamImagesRequest.SerializeToString,
+            response_deserializer=api.StreamImagesResponse.FromString,
+        )
+        ids = {i.id for chunk in call(api.StreamImagesRequest(), timeout=10) for i in chunk.images}
+    assert found.id in ids

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A parent for the pods' cgroups that belongs to one run, as the kubelet's `kubepods` belongs to the kubelet.
+
+Works on cgroup v1, hybrid and v2: the same path below every mounted hierarchy. Who puts pods below it removes
+them first; `remove` takes away empty folders only.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+MOUNTINFO = Path("/proc/self/mountinfo")
+
+
+def hierarchies() -> list[Path]:
+    """Return the mount points of all cgroup hierarchies."""
+    lines = (line.split() for line in MOUNTINFO.read_text().splitlines())
+    return [Path(f[4]) for f in lines if f[f.index("-") + 1] in ("cgroup", "cgroup2")]
+
+
+def below(parent: str) -> Iterator[Path]:
+    """Yield every folder below `parent` ("/name") in every hierarchy, children before their parents."""
+    for mount in hierarchies():
+        top = mount / parent.lstrip("/")
+        for folder, _, _ in os.walk(top, topdown=False):
+            yield Path(folder)
+
+
+def remove(parent: str) -> None:
+    """Remove `parent` and what is below it; a cgroup with processes in it stays."""
+    for folder in below(parent):
+        with contextlib.suppress(OSError):
+            folder.rmdir()

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this machine can do, found out by trying it.
+
+A test says `@pytest.mark.needs("root", "runc")`. A probe returns "" or the reason why not; each is asked once.
+`ALLOWED` are the things that a machine may truly lack: tests that need them are skipped even where
+CRI_TESTS_REQUIRE=all makes every other skip a failure.
+"""
+
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from shim import linux
+
+ALLOWED = frozenset({"apparmor", "selinux", "systemd", "cgroup-v1", "cgroup-v2", "kvm", "sys_resource"})
+PROBES: dict[str, Callable[[], str]] = {}
+
+
+def probe(name: str) -> Callable[[Callable[[], str]], Callable[[], str]]:
+    """Register a function as the probe of `name`."""
+
+    def register(function: Callable[[], str]) -> Callable[[], str]:
+        PROBES[name] = functools.cache(function)
+        return PROBES[name]
+
+    return register
+
+
+def missing(name: str) -> str:
+    """Return why this machine lacks `name`, or ""; a name without a probe is that of a command."""
+    if name in PROBES:
+        return PROBES[name]()
+    return "" if shutil.which(name) else f"{name} is not installed"
+
+
+@probe("root")
+def _root() -> str:
+    return "" if os.geteuid() == 0 else "not root"
+
+
+@probe("netns")
+def _netns() -> str:
+    ip = shutil.which("ip")
+    if ip is None:
+        return "ip is not installed"
+    name = f"probe-{os.getpid()}"
+    added = subprocess.run([ip, "netns", "add", name], capture_output=True, text=True, check=False)
+    if added.returncode == 0:
+        subprocess.run([ip, "netns", "delete", name], check=True)
+    return added.stderr.strip()
+
+
+@probe("overlay")
+def _overlay() -> str:
+    with tempfile.TemporaryDirectory(prefix="probe-") as folder:
+        low, up, work, top = (Path(folder, name) for name in ("low", "up", "work", "top"))
+        for path in (low, up, work, top):
+            path.mkdir()
+        options = f"lowerdir={low},upperdir={up},workdir={work}"
+        try:
+            linux.mount("overlay", os.fspath(top), "overlay", 0, options)
+        except OSError as e:
+            return f"overlay: {e}"
+        linux.umount2(os.fspath(top), 0)
+    return ""
+
+
+@probe("cni")
+def _cni() -> str:
+    folders = (Path("/opt/cni/bin"), Path("/usr/lib/cni"))
+    return "" if any((f / "bridge").exists() for f in folders) else "no CNI plugins"
+
+
+@probe("apparmor")
+def _apparmor() -> str:
+    return "" if Path("/sys/kernel/security/apparmor").is_dir() else "the kernel has no AppArmor"
+
+
+@probe("selinux")
+def _selinux() -> str:
+    return "" if Path("/sys/fs/selinux/enforce").exists() else "the kernel has no SELinux"
+
+
+@probe("systemd")
+def _systemd() -> str:
+    return "" if Path("/run/systemd/system").is_dir() else "systemd is not the init"
+
+
+@probe("cgroup-v2")
+def _cgroup_v2() -> str:
+    v2 = Path("/sys/fs/cgroup/cgroup.controllers").exists()
+    return "" if v2 else "cgroup v1 or hybrid"
+
+
+@probe("cgroup-v1")
+def _cgroup_v1() -> str:
+    return "" if PROBES["cgroup-v2"]() else "cgroup v2"
+
+
+@probe("kvm")
+def _kvm() -> str:
+    return "" if os.access("/dev/kvm", os.W_OK) else "no /dev/kvm"
+
+
+@probe("sys_resource")
+def _sys_resource() -> str:
+    status = Path("/proc/self/status").read_text()
+    effective = next(int(line.split()[1], 16) for line in status.splitlines() if "CapEff" in line)
+    return "" if effective & 1 << 24 else "CAP_SYS_RESOURCE is not to be had"
+
+
+@probe("crun-works")
+def _crun_works() -> str:
+    """Tell whether crun can run here: on a hybrid host it refuses while cgroup v2 holds a controller."""
+    if shutil.which("crun") is None:
+        return "crun is not installed"
+    controllers = Path("/sys/fs/cgroup/unified/cgroup.controllers")
+    held = controllers.read_text().strip() if controllers.exists() else ""
+    return f"the hybrid hierarchy holds {held}" if held else ""
