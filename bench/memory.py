@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a runtime's processes weigh, read from /proc.
 
-A runtime is its server (found as the peer of its socket) with all descendants, and every process that names one
-of its pods: in its command line, its cgroup, its folders or its sockets (shims are orphans on purpose). The
-processes inside containers are left out. Leaves the choice of moments to the caller.
+A runtime is its server (found as the peer of its socket) with all descendants, and every process
+that names one of its pods: in its command line, its cgroup, its folders or its sockets (shims are
+orphans on purpose). The processes inside containers are left out. Leaves the choice of moments to
+the caller.
 """
 
 import contextlib
@@ -21,7 +22,9 @@ RESIDENT = re.compile(r"^VmRSS:\s+(\d+) kB$", re.MULTILINE)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weight:
-    """KiB: `server` is the server's own resident set, `private` what all processes have for themselves."""
+    """KiB: `server` is the server's own resident set, `private` what all processes have for
+    themselves.
+    """
 
     server: int
     private: int
@@ -29,7 +32,9 @@ class Weight:
 
 
 def weigh(endpoint: str, *, pods: Set[str], containers: Set[str]) -> Weight:
-    """Weigh the runtime behind a unix:// endpoint; `pods` and `containers` are the ids that it has up."""
+    """Weigh the runtime behind a unix:// endpoint; `pods` and `containers` are the ids that it has
+    up.
+    """
     server = server_pid(endpoint)
     ours = {server, *_descendants(server), *_mentioning(pods)} - set(_inside(containers))
     return Weight(

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Our server and Debian's containerd, side by side: `make bench`.
 
-Both get the same runc, the same CNI configuration (bridge and portmap), the same registry and image, and folders
-of their own that are removed at the end. The pause image that containerd needs is made from Debian's catatonit.
+Both get the same runc, the same CNI configuration (bridge and portmap), the same registry and
+image, and folders of their own that are removed at the end. The pause image that containerd needs
+is made from Debian's catatonit.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from bench import pods
 from tests.fakes import kubelet
@@ -68,7 +70,7 @@ def _set_up(
     reference = store.push(image.busybox(), "bench/busybox")
     pause = store.push(pause_image(), "bench/pause")
     hosts, conf = store.hosts(home / "certs.d"), net.write(home / "net.d")
-    settings = {
+    settings: dict[str, dict[str, Any]] = {
         "server": {"log_level": "info"},
         "network": {"conf_dir": os.fspath(conf)},
         "images": {"registry_config_dirs": [os.fspath(hosts)]},

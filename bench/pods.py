@@ -3,9 +3,9 @@
 
     python -m bench.pods --image registry.test/bench/busybox ours=unix:///… containerd=unix:///…
 
-Ratios are to the last socket; the first one is judged by `LIMITS` and the exit status is 1 when it misses one.
-Every pod that is started is removed again, whatever fails. Times are of the calls alone, in milliseconds,
-seen by a client: medians over the rounds.
+Ratios are to the last socket; the first one is judged by `LIMITS` and the exit status is 1 when it
+misses one. Every pod that is started is removed again, whatever fails. Times are of the calls
+alone, in milliseconds, seen by a client: medians over the rounds.
 """
 
 import argparse
@@ -40,7 +40,9 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limit:
-    """What a row of the first socket may be: `of` is "ratio" (to the last socket) or "value" (in the row's unit)."""
+    """What a row of the first socket may be: `of` is "ratio" (to the last socket) or "value" (in
+    the row's unit).
+    """
 
     row: str
     of: str
@@ -85,7 +87,7 @@ class Subject:
         yield
         self.add(row, (time.perf_counter() - begin) * 1e3)
 
-    # -- one pod ------------------------------------------------------------------------------------------------
+    # -- one pod -----------------------------------------------------------------------------------
 
     def up(self) -> tuple[kubelet.Pod, str]:
         """Bring up a pod with one container, each call timed."""
@@ -121,7 +123,7 @@ class Subject:
                 request = api.ContainerStatsRequest(container_id=container)
                 self.client.runtime.ContainerStats(request)
 
-    # -- many pods ----------------------------------------------------------------------------------------------
+    # -- many pods ---------------------------------------------------------------------------------
 
     def throughput(self, *, workers: int, pods: int) -> None:
         """Bring `pods` pods up and down, `workers` at a time, and add the pods per second."""
@@ -163,7 +165,7 @@ class Subject:
                     call()
 
 
-# -- the whole run ----------------------------------------------------------------------------------------------
+# -- the whole run ---------------------------------------------------------------------------------
 
 
 def measure(subjects: Sequence[Subject], options: argparse.Namespace) -> list[Row]:

@@ -2,24 +2,31 @@
 """The configuration: a TOML file becomes frozen dataclasses, once, at start.
 
 A missing file means the defaults below, which work on a bare host. A key that is not known is
-refused together with the nearest one that is; a value of the wrong type is refused with its place
-in the file. Every setting is described in docs/configuration.md.
+refused together with the nearest one that is; a value that cannot be used is refused with its place
+in the file. Every setting is described in docs/configuration.md, and a test compares the two.
 """
 
 import dataclasses
 import difflib
+import re
 import shutil
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
 from cri_server import errors
 
 CgroupDriver = Literal["auto", "cgroupfs", "systemd"]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]  # a day: endless waits help nobody
+Count = Annotated[int, msgspec.Meta(ge=1)]
+
+INSTALLED = ("crun", "runc")  # offered where they are installed, and in this order as the default
+OPTIONS = ("timeout",)  # of a handler
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +39,13 @@ class Server:
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["console", "json"] = "console"
 
+    def __post_init__(self) -> None:
+        """Refuse what no server can use, also when it comes from the command line."""
+        if not self.listen.startswith("unix:///"):
+            raise ConfigError(f"listen: {self.listen!r} is not unix:///PATH")
+        for name in ("root", "state"):
+            _check_absolute(name, getattr(self, name))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Network:
@@ -40,9 +54,9 @@ class Network:
     conf_dir: Path = Path("/etc/cni/net.d")
     bin_dirs: tuple[Path, ...] = (Path("/opt/cni/bin"), Path("/usr/lib/cni"))
     cache_dir: Path = Path("/var/lib/cni")
-    add_timeout: float = 210.0
-    del_timeout: float = 60.0
-    status_timeout: float = 10.0
+    add_timeout: Seconds = 210.0
+    del_timeout: Seconds = 60.0
+    status_timeout: Seconds = 10.0
     ip_pref: Literal["cni", "ipv4", "ipv6"] = "cni"
 
 
@@ -55,20 +69,22 @@ class Images:
         Path("/etc/docker/certs.d"),
     )
     pinned: tuple[str, ...] = ()
-    max_parallel_downloads: int = 3
-    pull_progress_timeout: float = 300.0
+    max_parallel_downloads: Count = 3
+    pull_progress_timeout: Seconds = 300.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Handler:
-    """One `[runtimes.NAME]`: an OCI runtime by command line."""
+    """One `[runtimes.NAME]`: an OCI runtime by command line. `options` has keys of OPTIONS."""
 
     kind: Literal["oci"] = "oci"
     path: str = ""
-    options: Mapping[str, str] = field(default_factory=dict)
-    pod_annotations: tuple[str, ...] = ()
-    container_annotations: tuple[str, ...] = ()
+    options: Mapping[str, Seconds] = field(default_factory=dict)
     sandbox: Literal["namespaces", "container"] = "namespaces"
+
+    def __post_init__(self) -> None:
+        if "/" in self.path:
+            _check_absolute("path", Path(self.path))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,8 +93,8 @@ class Runtime:
 
     default: str = "runc"
     cgroup_driver: CgroupDriver = "auto"
-    exec_drain_timeout: float = 2.0
-    runtime_timeout: float = 120.0
+    exec_drain_timeout: Seconds = 2.0
+    runtime_timeout: Seconds = 120.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,66 +122,121 @@ class Config:
         return found
 
 
-class ConfigError(Exception):
-    """The file cannot be used; the message says where and why."""
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message says where and why."""
+
+
+SECTIONS = {"server": Server, "network": Network, "images": Images, "runtime": Runtime}
 
 
 def load(path: Path | None) -> Config:
     """Read `path`; None or a missing file gives the defaults. Raises ConfigError."""
-    if path is None or not path.exists():
-        return with_handlers(Config())
+    document: Mapping[str, Any] = {}
+    where = str(path)
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        if path is not None:
+            document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        where = "defaults"
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path}: {e}") from e
-    return with_handlers(parse(document, where=str(path)))
+        raise ConfigError(f"{where}: {e}") from e
+    except OSError as e:
+        raise ConfigError(f"{where}: {e.strerror}") from e
+    return with_handlers(parse(document, where=where), where=where)
 
 
 def parse(document: Mapping[str, Any], *, where: str = "config") -> Config:
     """Turn a TOML document into a Config, without looking at the host. Raises ConfigError."""
-    _refuse_unknown(document, Config, where)
-    for name in ("server", "network", "images", "runtime"):
-        kind = type(getattr(Config(), name))
-        _refuse_unknown(document.get(name, {}), kind, f"{where}: [{name}]")
-    for name, table in document.get("runtimes", {}).items():
-        _refuse_unknown(table, Handler, f"{where}: [runtimes.{name}]")
-    try:
-        return msgspec.convert(document, Config, dec_hook=_decode)
-    except msgspec.ValidationError as e:
-        raise ConfigError(f"{where}: {e}") from e
+    _refuse_unknown(document, _keys(Config), where)
+    sections = {n: _section(document.get(n, {}), k, f"{where}: [{n}]") for n, k in SECTIONS.items()}
+    tables = _table(document.get("runtimes", {}), f"{where}: [runtimes]")
+    handlers = {n: _handler(n, table, f"{where}: [runtimes.{n}]") for n, table in tables.items()}
+    return Config(**sections, runtimes=handlers)
 
 
-def with_handlers(config: Config) -> Config:
-    """Fill in what a handler leaves out: its binary by its name, and the default handlers.
+def with_handlers(config: Config, *, where: str = "config") -> Config:
+    """Fill in what the file leaves out: the handlers runc and crun where they are installed, the
+    binary of each by its name, and the default.
 
-    Without any `[runtimes.NAME]` every runtime of runc and crun that is installed is offered; the
-    default is the configured one if it is there, else the first of crun and runc.
+    The default "runc" gives way to the first of crun, runc and the configured ones that there is.
+    Any other must be there, so that a strong isolation is never replaced by a weak one. Raises
+    ConfigError.
     """
-    runtimes = dict(config.runtimes) or {n: Handler() for n in ("runc", "crun") if shutil.which(n)}
-    runtimes = {n: _with_path(n, h) for n, h in runtimes.items()}
+    installed = {n: Handler() for n in INSTALLED if shutil.which(n)}
+    runtimes = {n: _with_path(n, h) for n, h in {**installed, **config.runtimes}.items()}
     default = config.runtime.default
-    if default not in runtimes:
-        default = next((n for n in ("crun", "runc", *runtimes) if n in runtimes), default)
+    if default not in runtimes and default != Runtime().default:
+        known = ", ".join(runtimes) or "none"
+        raise ConfigError(f"{where}: runtime.default: no handler {default!r} (known: {known})")
+    default = next((n for n in (default, *runtimes) if n in runtimes), default)
     runtime = dataclasses.replace(config.runtime, default=default)
     return dataclasses.replace(config, runtimes=runtimes, runtime=runtime)
 
 
 def _with_path(name: str, handler: Handler) -> Handler:
-    return dataclasses.replace(handler, path=handler.path or shutil.which(name) or name)
+    wanted = handler.path or name
+    return dataclasses.replace(handler, path=shutil.which(wanted) or wanted)
 
 
-def _refuse_unknown(table: Mapping[str, Any], kind: type, where: str) -> None:
-    if not isinstance(table, Mapping):
-        raise ConfigError(f"{where}: expected a table")
-    known = [f.name for f in dataclasses.fields(kind)]
-    for key in table:
+# -- from TOML to values ---------------------------------------------------------------------------
+
+
+def _section(table: Any, kind: type, where: str) -> Any:
+    _refuse_unknown(table, _keys(kind), where)
+    try:
+        return msgspec.convert(table, kind, dec_hook=_decode)
+    except msgspec.ValidationError as e:
+        raise ConfigError(f"{where}: {_explain(str(e), kind)}") from e
+
+
+def _handler(name: str, table: Any, where: str) -> Handler:
+    """Refuse unknown options too, and a name that is no file name: a folder is called by it."""
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"{where}: {name!r} is not a handler name")
+    handler: Handler = _section(table, Handler, where)
+    _refuse_unknown(handler.options, OPTIONS, f"{where}: options")
+    return handler
+
+
+def _refuse_unknown(table: Any, known: Collection[str], where: str) -> None:
+    for key in _table(table, where):
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f" (known: {', '.join(known)})"
             raise ConfigError(f"{where}: unknown key {key!r}{hint}")
 
 
+def _table(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: expected a table")
+    return value
+
+
+def _keys(kind: type) -> tuple[str, ...]:
+    return tuple(f.name for f in dataclasses.fields(kind))
+
+
 def _decode(kind: type, value: object) -> object:
-    if kind is Path and isinstance(value, str):
-        return Path(value)
-    raise NotImplementedError(f"{kind} from {type(value)}")
+    if kind is not Path or not isinstance(value, str):
+        raise ValueError(f"Expected a path, got {value!r}")
+    path = Path(value)
+    if not path.is_absolute():
+        raise ValueError(f"{value!r} is not an absolute path")
+    return path
+
+
+def _check_absolute(name: str, path: Path) -> None:
+    if not path.is_absolute():
+        raise ConfigError(f"{name}: {str(path)!r} is not an absolute path")
+
+
+def _explain(message: str, kind: type) -> str:
+    """Turn "reason - at `$.key[0]`" into "key[0]: reason", with the choices where there are any."""
+    reason, _, place = message.partition(" - at `$.")
+    if not place:
+        return reason
+    key = place.removesuffix("`")
+    hint = get_type_hints(kind).get(key)
+    if get_origin(hint) is Literal:
+        reason += f" (known: {', '.join(get_args(hint))})"
+    return f"{key}: {reason}"

@@ -24,6 +24,7 @@ from google.protobuf import json_format
 from cri_server import bundles, config, errors, host, locks, names, shims, spec, state, steps
 from cri_server.images import store as images
 from cri_server.pb import api_pb2 as api
+from shim import errors as shim_errors
 from shim.pb import shim_pb2
 
 log = structlog.get_logger()
@@ -32,6 +33,7 @@ CREATED, RUNNING, EXITED = (
     api.ContainerState.CONTAINER_RUNNING,
     api.ContainerState.CONTAINER_EXITED,
 )
+KILL_TIMEOUT = 10.0  # seconds: a shim never waits to deliver a signal, so one that does is stuck
 KILL_AGAIN = 1.0  # seconds until the first repeated SIGKILL; doubled up to a minute
 
 
@@ -98,9 +100,13 @@ class Containers:
         if earlier is not None:
             await self.remove(earlier.id)
         container = await self._store.put_container(_new(pod, wanted, image))
+        async with self._locks.held(container.id):  # a removal waits for the end of the making
+            return await self._make(pod, container, image)
+
+    async def _make(self, pod: state.Pod, container: state.Container, image: images.Image) -> str:
         recipe = steps.Steps("container made", pod=pod.id, container=container.id)
         try:
-            target = self._target(pod, wanted)
+            target = self._target(pod, container.config)
             request = bundles.Request(pod=pod, container=container, image=image, target_pid=target)
             container = await self._bundles.create(request, recipe)
             with recipe.step("record"):
@@ -182,15 +188,17 @@ class Containers:
         task.add_done_callback(self._tasks.discard)
 
     async def _follow(self, container: state.Container) -> None:
-        try:
-            with shims.translated():
-                answer = await self._shims.of(container.pod_id).wait(
-                    shim_pb2.WaitRequest(id=container.id)
-                )
-            record = answer.exit
-        except errors.CriError as e:
-            log.warning("container lost with its shim", container=container.id, error=str(e))
-            record = await self._bundles.bury(container)
+        record = None
+        while record is None:
+            try:
+                shim = self._shims.of(container.pod_id)
+                record = (await shim.wait(shim_pb2.WaitRequest(id=container.id))).exit
+            except (errors.Unavailable, shim_errors.ShimError) as e:
+                if not await self._shims.reconnect(container.pod_id):
+                    log.warning(
+                        "container lost with its shim", container=container.id, error=str(e)
+                    )
+                    record = await self._bundles.bury(container)
         await self._ended(container.id, record)
 
     async def _ended(self, container_id: str, record: shim_pb2.ExitRecord) -> None:
@@ -285,6 +293,12 @@ class Containers:
             for container in self._store.containers(pod_id):
                 each.push_async_callback(self.remove, container.id)
 
+    async def close(self) -> None:
+        """Stop following containers; they run on. Before the connections to their shims are closed."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
     # -- log --------------------------------------------------------------------------------------
 
     async def reopen_log(self, wanted: str) -> None:
@@ -377,9 +391,13 @@ class _Escalation:
 
     async def _signal(self, number: int, *, everything: bool) -> None:
         request = shim_pb2.KillRequest(id=self._container.id, signal=number, all=everything)
+        pod_id = self._container.pod_id
         try:
             with shims.translated():
-                await self._shims.of(self._container.pod_id).kill(request)
+                await self._shims.of(pod_id).kill(request, timeout=KILL_TIMEOUT)
+        except errors.DeadlineExceeded:
+            log.error("shim does not answer: killed, with all in its pod", pod=pod_id)
+            self._shims.kill(pod_id)
         except errors.CriError as e:  # a lost shim ends the container through `_follow`
             log.warning("signal not delivered", container=self._container.id, error=str(e))
 

@@ -34,6 +34,7 @@ from cri_server import (
     spec,
     state,
     steps,
+    together,
 )
 from cri_server.network import cni, netns
 from cri_server.pb import api_pb2 as api
@@ -114,12 +115,10 @@ class Pods:
             await asyncio.to_thread(self._files.create, pod)
         with recipe.step("shim"):
             shim_pid = await self._shims.fork(pod)
-        with recipe.step("namespaces"):
-            request = await self._sandbox_request(pod)
-            with shims.translated():
-                answer = await self._shims.of(pod.id).create_sandbox(request)
-        with recipe.step("network"):
-            result = await self._network.attach(self._attachment(pod)) if pod.own_network else None
+        with recipe.step("namespaces"), shims.translated():
+            await self._shims.of(pod.id).create_sandbox(self._sandbox_request(pod))
+        with recipe.step("network and init"):  # they do not need each other
+            result, pid = await together.both(self._attach(pod), self._start_init(pod))
         with recipe.step("record"):
             await self._store.put_pod(
                 dataclasses.replace(
@@ -128,11 +127,30 @@ class Pods:
                     ips=result.ips if result else (),
                     network=result.raw if result else None,
                     shim_pid=shim_pid,
-                    pid=answer.pid,
+                    pid=pid,
                 )
             )
         self.watch(self._store.pod(pod.id))
         recipe.done()
+
+    async def _attach(self, pod: state.Pod) -> cni.Result | None:
+        return await self._network.attach(self._attachment(pod)) if pod.own_network else None
+
+    async def _start_init(self, pod: state.Pod) -> int:
+        """Start the process that holds the pod's PID namespace, where it has one; return its pid."""
+        if not self._needs_init(pod):
+            return 0
+        cgroups_path = self._init_cgroup(pod)
+        await asyncio.to_thread(self._write_init_bundle, pod, cgroups_path)
+        request = shim_pb2.CreateRequest(
+            id=pod.id,
+            bundle=str(self._files.bundle(pod.id)),
+            cgroups=self._groups.directories(cgroups_path),
+        )
+        with shims.translated():
+            shim = self._shims.of(pod.id)
+            await shim.create(request)
+            return (await shim.start(shim_pb2.StartRequest(id=pod.id))).pid
 
     async def _undo(self, pod: state.Pod) -> None:
         """Release a pod whose making failed; if that fails too it stays listed NOTREADY."""
@@ -192,12 +210,9 @@ class Pods:
         await self._store.forget_pod(pod.id)
 
     async def _stop_shim(self, pod: state.Pod) -> None:
-        request = self._release_request(pod)
-        if not await self._shims.stop(pod, request) and request.bundle:
-            cgroups_path = self._groups.container_path(
-                pod.id, pod.config.linux.cgroup_parent, pod.id
-            )
-            await self._bundles.destroy(pod.handler, pod.id, cgroups_path)
+        stopped = await self._shims.stop(pod, self._release_request(pod))
+        if not stopped and self._needs_init(pod):
+            await self._bundles.destroy(pod.handler, pod.id, self._init_cgroup(pod))
 
     async def _detach(self, pod: state.Pod) -> None:
         if pod.network is not None:
@@ -281,24 +296,24 @@ class Pods:
 
     # -- what the shim and the CNI plugins are asked ----------------------------------------------
 
-    async def _sandbox_request(self, pod: state.Pod) -> shim_pb2.CreateSandboxRequest:
+    def _sandbox_request(self, pod: state.Pod) -> shim_pb2.CreateSandboxRequest:
         request = self._release_request(pod)
         request.hostname = podfiles.hostname(pod) if pod.own_network else ""
         request.sysctls.update(spec.sysctls(pod.config))
-        if request.bundle:
-            await asyncio.to_thread(self._write_sandbox_bundle, pod)
         return request
 
     def _release_request(self, pod: state.Pod) -> shim_pb2.CreateSandboxRequest:
-        """Return what names the sandbox's resources; all that the shim needs to release them."""
+        """Return what names the namespaces; all that the shim needs to release them."""
         pins = self._files.namespaces(pod)
         return shim_pb2.CreateSandboxRequest(
             id=pod.id,
             network_path=pins.get("network", ""),
             uts_path=pins.get("uts", ""),
             ipc_path=pins.get("ipc", ""),
-            bundle=str(self._files.bundle(pod.id)) if self._needs_init(pod) else "",
         )
+
+    def _init_cgroup(self, pod: state.Pod) -> str:
+        return self._groups.container_path(pod.id, pod.config.linux.cgroup_parent, pod.id)
 
     def _needs_init(self, pod: state.Pod) -> bool:
         options = pod.config.linux.security_context.namespace_options
@@ -321,15 +336,13 @@ class Pods:
             cgroup_parent=pod.config.linux.cgroup_parent,
         )
 
-    def _write_sandbox_bundle(self, pod: state.Pod) -> None:
-        """Write the bundle of the pod's init: catatonit from the host, in a root that holds nothing
-        else.
-        """
+    def _write_init_bundle(self, pod: state.Pod, cgroups_path: str) -> None:
+        """Write the bundle of the pod's init: catatonit from the host, in a root of its own."""
         bundle = self._files.bundle(pod.id)
         (bundle / "rootfs").mkdir(parents=True)
-        for name in ("catatonit", "proc", "dev", "sys"):
-            target = bundle / "rootfs" / name
-            target.touch() if name == "catatonit" else target.mkdir()
+        for name in ("proc", "dev", "sys"):
+            (bundle / "rootfs" / name).mkdir()
+        (bundle / "rootfs/catatonit").touch()
         document = spec.sandbox(
             spec.SandboxInput(
                 id=pod.id,
@@ -337,9 +350,7 @@ class Pods:
                 rootfs=str(bundle / "rootfs"),
                 init=_init_binary(),
                 namespaces=self._files.namespaces(pod),
-                cgroups_path=self._groups.container_path(
-                    pod.id, pod.config.linux.cgroup_parent, pod.id
-                ),
+                cgroups_path=cgroups_path,
                 host=self._facts.facts(pod.handler),
             )
         )

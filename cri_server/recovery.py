@@ -93,7 +93,7 @@ class Recovery:
         if pod.boot_id != state.boot_id() or not self._files.socket(pod.id).exists():
             return None
         try:
-            shim = await self._shims.adopt(pod)
+            shim = await self._shims.adopt(pod.id)
             with shims.translated():
                 answer = await shim.state(shim_pb2.StateRequest())
         except errors.CriError as e:

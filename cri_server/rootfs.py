@@ -23,9 +23,8 @@ from cri_server import errors, spec
 from cri_server.spec import checks, oci, processes
 from shim import linux
 
-PASSWD_LIMIT = (
-    1 << 20
-)  # bytes of /etc/passwd and /etc/group; longer ones are refused (CVE-2026-47262)
+PASSWD, GROUP = "/etc/passwd", "/etc/group"
+PASSWD_LIMIT = 1 << 20  # bytes of either; longer ones are refused (CVE-2026-47262)
 _IN_ROOT = linux.RESOLVE_IN_ROOT | linux.RESOLVE_NO_MAGICLINKS
 _LINKS = 40  # as the kernel's own limit, path_resolution(7)
 _KERNEL_TREES = ("/proc", "/sys", "/dev")
@@ -42,10 +41,10 @@ def resolve_user(root: str, wanted: spec.UserRequest) -> spec.User:
     ones, even when nothing is looked up: the OCI runtime reads them too.
     """
     with _opened(root) as top:
-        passwd = _records(top, "/etc/passwd")
-        groups = _records(top, "/etc/group")
+        passwd = _records(top, PASSWD)
+        groups = _records(top, GROUP)
     entry = _passwd_entry(passwd, wanted)
-    uid = wanted.uid if wanted.uid is not None else _number(entry[2], "/etc/passwd")
+    uid = wanted.uid if wanted.uid is not None else _number(entry[2], PASSWD)
     gid = _primary_group(groups, wanted, entry)
     extra = () if wanted.strict or not entry else _memberships(groups, entry[0])
     return spec.User(
@@ -73,37 +72,35 @@ def _primary_group(
     if wanted.gid is not None:
         return wanted.gid
     if not wanted.group:
-        return _number(entry[3], "/etc/passwd") if entry else 0
+        return _number(entry[3], PASSWD) if entry else 0
     found = next((e for e in groups if len(e) >= 3 and e[0] == wanted.group), None)
     if found is None:
         raise errors.InvalidArgument(
             f"group {wanted.group[:80]!r} is not in the image's /etc/group"
         )
-    return _number(found[2], "/etc/group")
+    return _number(found[2], GROUP)
 
 
 def _memberships(groups: Iterable[Sequence[str]], name: str) -> Iterable[int]:
-    return [_number(e[2], "/etc/group") for e in groups if len(e) >= 4 and name in e[3].split(",")]
+    return [_number(e[2], GROUP) for e in groups if len(e) >= 4 and name in e[3].split(",")]
 
 
-def _number(text: str, where: str) -> int:
-    number = checks.parse_identity(text, where)
+def _number(text: str, path: str) -> int:
+    number = checks.parse_identity(text, f"the image's {path}")
     if number is None:
-        raise errors.InvalidArgument(f"{where} of the image: {text[:80]!r} is not a number")
+        raise errors.InvalidArgument(f"the image's {path}: {text[:80]!r} is not a number")
     return number
 
 
 def _lenient(text: str) -> int | None:
     """Return the number, None for none: a broken line of another user does no harm."""
     with contextlib.suppress(errors.InvalidArgument):
-        return checks.parse_identity(text, "/etc/passwd")
+        return checks.parse_identity(text, PASSWD)
     return None
 
 
 def _home(entry: Sequence[str]) -> str:
-    """Return the home folder if it is a plain absolute path: it goes into the environment
-    (CVE-2022-4318).
-    """
+    """Return the home folder if it is a plain absolute path (CVE-2022-4318), else "/"."""
     home = entry[5] if len(entry) > 5 else ""
     return home if home.startswith("/") and home.isprintable() else "/"
 
@@ -117,21 +114,19 @@ def _records(top: int, path: str) -> list[list[str]]:
 
 
 def _read(top: int, path: str) -> bytes:
-    """Return a small regular file of the root. It is opened only once it is known to be one: FIFOs
-    and devices bite.
-    """
+    """Return a small regular file, opened only once it is known to be one; b"" if missing."""
     try:
         fd = linux.openat2(top, path, os.O_PATH, resolve=_IN_ROOT)
     except (FileNotFoundError, NotADirectoryError):
         return b""
     except OSError as e:
-        raise errors.InvalidArgument(f"{path} of the image: {e.strerror}") from e
+        raise errors.InvalidArgument(f"the image's {path}: {e.strerror}") from e
     try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
-            raise errors.InvalidArgument(f"{path} of the image is not a regular file")
+            raise errors.InvalidArgument(f"the image's {path} is not a regular file")
         if found.st_size > PASSWD_LIMIT:
-            raise errors.InvalidArgument(f"{path} of the image is larger than {PASSWD_LIMIT} bytes")
+            raise errors.InvalidArgument(f"the image's {path} is larger than {PASSWD_LIMIT} bytes")
         with open(f"/proc/self/fd/{fd}", "rb") as file:
             return file.read(PASSWD_LIMIT)
     finally:
@@ -192,9 +187,7 @@ def make_workdir(root: str, cwd: str, *, covered: Collection[str]) -> None:
 
 
 def make_folders(root: str, paths: Iterable[str], *, covered: Collection[str]) -> None:
-    """Make the folders of an image's VOLUMEs where they are missing. Arguments and errors as in
-    `make_workdir`.
-    """
+    """Make the folders of an image's VOLUMEs; arguments and errors as in `make_workdir`."""
     with _opened(root) as top:
         tree = _Tree(top, covered)
         for path in paths:
@@ -202,9 +195,7 @@ def make_folders(root: str, paths: Iterable[str], *, covered: Collection[str]) -
 
 
 class _Tree:
-    """The root as far as one call has looked at it. `covered` are paths on which something is or
-    will be mounted.
-    """
+    """The root as one call sees it. `covered` are paths on which something will be mounted."""
 
     def __init__(self, top: int, covered: Collection[str] = ()) -> None:
         self._top = top
@@ -212,10 +203,10 @@ class _Tree:
         self._links: dict[str, str | None] = {}
 
     def resolve(self, path: str) -> str:
-        """Return `path` without symlinks, absolute in the root; what does not exist is taken as it
-        stands.
+        """Return `path` without symlinks, absolute in the root.
 
-        Stops at a covered path: what its symlinks are cannot be seen from here.
+        What does not exist is taken as it stands. Stops at a covered path: what its symlinks are
+        cannot be seen from here.
         """
         done: list[str] = []
         left = deque(path.split("/"))
@@ -245,8 +236,8 @@ class _Tree:
         return self._links[path]
 
     def make(self, path: str, *, directory: bool) -> None:
-        """Make a resolved path, parents as folders, unless it exists. Nothing is done below a
-        covered path.
+        """Make a resolved path, parents as folders, unless it exists or lies below a covered
+        one.
         """
         if any(_below(path, c) for c in self.covered):
             return
@@ -262,9 +253,7 @@ class _Tree:
 
 
 def _readlink(top: int, path: str) -> str | None:
-    """Return where the symlink at `path` points, None if there is none. No component of it is
-    followed.
-    """
+    """Return where the symlink at `path` points, None if there is none; it follows nothing."""
     try:
         fd = linux.openat2(
             top, path, os.O_PATH | os.O_NOFOLLOW, resolve=_IN_ROOT | linux.RESOLVE_NO_SYMLINKS
@@ -300,9 +289,7 @@ def _enter(fd: int, name: str, path: str) -> int:
 
 
 def _is_folder(fd: int, name: str, path: str, *, wanted: bool) -> bool:
-    """Return whether the entry is there. Raises InvalidArgument if it is not of the kind that is
-    wanted.
-    """
+    """Return whether the entry is there. Raises InvalidArgument if it is not of that kind."""
     try:
         mode = os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode
     except FileNotFoundError:

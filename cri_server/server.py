@@ -161,6 +161,7 @@ class Graph:
             shim_host=shim_host,
             facts=facts,
         )
+        stack.push_async_callback(container_host.close)
         self.pods = pods.Pods(
             settings=settings,
             store=records,
@@ -212,11 +213,13 @@ class Graph:
             progress_timeout=settings.images.pull_progress_timeout,
         )
         puller = pull.Puller(
-            registry_client,
-            image_store,
-            self.layers,
-            max_parallel_downloads=settings.images.max_parallel_downloads,
+            client=registry_client,
+            images=image_store,
+            layer_host=self.layers,
+            collector=self.collector,
+            parallel=settings.images.max_parallel_downloads,
         )
+        stack.push_async_callback(puller.close)
         self.image = image.ImageService(
             imagehost.ImageHost(
                 puller=puller,

@@ -10,6 +10,8 @@ died leaves namespaces and processes behind, which the callers remove by themsel
 
 import asyncio
 import contextlib
+import os
+import signal
 from collections.abc import Awaitable, Callable, Iterator
 
 import structlog
@@ -60,6 +62,7 @@ class Shims:
         self._settings, self._zygote = settings, zygote
         self._files, self._facts = files, facts
         self._clients: dict[str, client.ShimClient] = {}
+        self._pids: dict[str, int] = {}
         self._watchers: dict[str, asyncio.Task[None]] = {}
 
     def of(self, pod_id: str) -> client.ShimClient:
@@ -79,16 +82,16 @@ class Shims:
             await self._connect(pod.id)
         return pid
 
-    async def adopt(self, pod: state.Pod) -> client.ShimClient:
+    async def adopt(self, pod_id: str) -> client.ShimClient:
         """Connect to the shim of a pod that an earlier server started. Raises Unavailable when it
         is not there.
         """
         with translated():
             try:
                 async with asyncio.timeout(CONNECT_TIMEOUT):
-                    return await self._connect(pod.id)
+                    return await self._connect(pod_id)
             except (OSError, TimeoutError) as e:
-                raise errors.Unavailable(f"shim of pod sandbox {pod.id[:13]}: {e!r}") from e
+                raise errors.Unavailable(f"shim of pod sandbox {pod_id[:13]}: {e!r}") from e
 
     async def _connect(self, pod_id: str) -> client.ShimClient:
         shim = await client.ShimClient.connect(str(self._files.socket(pod_id)))
@@ -97,7 +100,27 @@ class Shims:
             shim.close()
             raise errors.Unavailable(f"another shim answers for pod sandbox {pod_id[:13]}")
         self._clients[pod_id] = shim
+        self._pids[pod_id] = answer.pid
         return shim
+
+    async def reconnect(self, pod_id: str) -> bool:
+        """Say whether the shim is still there, with a new connection if the old one is lost."""
+        known = self._clients.get(pod_id)
+        if known is not None and not known.closed.done():
+            return True
+        try:
+            await self.adopt(pod_id)
+        except errors.Unavailable:
+            self._clients.pop(pod_id, None)
+            return False
+        return True
+
+    def kill(self, pod_id: str) -> None:
+        """Kill a shim that does not answer; what was in its pod is then found dead or buried."""
+        pid = self._pids.get(pod_id)
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def watch(self, pod: state.Pod, ended: Callable[[str], Awaitable[None]]) -> None:
         """Call `ended(pod id)` once when the shim or the sandbox container ends by itself."""
@@ -106,14 +129,13 @@ class Shims:
         task.add_done_callback(lambda _: self._watchers.pop(pod.id, None))
 
     async def _watch(self, pod: state.Pod, ended: Callable[[str], Awaitable[None]]) -> None:
-        shim = self._clients[pod.id]
-        if pod.pid:
-            with contextlib.suppress(shim_errors.ShimError):
-                await shim.wait(shim_pb2.WaitRequest(id=pod.id))
-        else:
-            await asyncio.shield(shim.closed)
-        if shim.closed.done():
-            self._clients.pop(pod.id, None)
+        while True:
+            shim = self._clients[pod.id]
+            if pod.pid and await _init_ended(shim, pod.id):
+                break
+            await asyncio.wait([shim.closed])
+            if not await self.reconnect(pod.id):
+                break
         self._watchers.pop(pod.id, None)  # `ended` may stop this pod, which must not cancel us
         await ended(pod.id)
 
@@ -145,13 +167,13 @@ class Shims:
             alive = True
         except shim_errors.Unavailable:
             log.info("shim was gone already", pod=pod_id)
-        except TimeoutError as e:
-            raise errors.DeadlineExceeded(
-                f"the shim of pod sandbox {pod_id[:13]} does not stop"
-            ) from e
+        except TimeoutError:
+            log.error("shim does not stop: killed", pod=pod_id)
+            self.kill(pod_id)
         except shim_errors.ShimError as e:
             raise errors.Internal(f"shim: {e.message}") from e
         self._clients.pop(pod_id, None)
+        self._pids.pop(pod_id, None)
         shim.close()
         return alive
 
@@ -175,3 +197,12 @@ class Shims:
         for shim in self._clients.values():
             shim.close()
         await self._zygote.close()
+
+
+async def _init_ended(shim: client.ShimClient, pod_id: str) -> bool:
+    """Wait for the end of a pod's init; False when the shim was lost before."""
+    try:
+        await shim.wait(shim_pb2.WaitRequest(id=pod_id))
+    except shim_errors.ShimError as e:
+        return not isinstance(e, shim_errors.Unavailable)
+    return True

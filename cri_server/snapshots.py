@@ -14,8 +14,8 @@ leaves rubbish in tmp/ that `images.gc` removes. Every removal is idempotent and
 disk.
 
 Mounts are made by the callers' word and are not remembered here. Writable layers are mounted
-"volatile": they never outlive a boot (design.md §4), and without it every unmount would sync the whole file system.
-Sizes are counters and cached measurements: no request waits for a walk through a tree.
+"volatile": they never outlive a boot (design.md §4), and without it every unmount would sync the
+whole file system. Sizes are counters and cached measurements: no request waits for a walk.
 """
 
 import asyncio
@@ -23,7 +23,6 @@ import errno
 import os
 import secrets
 import stat
-import tempfile
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,12 +91,15 @@ class Snapshots:
         """Return the folder with the content of a layer."""
         return self._layers_dir / key / "fs"
 
-    def staging(self) -> Path:
-        """Return a new folder for a layer in the making, with an empty fs/ in it."""
-        folder = Path(tempfile.mkdtemp(prefix="layer-", dir=self._tmp))
-        (folder / "fs").mkdir(mode=0o755)
+    def staging_path(self) -> Path:
+        """Return a name for a layer in the making; `stage` makes it."""
+        return self._tmp / f"layer-{secrets.token_hex(8)}"
+
+    def stage(self, folder: Path) -> None:
+        """Make a folder for a layer in the making, with an empty fs/ in it."""
+        folder.mkdir(mode=0o700)
+        (folder / "fs").mkdir()
         (folder / "fs").chmod(0o755)  # whatever our umask is
-        return folder
 
     def commit(self, staging: Path, key: str, layer: Layer) -> None:
         """Make a staged folder the layer `key`; if that is there already, it stays and this one

@@ -38,11 +38,10 @@ class Source:
 
 
 def check_source(mount: api.Mount) -> Source:
-    """Resolve the source of a CRI mount; one that is missing becomes a folder with mode 0755
-    (behaviour.md §7).
+    """Resolve the source of a CRI mount; a missing one becomes a folder with mode 0755.
 
-    Raises InvalidArgument if it can't be made, or if its mount does not propagate as asked
-    (critest).
+    Source: behaviour.md §7. Raises InvalidArgument if it can't be made, or if its mount does not
+    propagate as asked (critest).
     """
     path = mount.host_path
     try:
@@ -74,9 +73,7 @@ def _check_propagation(fd: int, path: str, wanted: _Propagation.ValueType) -> No
 
 
 def _propagation(fd: int) -> set[str]:
-    """Return the kinds of the optional fields, "shared" and "master", of the mount that holds `fd`
-    (proc_pid_mountinfo(5)).
-    """
+    """Return the optional fields, "shared", "master", of `fd`'s mount (proc_pid_mountinfo(5))."""
     info = Path(f"/proc/self/fdinfo/{fd}").read_text()
     number = next(line.split()[1] for line in info.splitlines() if line.startswith("mnt_id:"))
     for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
@@ -154,9 +151,7 @@ def host_devices() -> tuple[spec.DeviceNode, ...]:
 
 
 def seccomp_profile(path: str) -> Mapping[str, object]:
-    """Read a Localhost profile, a JSON object of at most 1 MiB. Raises InvalidArgument if it cannot
-    be one.
-    """
+    """Read a Localhost profile, a JSON object of at most 1 MiB. Raises InvalidArgument."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             text = file.read(PROFILE_LIMIT + 1)

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every test run does: probes instead of assumptions, no silent skips, and nothing left behind.
+"""What every test run does: probes instead of assumptions, no silent skips, and nothing left
+behind.
 
-The snapshot of the host is taken before the first test and compared after the last one (`residue.py`); anything
-left fails the run. CRI_TESTS_REQUIRE=all turns a skip into a failure unless a probe of `probes.ALLOWED` caused it.
+The snapshot of the host is taken before the first test and compared after the last one
+(`residue.py`); anything left fails the run. CRI_TESTS_REQUIRE=all turns a skip into a failure
+unless a probe of `probes.ALLOWED` caused it.
 """
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,7 @@ REQUIRE_ALL = os.environ.get("CRI_TESTS_REQUIRE") == "all"
 ID = re.compile(rb"\b[0-9a-f]{64}\b")
 HUGETLB = Path("/sys/fs/cgroup/hugetlb")
 ALLOWED = pytest.StashKey[bool]()
-BEFORE = pytest.StashKey[frozenset[str]]()
+BEFORE = pytest.StashKey[AbstractSet[str]]()
 
 
 class Marks:
@@ -41,7 +44,9 @@ MARKS = Marks()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "needs(*names): what the machine must have (tests/probes.py)")
+    config.addinivalue_line(
+        "markers", "needs(*names): what the machine must have (tests/probes.py)"
+    )
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -58,12 +63,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if REQUIRE_ALL and report.skipped and not hasattr(report, "wasxfail"):  # type: ignore[attr-defined]
-        if not item.stash.get(ALLOWED, False):
-            report.outcome = "failed"  # type: ignore[attr-defined]
-            report.longrepr = f"skipped, but CRI_TESTS_REQUIRE=all: {report.longrepr}"  # type: ignore[attr-defined]
+    skipped = report.skipped and not hasattr(report, "wasxfail")
+    if REQUIRE_ALL and skipped and not item.stash.get(ALLOWED, False):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, but CRI_TESTS_REQUIRE=all: {report.longrepr}"
     return report
 
 
@@ -78,7 +85,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 LEFT = pytest.StashKey[list[str]]()
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
     left = config.stash.get(LEFT, [])
     if left:
         terminalreporter.section("left behind", red=True)
@@ -96,8 +105,8 @@ def marks() -> Marks:
 def crun() -> Iterator[str]:
     """Make crun usable and return its name.
 
-    On a hybrid host crun refuses to work while cgroup v2 holds a controller, and hugetlb is the one that nobody
-    has mounted: it is mounted as a v1 hierarchy for the run.
+    On a hybrid host crun refuses to work while cgroup v2 holds a controller, and hugetlb is the one
+    that nobody has mounted: it is mounted as a v1 hierarchy for the run.
     """
     mounted = False
     if "hugetlb" in probes.missing("crun-works"):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What this machine can do, found out by trying it.
 
-A test says `@pytest.mark.needs("root", "runc")`. A probe returns "" or the reason why not; each is asked once.
-`ALLOWED` are the things that a machine may truly lack: tests that need them are skipped even where
-CRI_TESTS_REQUIRE=all makes every other skip a failure.
+A test says `@pytest.mark.needs("root", "runc")`. A probe returns "" or the reason why not; each is
+asked once. `ALLOWED` are the things that a machine may truly lack: tests that need them are skipped
+even where CRI_TESTS_REQUIRE=all makes every other skip a failure.
 """
 
 import functools
@@ -16,7 +16,9 @@ from pathlib import Path
 
 from shim import linux
 
-ALLOWED = frozenset({"apparmor", "selinux", "systemd", "cgroup-v1", "cgroup-v2", "kvm", "sys_resource"})
+ALLOWED = frozenset(
+    {"apparmor", "selinux", "systemd", "cgroup-v1", "cgroup-v2", "kvm", "sys_resource"}
+)
 PROBES: dict[str, Callable[[], str]] = {}
 
 
@@ -115,7 +117,9 @@ def _sys_resource() -> str:
 
 @probe("crun-works")
 def _crun_works() -> str:
-    """Tell whether crun can run here: on a hybrid host it refuses while cgroup v2 holds a controller."""
+    """Tell whether crun can run here: on a hybrid host it refuses while cgroup v2 holds a
+    controller.
+    """
     if shutil.which("crun") is None:
         return "crun is not installed"
     controllers = Path("/sys/fs/cgroup/unified/cgroup.controllers")

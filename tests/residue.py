@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a runtime may leave behind on a host, as a set of lines: take it before and after, and compare.
+"""What a runtime may leave behind on a host, as a set of lines: take it before and after, and
+compare.
 
-    process  27 /usr/bin/…            mentions one of the marks (command line, folder, open files, cgroup)
-    socket   /tmp/cri-x/run/…         bound below a mark
-    mount    /run/netns/4be1…         every mount of this mount namespace
-    netns    4be1…                    every name in /run/netns
-    link     veth0a1b (crit77)        every network interface, with its bridge
-    rule     nat -A CNI-… 4be1…       every iptables rule, both families
-    cgroup   memory/kubepods/4be1…    every folder of every hierarchy
-    file     /var/lib/cni/results/…   results of libcni and leases of host-local
+    process  27 /usr/bin/…            mentions one of the marks (command line, folder, open files,
+    cgroup) socket   /tmp/cri-x/run/…         bound below a mark mount    /run/netns/4be1…
+    every mount of this mount namespace netns    4be1…                    every name in /run/netns
+    link     veth0a1b (crit77)        every network interface, with its bridge rule     nat -A CNI-…
+    4be1…       every iptables rule, both families cgroup   memory/kubepods/4be1…    every folder of
+    every hierarchy file     /var/lib/cni/results/…   results of libcni and leases of host-local
 
-Marks (names of temporary folders, networks, cgroup parents, ids of pods) say what is ours. On a machine that is
-ours alone (CI) everything that is new counts; elsewhere only lines with a mark do. Stays behind by design of the
-plugins, and does not count: the bridge itself, host-local's bookkeeping and the chains that portmap makes once.
+Marks (names of temporary folders, networks, cgroup parents, ids of pods) say what is ours. On a
+machine that is ours alone (CI) everything that is new counts; elsewhere only lines with a mark do.
+Stays behind by design of the plugins, and does not count: the bridge itself, host-local's
+bookkeeping and the chains that portmap makes once.
 """
 
 import contextlib
@@ -27,7 +27,9 @@ from pathlib import Path
 from tests.lab import cgroups, network
 
 NETNS = Path("/run/netns")
-ONCE = re.compile(r"-A (CNI-HOSTPORT|PREROUTING|OUTPUT|POSTROUTING -m comment --comment \"CNI portfwd)")
+ONCE = re.compile(
+    r"-A (CNI-HOSTPORT|PREROUTING|OUTPUT|POSTROUTING -m comment --comment \"CNI portfwd)"
+)
 BOOKKEEPING = re.compile(r"/(lock|last_reserved_ip\.\d+)$")
 FOREIGN = re.compile(r"/(system|user|machine|init)\.(slice|scope)")
 
@@ -41,7 +43,8 @@ def take(marks: Iterable[str] = ()) -> frozenset[str]:
 
 
 def left(before: Set[str], *, marks: Iterable[str], alone: bool, seconds: float = 5.0) -> list[str]:
-    """Return what is there that was not there `before`, once it no longer shrinks to nothing within `seconds`.
+    """Return what is there that was not there `before`, once it no longer shrinks to nothing within
+    `seconds`.
 
     With `alone` everything counts, otherwise lines with one of the `marks`.
     """
@@ -55,7 +58,9 @@ def left(before: Set[str], *, marks: Iterable[str], alone: bool, seconds: float 
 
 
 def of_folders(root: Path, state: Path) -> list[str]:
-    """Return what a server without pods keeps in its folders and should not: records, bundles, temporary files."""
+    """Return what a server without pods keeps in its folders and should not: records, bundles,
+    temporary files.
+    """
     kept = [root / name for name in ("pods", "containers", "writable", "tmp")]
     kept += [state / name for name in ("pods", "containers")]
     return [f"file {path}" for folder in kept if folder.is_dir() for path in folder.iterdir()]
@@ -65,7 +70,7 @@ def _has(line: str, marks: Iterable[str]) -> bool:
     return any(mark in line for mark in marks)
 
 
-# -- the parts ----------------------------------------------------------------------------------------------------
+# -- the parts -------------------------------------------------------------------------------------
 
 
 def _mounts() -> Iterator[str]:

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Hashable
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class _Flight(Generic[T]):
@@ -70,3 +71,16 @@ class Flights(Generic[T]):
         self._leaving.discard(task)
         if not task.cancelled() and task.exception() is None and self._dispose is not None:
             self._dispose(task.result())
+
+
+async def in_thread(function: Callable[..., R], *args: Any) -> R:
+    """Run something blocking in a thread; a caller that is cancelled still waits for its end.
+
+    What comes after, such as removing what the thread makes, would otherwise run beside it.
+    """
+    task = asyncio.ensure_future(asyncio.to_thread(function, *args))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise

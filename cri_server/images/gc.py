@@ -18,7 +18,7 @@ from pathlib import Path
 import structlog
 
 from cri_server import snapshots, trees
-from cri_server.images import store
+from cri_server.images import flights, store
 
 log = structlog.get_logger()
 
@@ -51,14 +51,14 @@ class Collector:
     async def remove(self, wanted: str) -> None:
         """Remove an image, all its names, and what only it needed (CRI RemoveImage); unknown is
         fine."""
-        image = await asyncio.to_thread(self._images.remove, wanted)
+        image = await flights.in_thread(self._images.remove, wanted)
         if image is not None:
             log.info("image removed", image=image.id, names=image.repo_tags or image.repo_digests)
         await self.collect()
 
     async def start(self) -> None:
         """Remove what a crash left. Only before the first pull: everything in tmp/ goes."""
-        await asyncio.to_thread(_remove_all, self._snapshots.strays())
+        await flights.in_thread(_remove_all, self._snapshots.strays())
         await self.collect()
 
     async def collect(self) -> None:
@@ -66,8 +66,8 @@ class Collector:
         async with self._lock:
             # Claims first: a pull gives up its claim only when its record is there.
             needed = {*self._claims, *self._in_use()}
-            rubbish = await asyncio.to_thread(self._set_aside, needed)
-        await asyncio.to_thread(_remove_all, rubbish)
+            rubbish = await flights.in_thread(self._set_aside, needed)
+        await flights.in_thread(_remove_all, rubbish)
 
     def _set_aside(self, needed: set[str]) -> list[Path]:
         """Take layers and blobs without an owner out of their place; return what is left to

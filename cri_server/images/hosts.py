@@ -36,6 +36,9 @@ class Tls:
     skip_verify: bool = False
 
 
+SYSTEM_TRUST = Tls()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Host:
     """One place to ask. `netloc` is host[:port], `path` the prefix of the API, such as `/v2`."""
@@ -43,18 +46,28 @@ class Host:
     scheme: str
     netloc: str
     path: str = "/v2"
-    namespace: str = ""                     # the registry a mirror stands in for, sent as `?ns=`
+    namespace: str = ""  # the registry a mirror stands in for, sent as `?ns=`
     capabilities: frozenset[str] = CAPABILITIES
-    tls: Tls = Tls()
+    tls: Tls = SYSTEM_TRUST
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     dial_timeout: float = DIAL_TIMEOUT
-    own: bool = False                       # the registry of the reference: may see credentials
-    plain_fallback: bool = False            # loopback: plain http when the handshake fails
+    own: bool = False  # the registry of the reference: may see credentials
+    plain_fallback: bool = False  # loopback: plain http when the handshake fails
 
     @property
     def origin(self) -> str:
         """Scheme and authority: what decides whether credentials may be sent."""
         return f"{self.scheme}://{self.netloc}"
+
+    @property
+    def name(self) -> str:
+        """The host without its port, for messages and comparisons."""
+        return urllib.parse.urlsplit(self.origin).hostname or self.netloc
+
+    @property
+    def local(self) -> bool:
+        """Whether it is on this machine, by its name."""
+        return proxy.is_loopback(self.name)
 
 
 def load(dirs: Sequence[Path], registry_host: str) -> tuple[Host, ...]:
@@ -100,12 +113,12 @@ def _folder(dirs: Sequence[Path], registry_host: str) -> Path | None:
 def _default(registry_host: str, *, tls: Tls | None = None) -> Host:
     netloc = endpoint(registry_host)
     parts = urllib.parse.urlsplit(f"//{netloc}")
-    local = tls in (None, Tls()) and proxy.is_loopback(parts.hostname or "")
+    local = tls in (None, SYSTEM_TRUST) and proxy.is_loopback(parts.hostname or "")
     plain = local and parts.port in {None, 80}
     return Host(
         scheme="http" if plain else "https",
         netloc=netloc,
-        tls=tls or Tls(),
+        tls=tls or SYSTEM_TRUST,
         own=True,
         plain_fallback=local and not plain and parts.port != 443,
     )
@@ -124,7 +137,12 @@ def _from_document(document: dict[str, Any], folder: Path, registry_host: str) -
 
 
 def _host(
-    url: str, table: dict[str, Any], folder: Path, registry_host: str, *, plain_fallback: bool = False
+    url: str,
+    table: dict[str, Any],
+    folder: Path,
+    registry_host: str,
+    *,
+    plain_fallback: bool = False,
 ) -> Host:
     parts = urllib.parse.urlsplit(url if "://" in url else f"https://{url}")
     if parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc:
@@ -141,7 +159,7 @@ def _host(
         headers=_headers(table),
         dial_timeout=_duration(table.get("dial_timeout")),
         own=own,
-        plain_fallback=plain_fallback and tls == Tls(),
+        plain_fallback=plain_fallback and tls == SYSTEM_TRUST,
     )
 
 

@@ -2,7 +2,7 @@
 """From a layer's blob to a committed layer: the server's side of the worker process.
 
     staged ──► worker "apply" ──► folder below tmp/, diff id checked ──► commit: settle, rename
-                (any order, several at once)                             (when the layers below are there)
+                (any order, several at once)                             (those below are there)
 
 A layer whose commit does not come, because something failed or nobody wants it any more, is removed
 with its folder; a crash leaves the folder to `gc`. The worker can be killed at any time and is,
@@ -11,10 +11,10 @@ when its time is up.
 
 import asyncio
 import contextlib
-import errno
 import os
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from cri_server import commands, errors, snapshots, trees
-from cri_server.images import settle, tar
+from cri_server.images import flights, ingest, settle, tar
 
 TIMEOUT = 1800.0  # seconds for one layer
 _WORKER = (sys.executable, "-I", "-m", "cri_server.images.worker")
@@ -46,29 +46,40 @@ class Layers:
         self._snapshots, self._limits, self._timeout = layers, limits, timeout
 
     @contextlib.asynccontextmanager
-    async def staged(self, blob: Path, diff_id: str, below: Sequence[str]) -> AsyncIterator[Staged]:
+    async def staged(
+        self,
+        blob: AbstractAsyncContextManager[Path],
+        diff_id: str,
+        below: Sequence[str],
+        *,
+        slots: asyncio.Semaphore,
+    ) -> AsyncIterator[Staged]:
         """Have the content of a blob unpacked for the block; what is not committed then is removed.
 
         `below` are the keys under it, bottom first; they need not be there yet. Raises
         InvalidArgument for a layer that we refuse, ResourceExhausted for a bound or a full disk,
         Unknown for a wrong diff id.
         """
-        folder = await asyncio.to_thread(self._snapshots.staging)
+        folder = self._snapshots.staging_path()
         try:
-            known = all(self._snapshots.layer(key) for key in below)
-            job = {
-                "verb": "apply",
-                "blob": str(blob),
-                "into": str(folder),
-                "limits": asdict(self._limits),
-                "lowers": self._lowers(below) if known else None,
-            }
-            answer = await self._work(job)
+            await flights.in_thread(self._snapshots.stage, folder)
+            async with blob as path, slots:  # not held while the layer waits for those below
+                answer = await self._work(self._job(path, folder, below))
             if answer["diff_id"] != diff_id:
                 raise errors.Unknown(f"the layer unpacks to {answer['diff_id']}, not to {diff_id}")
             yield _staged(folder, answer)
         finally:
-            await asyncio.shield(asyncio.to_thread(trees.remove, folder))
+            await flights.in_thread(trees.remove, folder)
+
+    def _job(self, blob: Path, folder: Path, below: Sequence[str]) -> dict[str, Any]:
+        known = all(self._snapshots.layer(key) for key in below)
+        return {
+            "verb": "apply",
+            "blob": str(blob),
+            "into": str(folder),
+            "limits": asdict(self._limits),
+            "lowers": self._lowers(below) if known else None,
+        }
 
     async def commit(self, staged: Staged, key: str, below: Sequence[str]) -> None:
         """Make a staged layer the layer `key`; the layers `below` are there by now."""
@@ -76,8 +87,8 @@ class Layers:
         if staged.pending == "all":
             await self._work({"verb": "settle", "into": str(staged.folder), "lowers": lowers})
         elif staged.pending == "root" and lowers:
-            await asyncio.to_thread(_adopt_root, staged.folder / "fs", lowers[0])
-        await asyncio.to_thread(self._snapshots.commit, staged.folder, key, staged.layer)
+            await flights.in_thread(_adopt_root, staged.folder / "fs", lowers[0])
+        await flights.in_thread(self._snapshots.commit, staged.folder, key, staged.layer)
 
     def _lowers(self, below: Sequence[str]) -> Sequence[str]:
         return self._snapshots.lowerdirs(below) if below else ()
@@ -109,10 +120,7 @@ def _failure(answer: Mapping[str, Any]) -> errors.CriError:
         return errors.InvalidArgument(f"layer refused: {text}")
     if answer["kind"] == "too big":
         return errors.ResourceExhausted(f"layer refused: {text}")
-    name = errno.errorcode.get(code, str(code))
-    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM):
-        return errors.ResourceExhausted(f"layer not unpacked: {text} ({name})")
-    return errors.Internal(f"layer not unpacked: {text} ({name})")
+    return ingest.host_failure(OSError(code, text), "layer not unpacked")
 
 
 def _adopt_root(fs: Path, lower: str) -> None:

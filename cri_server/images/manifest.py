@@ -10,22 +10,16 @@ and from nowhere else.
 import hashlib
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import msgspec
 
-from cri_server import errors
+from cri_server import errors, spec
 
 MAX_DOCUMENT: Final = 4 << 20  # bytes, as in the peers
 MAX_LAYERS: Final = 500  # what overlayfs stacks
-
-OCI_INDEX = "application/vnd.oci.image.index.v1+json"
-DOCKER_INDEX = "application/vnd.docker.distribution.manifest.list.v2+json"
-OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
-DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
-SCHEMA_1 = "application/vnd.docker.distribution.manifest.v1"
 
 _CONFIGS = (
     "application/vnd.oci.image.config.v1+json",
@@ -67,10 +61,6 @@ class Platform(msgspec.Struct, frozen=True, kw_only=True, rename={"os_version": 
         return "/".join(p for p in (self.os, self.architecture, self.variant) if p)
 
 
-class _Typed(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    media_type: str = ""
-
-
 class Index(msgspec.Struct, frozen=True, kw_only=True):
     manifests: tuple[Descriptor, ...]
 
@@ -98,49 +88,38 @@ class _RootFs(msgspec.Struct, frozen=True, kw_only=True):
 class _Config(msgspec.Struct, frozen=True, kw_only=True):
     architecture: str = ""
     os: str = ""
+    variant: str = ""
     config: _Process | None = None
     rootfs: _RootFs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ImageConfig:
-    """What an image says about the process to run, verbatim: nothing in it is trusted."""
+class Config:
+    """What is used of a config: the process to run, verbatim, and the layers, bottom first."""
 
-    user: str = ""
-    env: tuple[str, ...] = ()
-    entrypoint: tuple[str, ...] = ()
-    cmd: tuple[str, ...] = ()
-    working_dir: str = ""
-    stop_signal: str = ""
-    labels: Mapping[str, str]
-    volumes: tuple[str, ...] = ()
-    architecture: str = ""
-    os: str = ""
+    process: spec.ImageConfig
+    platform: Platform
+    diff_ids: tuple[str, ...]
 
 
 # ---- reading
 
 
-def parse(body: bytes, media_type: str) -> Index | Manifest:
-    """Read what a reference resolved to. Raises InvalidArgument for everything that is not an
-    image."""
+def parse(body: bytes) -> Index | Manifest:
+    """Read what a reference resolved to; `registry` has checked its type.
+
+    Raises InvalidArgument for everything that is not an image.
+    """
     keys = _decode(body, dict[str, msgspec.Raw], "manifest").keys()
-    declared = _declared(body) or media_type.partition(";")[0].strip()
-    if declared.startswith(SCHEMA_1) or "fsLayers" in keys:
-        raise errors.InvalidArgument(
-            f"manifest of type {declared or SCHEMA_1} is too old to be supported"
-        )
     if "manifests" in keys and ("layers" in keys or "config" in keys):
         raise errors.InvalidArgument("the document is an index and a manifest at once")
     if "manifests" in keys:
-        _expect(declared, (OCI_INDEX, DOCKER_INDEX), "index")
         return _checked_index(_decode(body, Index, "index"))
-    _expect(declared, (OCI_MANIFEST, DOCKER_MANIFEST), "manifest")
     return _checked_manifest(_decode(body, Manifest, "manifest"))
 
 
-def parse_config(body: bytes, layers: int) -> tuple[ImageConfig, tuple[str, ...]]:
-    """Read a config; return it and the diff ids, bottom first. Raises InvalidArgument."""
+def parse_config(body: bytes, layers: int) -> Config:
+    """Read the config of an image with so many layers. Raises InvalidArgument."""
     config = _decode(body, _Config, "config")
     diff_ids = config.rootfs.diff_ids or ()
     if len(diff_ids) != layers:
@@ -150,8 +129,13 @@ def parse_config(body: bytes, layers: int) -> tuple[ImageConfig, tuple[str, ...]
     for diff_id in diff_ids:
         if not _DIFF_ID.fullmatch(diff_id):
             raise errors.InvalidArgument(f"diff id {diff_id[:80]!r} is not a sha256 digest")
-    process = config.config or _Process()
-    image = ImageConfig(
+    platform_ = Platform(os=config.os, architecture=config.architecture, variant=config.variant)
+    return Config(process=_process(config.config), platform=platform_, diff_ids=diff_ids)
+
+
+def _process(said: _Process | None) -> spec.ImageConfig:
+    process = said or _Process()
+    return spec.ImageConfig(
         user=process.user or "",
         env=process.env or (),
         entrypoint=process.entrypoint or (),
@@ -160,10 +144,7 @@ def parse_config(body: bytes, layers: int) -> tuple[ImageConfig, tuple[str, ...]
         stop_signal=process.stop_signal or "",
         labels=process.labels or {},
         volumes=tuple(process.volumes or ()),
-        architecture=config.architecture,
-        os=config.os,
     )
-    return image, diff_ids
 
 
 def _decode(body: bytes, kind: type[T], name: str) -> T:
@@ -175,16 +156,6 @@ def _decode(body: bytes, kind: type[T], name: str) -> T:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as e:
         raise errors.InvalidArgument(f"the {name} of the image is malformed: {e}") from e
-
-
-def _declared(body: bytes) -> str:
-    return _decode(body, _Typed, "manifest").media_type
-
-
-def _expect(declared: str, known: Sequence[str], what: str) -> None:
-    """Refuse a document that says it is something else. No type at all is allowed, and common."""
-    if declared and declared not in known and declared != "application/json":
-        raise errors.InvalidArgument(f"{declared[:100]!r} is not the type of an image {what}")
 
 
 def _checked_index(index: Index) -> Index:

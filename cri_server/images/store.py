@@ -25,8 +25,8 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from cri_server import errors
-from cri_server.images import manifest, reference
+from cri_server import errors, spec
+from cri_server.images import reference
 
 log = structlog.get_logger()
 VERSION = 1
@@ -46,7 +46,8 @@ class Image:
         str, ...
     ]  # repository@digest of what the name resolved to, the index if there is one
     size: int
-    config: manifest.ImageConfig
+    config: spec.ImageConfig
+    platform: str  # "linux/amd64"
     layers: tuple[str, ...]  # keys of snapshots, bottom first
     pinned: bool = False
     blobs: tuple[str, ...] = ()  # digests of index, manifest and config

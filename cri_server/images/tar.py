@@ -9,8 +9,7 @@ Where archives are ambiguous the reading is that of Go's archive/tar, which the 
 the registries' scanners use: a pax size wins over the header's, links and folders have no data,
 global pax headers mean nothing.
 
-    header (512) [x, L, K: about the next entry] ──► Entry ──► data ──► padding to 512 ──► next
-    header
+    header (512) [x, L, K: about the next entry] ──► Entry ──► data ──► padding to 512 ──► ...
 """
 
 import os

@@ -8,11 +8,11 @@ leaves a folder below tmp/.
 
 What overlayfs wants differs from what the tar says (OCI image-spec, layer.md, "Whiteouts"):
 
-    .wh.NAME        a character device 0:0 called NAME; if this layer has a folder NAME too, in whatever
-                    order they come, that folder is opaque: whiteouts hide only what lies below the
-                    layer
-    .wh..wh..opq    trusted.overlay.opaque=y on the folder; on the root it is told to the caller, because
-                    overlayfs does not look for it there
+    .wh.NAME        a character device 0:0 called NAME; if this layer has a folder NAME too, in
+                    whatever order they come, that folder is opaque instead: whiteouts hide only
+                    what lies below the layer
+    .wh..wh..opq    trusted.overlay.opaque=y on the folder; on the root it is told to the caller,
+                    because overlayfs does not look for it there
 
 What needs the layers below is left to `settle`: folders that the layer has things in, but not
 itself, and hard links to files that it does not have.
@@ -184,6 +184,8 @@ class Unpacker:
         try:
             end = 0
             for offset, length in entry.segments:
+                if not length:
+                    continue  # GNU tar ends a map so, to tell the size
                 if offset != end:
                     os.lseek(fd, offset, os.SEEK_SET)
                 for piece in reader.data(length):

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The OCI runtime spec as pure functions of CRI messages, image configs and host facts: no file, no
-clock, no process.
+"""The OCI runtime spec, by pure functions of CRI messages, image configs and host facts.
 
     validate_sandbox, validate_container    refuse what can never work, before anything is done
     container                               the config.json of a container
@@ -91,8 +90,7 @@ stop_signal_value = signals.stop_signal_value
 
 
 def container(wanted: types.ContainerInput) -> oci.Spec:
-    """Return the spec of a container. Parts of it are shared between calls (seccomp): do not change
-    it.
+    """Return the spec of a container. Its seccomp part is shared between calls: do not change it.
 
     Raises InvalidArgument as `validate_container` does, and for a Localhost seccomp file that holds
     no profile.
@@ -126,8 +124,9 @@ def validate_container(
     image: types.ImageConfig,
     defaults: types.Defaults | None = None,
 ) -> None:
-    """Refuse a container that can never be made as asked. Raises InvalidArgument (or Unimplemented)
-    naming the field.
+    """Refuse a container that can never be made as asked.
+
+    Raises InvalidArgument, for image volumes Unimplemented; the message names the field.
 
     What only a look at the host or the image's files can tell is left to `sources` and `rootfs`.
     """
@@ -174,8 +173,6 @@ def _check_process(config: api.ContainerConfig, image: types.ImageConfig) -> Non
 
 
 def seccomp_path(config: api.ContainerConfig) -> str:
-    """Return the file of the Localhost profile that must be read into
-    ContainerInput.seccomp_profile, "" for none.
-    """
+    """Return the file to read into ContainerInput.seccomp_profile, "" for none."""
     kind, path = security.seccomp_request(config.linux.security_context)
     return path if kind == "localhost" else ""

@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small refusals that every part of the spec shares. Each raises InvalidArgument that names the
-field.
-"""
+"""The refusals that every part of the spec shares: InvalidArgument that names the field."""
 
 import posixpath
 
 from cri_server import errors
 
-MAX_ID = (
-    2**31 - 1
-)  # what Kubernetes allows; larger numbers have wrapped to 0 elsewhere (CVE-2024-40635)
+# What Kubernetes allows; larger numbers have wrapped to 0 elsewhere (CVE-2024-40635).
+MAX_ID = 2**31 - 1
 
 
 def text(value: str, field: str) -> str:
@@ -20,9 +17,7 @@ def text(value: str, field: str) -> str:
 
 
 def line(value: str, field: str) -> str:
-    """Return `value` if it is one line of printable text: it will be written into a file or a
-    list.
-    """
+    """Return `value` if it is one printable line: it will be written into a file or a list."""
     if any(ord(c) < 32 or ord(c) == 127 for c in value):
         raise errors.InvalidArgument(f"{field}: contains a control character")
     return value
@@ -57,8 +52,6 @@ def parse_identity(value: str, field: str) -> int | None:
 
 
 def unsupported(present: bool, field: str, why: str) -> None:
-    """Refuse a field that is set and that we do not honour: nothing is ignored in silence
-    (design.md §4).
-    """
+    """Refuse what is set and not honoured: nothing is ignored in silence (design.md §4)."""
     if present:
         raise errors.InvalidArgument(f"{field}: {why}")

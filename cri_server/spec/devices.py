@@ -64,9 +64,7 @@ def _request(device: api.Device) -> Request:
 
 
 def nodes(wanted: types.ContainerInput) -> list[oci.Device]:
-    """Return the nodes to make beyond the default ones; for one path the request wins over a
-    privileged one's host node.
-    """
+    """Return the nodes to make beyond the default ones; at one path the request beats the host."""
     host = wanted.host_devices if wanted.security.privileged else ()
     by_path = {node.path: node for node in (*host, *wanted.devices)}
     return [_node(node) for node in by_path.values()]
@@ -85,9 +83,7 @@ def _node(node: types.DeviceNode) -> oci.Device:
 
 
 def rules(listed: Iterable[types.DeviceNode], *, privileged: bool) -> list[oci.DeviceRule]:
-    """Return the device cgroup's rules: deny all, the defaults, what is listed; a privileged
-    container may do all.
-    """
+    """Return the device cgroup's rules: deny all, the defaults, what is listed; or allow all."""
     if privileged:
         return [*_ALL]
     return [*_ALWAYS, *(_rule(node) for node in listed)]

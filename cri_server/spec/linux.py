@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `linux` part of a container's spec: namespaces, resources, masked paths, and what security
-and devices add.
+"""The `linux` part of a container's spec: namespaces, resources, paths, what others add.
 
 Pure. `resources` serves UpdateContainerResources too.
 """
@@ -18,9 +17,7 @@ _JOINED = ("network", "ipc", "uts", "pid", "user")
 
 
 def linux(wanted: types.ContainerInput, held: Iterable[str]) -> oci.Linux:
-    """Return the whole part; `held` are the container's capabilities, which the seccomp profile
-    follows.
-    """
+    """Return the whole part; `held` are the capabilities, which the seccomp profile follows."""
     context = wanted.security
     result = oci.Linux(
         namespaces=namespaces(wanted),
@@ -43,8 +40,9 @@ def linux(wanted: types.ContainerInput, held: Iterable[str]) -> oci.Linux:
 
 
 def namespaces(wanted: types.ContainerInput) -> list[oci.Namespace]:
-    """Return what is new (no path) and what is joined. A cgroup namespace is private on v2, unless
-    privileged.
+    """Return what is new (no path) and what is joined.
+
+    The cgroup namespace is a new one on v2, unless privileged.
     """
     result = [oci.Namespace(type="mount"), *joined(wanted.namespaces)]
     if wanted.host.cgroup_v2 and not wanted.security.privileged:
@@ -82,10 +80,10 @@ def _resources(wanted: types.ContainerInput) -> oci.Resources:
 
 
 def resources(asked: api.LinuxContainerResources, host: types.HostFacts) -> oci.Resources:
-    """Return the limits asked for; zero and "" mean "not set". Raises InvalidArgument for what
-    cannot be set.
+    """Return the limits asked for; zero and "" mean "not set".
 
-    oom_score_adj is not here: it belongs to the process.
+    Raises InvalidArgument for what cannot be set. oom_score_adj is not here: it belongs to the
+    process.
     """
     result = oci.Resources()
     if cpu := _cpu(asked):
@@ -129,10 +127,10 @@ def _at_least(value: int, least: int, field: str) -> None:
 
 
 def _memory(asked: api.LinuxContainerResources, host: types.HostFacts) -> oci.Memory:
-    """Swap means memory plus swap, as in the OCI spec; unset it equals the limit, so a container
-    with a limit has none.
+    """Return the memory part; "swap" is memory plus swap, as in the OCI spec.
 
-    Where the kernel does not account swap it cannot be limited and is left out (behaviour.md §7).
+    Unset it equals the limit, so a container with a limit cannot swap. Where the kernel does not
+    account swap it cannot be limited and is left out (behaviour.md §7).
     """
     limit, swap = asked.memory_limit_in_bytes, asked.memory_swap_limit_in_bytes
     _at_least(limit, -1, "memory_limit_in_bytes")
@@ -152,8 +150,9 @@ def _memory(asked: api.LinuxContainerResources, host: types.HostFacts) -> oci.Me
 def _hugepages(
     asked: api.LinuxContainerResources, host: types.HostFacts
 ) -> list[oci.HugepageLimit]:
-    """The kubelet lists every size of the host, with 0 for those not asked for; a size without a
-    controller can only be 0.
+    """Return the limits; a size without a controller can only be 0.
+
+    The kubelet lists every size of the host, with 0 for those not asked for.
     """
     result = []
     for page in asked.hugepage_limits:
@@ -176,9 +175,7 @@ def _unified(asked: api.LinuxContainerResources, host: types.HostFacts) -> dict[
 
 
 def oom_score_adj(asked: api.LinuxContainerResources, host: types.HostFacts) -> int:
-    """Return the value to set: raised to what this host lets us set
-    (Documentation/filesystems/proc.rst §3.1).
-    """
+    """Return the value to set: raised to what this host lets us set (proc_pid_oom_score_adj(5))."""
     value = asked.oom_score_adj
     if not -1000 <= value <= 1000:
         raise errors.InvalidArgument(f"oom_score_adj: {value} is not between -1000 and 1000")

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mount list of a container: our defaults, the pod's files, then what CRI asks for, parents
-before children.
+"""The mount list of a container: our defaults, the pod's files, what CRI asks for.
 
 Pure. That sources exist and targets are safe is looked at elsewhere (`cri_server.sources`,
 `cri_server.rootfs`).
@@ -12,7 +11,7 @@ from cri_server import errors
 from cri_server.pb import api_pb2 as api
 from cri_server.spec import checks, oci, types
 
-SHM = "/dev/shm"  # noqa: S108  # a mount target, not a place for our files
+SHM = "/dev/shm"
 _Propagation = api.MountPropagation
 _OPTIONS = {
     _Propagation.PROPAGATION_PRIVATE: "rprivate",
@@ -137,9 +136,7 @@ def _check_recursive(mount: api.Mount, where: str, host: types.HostFacts) -> Non
 
 
 def bind(mount: api.Mount, sources: Mapping[str, str]) -> oci.Mount:
-    """Return the bind mount for a CRI mount. Raises InvalidArgument for a path or propagation that
-    cannot be.
-    """
+    """Return the bind mount for a CRI mount. Raises InvalidArgument for one that cannot be."""
     target = checks.absolute(mount.container_path, "mount container_path")
     checks.unsupported(target == "/", "mount container_path", "the root cannot be a mount target")
     if not mount.host_path:
@@ -173,9 +170,7 @@ def _access(mount: api.Mount) -> str:
 
 
 def rootfs_propagation(config: api.ContainerConfig) -> str:
-    """Return what the root itself needs so that events pass it: "rshared", "rslave", or "" for the
-    runtime's default.
-    """
+    """Return what the root needs so that mounts pass it: "rshared", "rslave", "" for default."""
     asked = {m.propagation for m in config.mounts}
     if _Propagation.PROPAGATION_BIDIRECTIONAL in asked:
         return "rshared"
@@ -186,10 +181,10 @@ def rootfs_propagation(config: api.ContainerConfig) -> str:
 
 
 def image_volumes(config: api.ContainerConfig, image: types.ImageConfig) -> tuple[str, ...]:
-    """Return the folders that the image's VOLUME lines name and no mount covers: they are made in
-    the writable layer.
+    """Return the folders of the image's VOLUMEs that no mount covers.
 
-    Raises InvalidArgument for a path that is not one below the root (CVE-2022-23648).
+    They are made in the writable layer. Raises InvalidArgument for a path that is not one below the
+    root (CVE-2022-23648).
     """
     covered = {checks.absolute(m.container_path, "mount container_path") for m in config.mounts}
     paths = [checks.absolute(v, "image VOLUME") for v in image.volumes]

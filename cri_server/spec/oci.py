@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shapes of the OCI runtime spec 1.0.2 that we write: TypedDicts, because it is JSON and
-nothing more.
+"""The parts of the OCI runtime spec 1.0.2 that we write: TypedDicts, because it is JSON.
 
 Names are the spec's. Only what we produce is listed; `total=False` throughout, a key that is not
 set is not written.

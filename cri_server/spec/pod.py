@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a PodSandboxConfig asks for: checks, sysctls, which namespaces are the pod's own, and the
-spec of the pod's init.
+"""What a PodSandboxConfig asks for: checks, sysctls, namespaces, and the spec of the pod's init.
 
 Pure. The namespaces themselves are made by the shim; only a shared PID namespace needs a process to
 hold it.
@@ -17,10 +16,8 @@ from cri_server.spec import checks, linux, mounts, oci, processes, security, typ
 
 NOBODY = 65534
 INIT = "/catatonit"
-_OOM_SCORE_ADJ, _CPU_SHARES = (
-    -998,
-    2,
-)  # the last to be killed and the first to yield, as for a pause container
+# The last to be killed and the first to yield, as for a pause container.
+_OOM_SCORE_ADJ, _CPU_SHARES = -998, 2
 
 _Mode = api.NamespaceMode
 _HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
@@ -32,9 +29,7 @@ _IPC_SYSCTLS = re.compile(r"kernel\.(shm|msg)\w+|kernel\.sem|fs\.mqueue\.\w+", r
 
 
 def validate(config: api.PodSandboxConfig, host: types.HostFacts) -> None:
-    """Refuse a sandbox that can never be made as asked. Raises InvalidArgument that names the
-    field.
-    """
+    """Refuse a sandbox that can never be made as asked: InvalidArgument that names the field."""
     _check_metadata(config)
     checks.unsupported(config.HasField("windows"), "windows", "this is Linux")
     if config.hostname and (len(config.hostname) > 64 or not _HOSTNAME.fullmatch(config.hostname)):
@@ -114,9 +109,7 @@ def _one_of(mode: _Mode.ValueType, allowed: tuple[_Mode.ValueType, ...], field: 
 
 
 def check_userns(options: api.NamespaceOption) -> None:
-    """Refuse user namespaces, which are not made yet, and mappings for the host's, which has
-    none.
-    """
+    """Refuse user namespaces, which are not made yet, and mappings for the host's."""
     if not options.HasField("userns_options"):
         return
     userns = options.userns_options
@@ -167,9 +160,7 @@ def pid_mode(
 
 
 def check_namespaces(config: api.ContainerConfig, sandbox: api.PodSandboxConfig) -> None:
-    """Refuse namespaces that the container's pod does not give. Unset is POD and follows the
-    pod.
-    """
+    """Refuse namespaces that the container's pod does not give. Unset is POD: as the pod's."""
     options = config.linux.security_context.namespace_options
     for field, own in (("network", own_network(sandbox)), ("ipc", own_ipc(sandbox))):
         mode = getattr(options, field)
@@ -182,12 +173,11 @@ def check_namespaces(config: api.ContainerConfig, sandbox: api.PodSandboxConfig)
 
 
 def sysctls(config: api.PodSandboxConfig) -> dict[str, str]:
-    """Return the sysctls to write in the pod's namespaces, by dotted name ("/" inside a part stands
-    for a dot in it).
+    """Return the sysctls to write in the pod's namespaces, by dotted name.
 
-    Refused is what would change the host: a name that no namespace of the pod's own contains
-    (GHSA-w2j5-3rcx-vx7x). Added are, with an own network, binding low ports and ping without
-    privilege.
+    A "/" inside a name's part stands for a dot in it ("eth0/100"). Refused is what would change the
+    host: a name that no namespace of the pod's own contains (GHSA-w2j5-3rcx-vx7x). Added are, with
+    an own network, binding low ports and ping without privilege.
     """
     result: dict[str, str] = {}
     for name, value in config.linux.sysctls.items():
@@ -204,9 +194,7 @@ def sysctls(config: api.PodSandboxConfig) -> dict[str, str]:
 
 
 def _dotted(name: str) -> str:
-    """Both notations of sysctl(8): a/b.c/d and a.b/c.d are the same; the first separator tells
-    which it is.
-    """
+    """Return the dotted form of a/b.c/d or a.b/c.d; the first separator tells which (sysctl(8))."""
     first = next((c for c in name if c in "./"), "")
     dotted = name.translate(str.maketrans("./", "/.")) if first == "/" else name
     if not _SYSCTL.fullmatch(dotted):

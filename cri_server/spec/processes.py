@@ -44,9 +44,7 @@ def user(who: types.User) -> oci.User:
 
 
 def args(config: api.ContainerConfig, image: types.ImageConfig) -> list[str]:
-    """Return the argument vector: command replaces ENTRYPOINT and clears CMD, args replaces CMD
-    (behaviour.md §7).
-    """
+    """Return the arguments: command replaces ENTRYPOINT and clears CMD, args replaces CMD."""
     command = list(config.command) or list(image.entrypoint)
     arguments = list(config.args)
     if not arguments and not config.command:
@@ -58,9 +56,7 @@ def args(config: api.ContainerConfig, image: types.ImageConfig) -> list[str]:
 
 
 def env(wanted: types.ContainerInput) -> list[str]:
-    """Return the merged environment: PATH, the image's, TERM, HOSTNAME, then the request's; HOME if
-    nobody set it.
-    """
+    """Return the environment: PATH, the image's, TERM, HOSTNAME, the request's; HOME if unset."""
     merged = {"PATH": DEFAULT_PATH}
     merged.update(image_env(wanted.image))
     if wanted.config.tty:
@@ -74,8 +70,9 @@ def env(wanted: types.ContainerInput) -> list[str]:
 
 
 def image_env(image: types.ImageConfig) -> Iterable[tuple[str, str]]:
-    """Yield the image's variables. An entry without "=" is dropped: it must not pull in ours
-    (CVE-2026-57231).
+    """Yield the image's variables.
+
+    An entry without "=" is dropped: it must not pull in ours (CVE-2026-57231).
     """
     for entry in image.env:
         name, equals, value = checks.text(entry, "image Env").partition("=")
@@ -84,9 +81,7 @@ def image_env(image: types.ImageConfig) -> Iterable[tuple[str, str]]:
 
 
 def requested_env(config: api.ContainerConfig) -> Iterable[tuple[str, str]]:
-    """Yield the request's variables. Values are bytes in CRI; the OCI spec is JSON and carries
-    UTF-8 only.
-    """
+    """Yield the request's variables: bytes in CRI, while the OCI spec carries UTF-8 only."""
     for pair in config.envs:
         if not pair.key or "=" in pair.key:
             raise errors.InvalidArgument(f"envs: {pair.key[:80]!r} is not a variable's name")
@@ -100,9 +95,7 @@ def requested_env(config: api.ContainerConfig) -> Iterable[tuple[str, str]]:
 
 
 def cwd(config: api.ContainerConfig, image: types.ImageConfig) -> str:
-    """Return the working directory: the request's, the image's, or "/". Raises InvalidArgument, see
-    `check_cwd`.
-    """
+    """Return the working directory: the request's, the image's, or "/"; see `check_cwd`."""
     if config.working_dir:
         return check_cwd(checks.absolute(config.working_dir, "working_dir"))
     return check_cwd(checks.absolute(image.working_dir or "/", "image WORKDIR"))
@@ -126,9 +119,7 @@ def _rlimit(limit: types.Rlimit, ceiling: int) -> oci.Rlimit:
 
 
 def exec_process(wanted: types.ExecInput) -> oci.Process:
-    """Return the process of an exec: the container's user, rights, environment and limits, another
-    command.
-    """
+    """Return the process of an exec: the container's in all but the command and the terminal."""
     if not wanted.cmd or not wanted.cmd[0]:
         raise errors.InvalidArgument("cmd: is empty")
     process = cast("oci.Process", dict(wanted.process))  # it is our own spec, read back

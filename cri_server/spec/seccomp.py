@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our RuntimeDefault seccomp profile: what is not listed fails with EPERM; some calls come with a
-capability.
+"""Our RuntimeDefault seccomp profile: what is not listed fails with EPERM.
 
 The tables say which system calls a container may make. Left out on purpose, whoever asks: io_uring
 (a kernel interface of its own, out of seccomp's sight), the keyrings (not namespaced), old calls

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who a container is and what it may do: user, capabilities, privileged, AppArmor, SELinux, the
-choice of seccomp.
+"""Who a container is and what it may do: user, capabilities, the choice of profiles.
 
 Pure. Names of users are looked up elsewhere (`cri_server.rootfs`), profiles are read elsewhere;
 here the request is checked and turned into numbers, sets and names.
@@ -89,8 +88,7 @@ def capability_names(numbers: int) -> frozenset[str]:
 def capabilities(
     context: _Context, *, host: types.HostFacts, defaults: types.Defaults
 ) -> oci.Capabilities:
-    """Return the five sets. Order of application: default or ALL, drop ALL, add, drop
-    (containerd's).
+    """Return the five sets, applied as in containerd: default or ALL, drop ALL, add, drop.
 
     ALL and the defaults mean "as far as this host has them"; a capability that is asked for by name
     and that the host lacks is refused, because the OCI runtime would fail on it later and less
@@ -142,10 +140,10 @@ def _sets(held: Iterable[str], ambient: Iterable[str] = ()) -> oci.Capabilities:
 
 
 def user_request(config: api.ContainerConfig, image: types.ImageConfig) -> types.UserRequest:
-    """Return who is to run: run_as_user, else run_as_username, else the image's USER, else root
-    (behaviour.md §1.6).
+    """Return who is to run: run_as_user, else run_as_username, else the image's USER, else root.
 
-    Raises InvalidArgument for numbers out of range and for a group without a user.
+    Source: behaviour.md §1.6. Raises InvalidArgument for numbers out of range and for a group
+    without a user.
     """
     context = config.linux.security_context
     named = context.HasField("run_as_user") or bool(context.run_as_username)
@@ -194,11 +192,10 @@ def _strict(policy: api.SupplementalGroupsPolicy.ValueType) -> bool:
 def profile(
     present: bool, message: api.SecurityProfile, deprecated: str, field: str
 ) -> tuple[ProfileKind, str]:
-    """Return which profile is asked for and its localhost_ref; the SecurityProfile message wins
-    over the old string.
+    """Return which profile is asked for, and its localhost_ref.
 
-    An absent one means "none" (critest). A Localhost profile without a reference is an error
-    (CVE-2023-2431).
+    The SecurityProfile message wins over the old string. An absent one means "none" (critest). A
+    Localhost profile without a reference is an error (CVE-2023-2431).
     """
     if present:
         kind, reference = _kind(message.profile_type, field), message.localhost_ref
@@ -250,9 +247,7 @@ def seccomp_profile(
     host: types.HostFacts,
     localhost: Mapping[str, object] | None,
 ) -> Mapping[str, object] | oci.Seccomp | None:
-    """Return the profile to write, None for unconfined. The result is shared: read it, do not
-    change it.
-    """
+    """Return the profile to write, None for unconfined. It is shared: do not change it."""
     kind, path = seccomp_request(context)
     if kind == "none":
         return None
@@ -285,8 +280,7 @@ def apparmor(context: _Context, host: types.HostFacts) -> str:
 
 
 def check_selinux(options: api.SELinuxOption, host: types.HostFacts) -> None:
-    """Check the options; on a host without SELinux there is nothing to label and they have no
-    effect, as in containerd.
+    """Check the options. Without SELinux they have no effect, as in containerd.
 
     On a host with SELinux they are refused, as we do not label yet.
     """

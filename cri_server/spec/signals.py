@@ -27,8 +27,7 @@ _NUMBERS = _host_numbers()
 
 
 def stop_signal(config: api.ContainerConfig, image: types.ImageConfig) -> int:
-    """Return the host's number of the signal that stops the container: CRI's, the image's, else
-    SIGTERM.
+    """Return the host's number of the stop signal: the request's, the image's, else SIGTERM.
 
     Raises InvalidArgument for one that does not exist (behaviour.md §1.3).
     """
@@ -58,9 +57,7 @@ def parse(text: str) -> int:
 
 
 def stop_signal_name(number: int) -> str:
-    """Return CRI's name of the host's signal `number`, "SIGTERM" or "SIGRTMINPLUS3";
-    "RUNTIME_DEFAULT" without one.
-    """
+    """Return CRI's name of a host's signal, "SIGRTMINPLUS3"; "RUNTIME_DEFAULT" if it has none."""
     return _NAMES.get(number, "RUNTIME_DEFAULT")
 
 

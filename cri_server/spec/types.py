@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the spec functions are given: values that others found out, so that nothing here touches a
-machine.
+"""What the spec functions are given: values that others found out on the machine.
 
 `containers` and `pods` fill ContainerInput and SandboxInput; `host` probes HostFacts; `images`
 reads ImageConfig; `rootfs` resolves User; `sources` looks at host paths and devices. All values are
@@ -73,9 +72,7 @@ class User:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceNode:
-    """A device of the host that has been looked at. `kind` is "c" or "b", `mode` the permission
-    bits.
-    """
+    """A device of the host as it was found. `kind` is "c" or "b", `mode` the permission bits."""
 
     path: str  # inside the container
     kind: str

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A CRI client shaped like the kubelet: the same calls, in the same order, with the same fields filled in.
+"""A CRI client shaped like the kubelet: the same calls, in the same order, with the same fields
+filled in.
 
-It keeps no state but the names it has given: what exists is what the server lists. Works with any CRI v1
-socket, so that the same tests can be held against another runtime. Errors are `grpc.RpcError`.
+It keeps no state but the names it has given: what exists is what the server lists. Works with any
+CRI v1 socket, so that the same tests can be held against another runtime. Errors are
+`grpc.RpcError`.
 """
 
 import itertools
@@ -34,7 +36,9 @@ class Pod:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogLine:
-    """One line of a CRI log file: RFC 3339 time, stream, tag ("P" or "F"), text without the newline."""
+    """One line of a CRI log file: RFC 3339 time, stream, tag ("P" or "F"), text without the
+    newline.
+    """
 
     time: str
     stream: str
@@ -43,7 +47,9 @@ class LogLine:
 
 
 class _Deadlines(grpc.UnaryUnaryClientInterceptor):
-    """Give every call without a time-out the default one: a hung server fails a test, never the run."""
+    """Give every call without a time-out the default one: a hung server fails a test, never the
+    run.
+    """
 
     def intercept_unary_unary(
         self,
@@ -83,7 +89,7 @@ class Kubelet:
     def __exit__(self, *_exception: object) -> None:
         self.close()
 
-    # -- images -------------------------------------------------------------------------------------------------
+    # -- images ------------------------------------------------------------------------------------
 
     def pull(self, reference: str, *, auth: api.AuthConfig | None = None) -> str:
         """Pull and return the image id."""
@@ -99,7 +105,7 @@ class Kubelet:
     def remove_image(self, reference: str) -> None:
         self.images.RemoveImage(api.RemoveImageRequest(image=api.ImageSpec(image=reference)))
 
-    # -- pods ---------------------------------------------------------------------------------------------------
+    # -- pods --------------------------------------------------------------------------------------
 
     def pod_config(self, name: str = "", **fields: Any) -> api.PodSandboxConfig:
         """Return a configuration with all that the kubelet sends; `fields` replace its fields."""
@@ -150,7 +156,7 @@ class Kubelet:
             if pod.metadata.name.startswith(f"{self.prefix}-"):
                 self.remove_pod(pod.id)
 
-    # -- containers ---------------------------------------------------------------------------------------------
+    # -- containers --------------------------------------------------------------------------------
 
     def container_config(
         self, image: str, command: Sequence[str] = (), *, name: str = "main", **fields: Any
@@ -184,7 +190,13 @@ class Kubelet:
         self.runtime.StartContainer(api.StartContainerRequest(container_id=container_id))
 
     def run(
-        self, pod: Pod, image: str, command: Sequence[str] = (), *, name: str = "main", **fields: Any
+        self,
+        pod: Pod,
+        image: str,
+        command: Sequence[str] = (),
+        *,
+        name: str = "main",
+        **fields: Any,
     ) -> str:
         """Create and start a container; returns its id."""
         config = self.container_config(image, command, name=name, **fields)
@@ -220,7 +232,8 @@ class Kubelet:
             status = self.status(container_id)
             return status if status.state == api.CONTAINER_EXITED else None
 
-        return waiting.until(exited, f"container {container_id[:12]} exits", seconds=seconds)  # type: ignore[return-value]
+        what = f"container {container_id[:12]} exits"
+        return waiting.until(exited, what, seconds=seconds)
 
     def exec_sync(
         self, container_id: str, command: Sequence[str], *, timeout: int = 0
@@ -255,6 +268,15 @@ def read_log(path: Path) -> list[LogLine]:
     whole = text[: text.rfind("\n") + 1].split("\n")[:-1]
     parts = [line.split(" ", 3) for line in whole]
     return [LogLine(time=p[0], stream=p[1], tag=p[2], text=p[3]) for p in parts]
+
+
+def refusal(call: Callable[[], object]) -> tuple[grpc.StatusCode, str]:
+    """Return code and message of a call that must fail; AssertionError when it does not."""
+    try:
+        call()
+    except grpc.RpcError as e:
+        return e.code(), e.details() or ""
+    raise AssertionError("the call succeeded")
 
 
 def is_ready(endpoint: str) -> bool:

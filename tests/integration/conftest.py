@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A real server, a real registry, a real network: registry → server → kubelet → pod → container.
 
-One server serves the whole session; a test that ends or breaks a server makes its own (`make_site`). The fixture
-`kubelet` removes the pods that its test made, and fails when a pod cannot be removed. CRI_ENDPOINT=unix://… holds
-the same tests against another runtime, which finds the registry through CRI_CERTS_DIR; tests of what is ours alone
-are marked `ours` and left out then.
+One server serves the whole session; a test that ends or breaks a server makes its own
+(`make_site`). The fixture `kubelet` removes the pods that its test made, and fails when a pod
+cannot be removed. CRI_ENDPOINT=unix://… holds the same tests against another runtime, which finds
+the registry through CRI_CERTS_DIR; tests of what is ours alone are marked `ours` and left out then.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "ours: about this runtime only, not about every CRI server")
 
 
-# -- what stands for the whole session ----------------------------------------------------------------------------
+# -- what stands for the whole session -------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -115,7 +115,7 @@ def pulled(endpoint: str, reference: str) -> str:
     return reference
 
 
-# -- what each test gets ------------------------------------------------------------------------------------------
+# -- what each test gets ---------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -143,7 +143,9 @@ def container(kubelet: kubelets.Kubelet, pod: kubelets.Pod, pulled: str) -> str:
 def make_site(
     settings: dict[str, dict[str, Any]], marks: Marks
 ) -> Iterator[Callable[..., server.Site]]:
-    """Return a function that starts a server of one's own; keyword arguments are further config tables."""
+    """Return a function that starts a server of one's own; keyword arguments are further config
+    tables.
+    """
     with contextlib.ExitStack() as stack:
 
         def make(**tables: dict[str, Any]) -> server.Site:

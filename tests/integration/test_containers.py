@@ -78,7 +78,9 @@ def test_the_exit_code_and_its_reason(
 
 
 def test_a_death_by_signal_is_128_and_the_signal(kubelet: Kubelet, pod: Pod, pulled: str) -> None:
-    container = kubelet.run(pod, pulled, ["sh", "-c", "trap - SEGV; sleep 0.1; exec sh -c 'exit 139'"])
+    container = kubelet.run(
+        pod, pulled, ["sh", "-c", "trap - SEGV; sleep 0.1; exec sh -c 'exit 139'"]
+    )
     assert kubelet.wait_exit(container).exit_code == 139
 
 
@@ -137,7 +139,9 @@ def test_stop_goes_on_when_its_caller_has_gone(kubelet: Kubelet, pod: Pod, pulle
     assert kubelet.wait_exit(container, seconds=6).exit_code == 137
 
 
-def test_stop_and_remove_of_what_is_stopped_or_created(kubelet: Kubelet, pod: Pod, pulled: str) -> None:
+def test_stop_and_remove_of_what_is_stopped_or_created(
+    kubelet: Kubelet, pod: Pod, pulled: str
+) -> None:
     created = kubelet.create(pod, kubelet.container_config(pulled, SLEEP, name="created"))
     kubelet.stop(created)
     kubelet.remove(created)
@@ -166,7 +170,11 @@ def test_a_failed_start_can_be_read_in_the_status(kubelet: Kubelet, pod: Pod, pu
     with pytest.raises(grpc.RpcError, match="no/such/program"):
         kubelet.start(container)
     status = kubelet.status(container)
-    assert (status.state, status.exit_code, status.reason) == (api.CONTAINER_EXITED, 128, "StartError")
+    assert (status.state, status.exit_code, status.reason) == (
+        api.CONTAINER_EXITED,
+        128,
+        "StartError",
+    )
     assert "no/such/program" in status.message
     assert status.finished_at > 0
 
@@ -194,13 +202,15 @@ def test_the_writable_layers_are_apart(kubelet: Kubelet, pod: Pod, pulled: str) 
     assert kubelet.exec_sync(two, ["ls", "/etc/group"]).exit_code == 0
 
 
-# -- what runs ----------------------------------------------------------------------------------------------------
+# -- what runs -------------------------------------------------------------------------------------
 
 
 def test_command_and_args_and_what_the_image_says(
     kubelet: Kubelet, pod: Pod, registry: registry.Registry
 ) -> None:
-    made = image.busybox(Entrypoint=["echo", "entry"], Cmd=["cmd"], WorkingDir="/home", Env=["A=1", "B=2"])
+    made = image.busybox(
+        Entrypoint=["echo", "entry"], Cmd=["cmd"], WorkingDir="/home", Env=["A=1", "B=2"]
+    )
     reference = registry.push(made, "test/entry")
     kubelet.pull(reference)
     cases = {
@@ -217,7 +227,9 @@ def test_command_and_args_and_what_the_image_says(
 
 def test_environment_and_working_folder(kubelet: Kubelet, pod: Pod, pulled: str) -> None:
     envs = [api.KeyValue(key="A", value=b"1 2"), api.KeyValue(key="PATH", value=b"/bin")]
-    container = kubelet.run(pod, pulled, ["sh", "-c", "pwd; env"], envs=envs, working_dir="/made/up")
+    container = kubelet.run(
+        pod, pulled, ["sh", "-c", "pwd; env"], envs=envs, working_dir="/made/up"
+    )
     kubelet.wait_exit(container)
     lines = [line.text for line in kubelet.log(container)]
     assert lines[0] == "/made/up"
@@ -258,7 +270,9 @@ def test_mounts_of_folders_and_files(
         api.Mount(host_path=str(tmp_path / "link"), container_path="/data/b"),
         api.Mount(host_path=str(tmp_path / "made"), container_path="/data/c"),
     ]
-    script = "cat /data/f; echo x > /data/a/x; echo y > /data/b/y; touch /data/c/z; echo no > /data/f"
+    script = (
+        "cat /data/f; echo x > /data/a/x; echo y > /data/b/y; touch /data/c/z; echo no > /data/f"
+    )
     container = kubelet.run(pod, pulled, ["sh", "-c", script], mounts=mounts)
     assert kubelet.wait_exit(container).exit_code == 1
     assert kubelet.log(container)[0].text == "from the host"
@@ -285,9 +299,7 @@ def test_out_of_memory_is_told(kubelet: Kubelet, pod: Pod, pulled: str) -> None:
 
 
 @pytest.mark.needs("cgroup-v1")
-def test_resources_are_set_below_the_pods_cgroup(
-    kubelet: Kubelet, pod: Pod, pulled: str
-) -> None:
+def test_resources_are_set_below_the_pods_cgroup(kubelet: Kubelet, pod: Pod, pulled: str) -> None:
     resources = api.LinuxContainerResources(
         memory_limit_in_bytes=64 << 20, cpu_shares=512, cpu_quota=20000, cpu_period=100000
     )
@@ -301,7 +313,7 @@ def test_resources_are_set_below_the_pods_cgroup(
     assert int((cpu / "cpu.cfs_quota_us").read_text()) == 20000
 
 
-# -- lists and statistics -----------------------------------------------------------------------------------------
+# -- lists and statistics --------------------------------------------------------------------------
 
 
 def test_list_filters(kubelet: Kubelet, pulled: str) -> None:
@@ -328,7 +340,8 @@ def test_stats_of_one(kubelet: Kubelet, pod: Pod, pulled: str) -> None:
         return kubelet.runtime.ContainerStats(request).stats
 
     found = waiting.until(
-        lambda: s if (s := stats()).cpu.usage_core_nano_seconds.value > 50_000_000 else None, "cpu use"
+        lambda: s if (s := stats()).cpu.usage_core_nano_seconds.value > 50_000_000 else None,
+        "cpu use",
     )
     assert found is not None
     assert found.attributes.id == container

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pods on the network: addresses, port mappings, the host's network, and what CNI keeps (CRI, CNI 1.0)."""
+"""Pods on the network: addresses, port mappings, the host's network, and what CNI keeps (CRI, CNI
+1.0)."""
 
 import json
 import os
@@ -13,14 +14,26 @@ from tests.fakes.kubelet import Kubelet
 from tests.integration.conftest import SLEEP
 from tests.lab import network, registry, waiting
 
-pytestmark = pytest.mark.needs("root", "netns", "overlay", "cni", "runc", "docker-registry", "curl", "ip")
+pytestmark = pytest.mark.needs(
+    "root", "netns", "overlay", "cni", "runc", "docker-registry", "curl", "ip"
+)
 WEB = ("sh", "-c", "exec httpd -f -p 8080 -h /var/www")
 PAGE = "hello from a pod\n"
 
 
 def fetch(url: str) -> str:
     """Get a page as a user would, with a name of the host, not through loopback."""
-    command = ["curl", "--silent", "--show-error", "--fail", "--noproxy", "*", "--max-time", "5", url]
+    command = [
+        "curl",
+        "--silent",
+        "--show-error",
+        "--fail",
+        "--noproxy",
+        "*",
+        "--max-time",
+        "5",
+        url,
+    ]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
@@ -96,7 +109,7 @@ def test_the_host_network_is_the_hosts(kubelet: Kubelet, pulled: str) -> None:
     config.linux.security_context.namespace_options.network = api.NODE
     pod = kubelet.run_pod(config)
     context = api.LinuxContainerSecurityContext(
-        namespace_options={"network": api.NODE, "pid": api.CONTAINER}
+        namespace_options=api.NamespaceOption(network=api.NODE, pid=api.CONTAINER)
     )
     linux = api.LinuxContainerConfig(security_context=context)
     container = kubelet.run(pod, pulled, SLEEP, linux=linux)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A parent for the pods' cgroups that belongs to one run, as the kubelet's `kubepods` belongs to the kubelet.
+"""A parent for the pods' cgroups that belongs to one run, as the kubelet's `kubepods` belongs to
+the kubelet.
 
-Works on cgroup v1, hybrid and v2: the same path below every mounted hierarchy. Who puts pods below it removes
-them first; `remove` takes away empty folders only.
+Works on cgroup v1, hybrid and v2: the same path below every mounted hierarchy. Who puts pods below
+it removes them first; `remove` takes away empty folders only.
 """
 
 import contextlib
@@ -20,7 +21,9 @@ def hierarchies() -> list[Path]:
 
 
 def below(parent: str) -> Iterator[Path]:
-    """Yield every folder below `parent` ("/name") in every hierarchy, children before their parents."""
+    """Yield every folder below `parent` ("/name") in every hierarchy, children before their
+    parents.
+    """
     for mount in hierarchies():
         top = mount / parent.lstrip("/")
         for folder, _, _ in os.walk(top, topdown=False):

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small image made from the host's static busybox, and its way into a registry.
 
-Nothing is pulled from anywhere: one layer with busybox under the names of its applets, a few users and a
-page for its httpd. The bytes depend on busybox alone, so digests stay the same from run to run. Pushing is
-the four requests of the OCI distribution specification; no crash is survived, the registry is a temporary one.
+Nothing is pulled from anywhere: one layer with busybox under the names of its applets, a few users
+and a page for its httpd. The bytes depend on busybox alone, so digests stay the same from run to
+run. Pushing is the four requests of the OCI distribution specification; no crash is survived, the
+registry is a temporary one.
 """
 
 import gzip
@@ -36,7 +37,7 @@ GROUP = "root:x:0:\nwww-data:x:33:\ntester:x:1000:\nstaff:x:50000:tester\nnobody
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """One member of a layer: a folder, a file with `data`, or a hard link `to` an earlier member."""
+    """One member of a layer: a folder, a file with `data`, or a hard link `to` an earlier one."""
 
     name: str
     kind: str = "file"
@@ -70,7 +71,7 @@ def digest(data: bytes) -> str:
 
 
 def busybox(*extra: Iterable[Entry], **config: Any) -> Image:
-    """Make the test image; each `extra` is one more layer, `config` is laid over its config object."""
+    """Make the test image; each `extra` is one more layer, `config` is laid over its config."""
     layers = [tar(_busybox_entries()), *map(tar, extra)]
     return image(layers, {"Env": [PATH], "Cmd": ["sh"], **config})
 
@@ -121,7 +122,9 @@ def push(what: Image, address: str, name: str, tag: str) -> None:
         connection.close()
 
 
-def _push_blob(connection: http.client.HTTPConnection, name: str, digest_: str, blob: bytes) -> None:
+def _push_blob(
+    connection: http.client.HTTPConnection, name: str, digest_: str, blob: bytes
+) -> None:
     location = _request(connection, "POST", f"/v2/{name}/blobs/uploads/")
     target = urllib.parse.urlsplit(location)
     path = f"{target.path}?{target.query}&digest={digest_}"
@@ -150,7 +153,7 @@ def _busybox_entries() -> Iterable[Entry]:
         yield Entry(name=name, kind="dir", mode=0o755)
     yield Entry(name="tmp", kind="dir", mode=0o1777)
     yield Entry(name="bin/busybox", data=program.read_bytes(), mode=0o755)
-    applets = subprocess.run([program, "--list"], check=True, capture_output=True, text=True)  # noqa: S603
+    applets = subprocess.run([program, "--list"], check=True, capture_output=True, text=True)
     for applet in applets.stdout.split():
         if applet != "busybox":
             yield Entry(name=f"bin/{applet}", kind="link", to="bin/busybox", mode=0o755)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a command as the init of all that it starts: `python -m tests.lab.init COMMAND...`
 
-Orphans become children of this process (PR_SET_CHILD_SUBREAPER), which reaps them, so that a test run sees the
-same as a host whose init works. What still lives when the command has ended was left behind: it is named, killed,
-and makes the run fail.
+Orphans become children of this process (PR_SET_CHILD_SUBREAPER), which reaps them, so that a test
+run sees the same as a host whose init works. What still lives when the command has ended was left
+behind: it is named, killed, and makes the run fail.
 """
 
 import os
@@ -52,7 +52,9 @@ def _reap_the_dead() -> None:
 
 def _words(pid: str) -> str:
     try:
-        return Path("/proc", pid, "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        return (
+            Path("/proc", pid, "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        )
     except OSError:
         return "(ended)"
 

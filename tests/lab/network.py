@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A pod network of one's own: a bridge with port mappings, that nothing else on the host uses.
 
-The bridge plugin makes its bridge and the masquerading rules at the first pod and never takes the bridge away;
-`remove` does. Names and addresses come from the process id, so that two runs at a time do not meet.
+The bridge plugin makes its bridge and the masquerading rules at the first pod and never takes the
+bridge away; `remove` does. Names and addresses come from the process id, so that two runs at a time
+do not meet.
 """
 
 import json
@@ -19,7 +20,7 @@ LEASES = Path("/var/lib/cni/networks")  # host-local's default place
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Network:
-    """`name` is the CNI network's and the bridge's name (at most 15 characters), `subnet` its /16."""
+    """`name` names the CNI network and its bridge (at most 15 characters), `subnet` is its /16."""
 
     name: str
     subnet: str
@@ -51,6 +52,8 @@ class Network:
 
 
 def own(prefix: str) -> Network:
-    """Return a network for this process: `prefix` (at most 7 characters) and the process id in its name."""
+    """Return a network for this process: `prefix` (at most 7 characters) and the process id in its
+    name.
+    """
     pid = os.getpid()
     return Network(name=f"{prefix}{pid}", subnet=f"10.{100 + pid % 100}.0.0/16")

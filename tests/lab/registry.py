@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real registry (Debian's docker-registry) on a free loopback port, with its data in a given folder.
+"""A real registry (Debian's docker-registry) on a free loopback port, with its data in a given
+folder.
 
-`hosts` writes the containerd-style `hosts.toml` that makes a made-up domain mean this registry, so that
-references look as they do in production. Ends with the block; its folder is the caller's to remove.
+`hosts` writes the containerd-style `hosts.toml` that makes a made-up domain mean this registry, so
+that references look as they do in production. Ends with the block; its folder is the caller's to
+remove.
 """
 
 import contextlib

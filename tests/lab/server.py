@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The real server as a subprocess, on temporary folders, with a socket of its own.
 
-`Site` is where a server lives; it can be started, killed and started again on the same folders, which is how
-crashes are tested. Shims outlive the server on purpose: whoever made pods removes them through the socket.
-Paths are short, since the path of a shim's socket (state, pod id) must fit into 107 bytes.
+`Site` is where a server lives; it can be started, killed and started again on the same folders,
+which is how crashes are tested. Shims outlive the server on purpose: whoever made pods removes them
+through the socket. Paths are short, since the path of a shim's socket (state, pod id) must fit into
+107 bytes.
 """
 
 import contextlib
@@ -123,7 +124,9 @@ def command() -> str:
 
 
 def toml(document: Mapping[str, Mapping[str, Any]]) -> str:
-    """Write tables of strings, numbers, booleans and lists of strings as TOML (JSON's scalars are TOML's)."""
+    """Write tables of strings, numbers, booleans and lists of strings as TOML (JSON's scalars are
+    TOML's).
+    """
     lines = []
     for table, values in document.items():
         lines.append(f"[{table}]")

@@ -8,8 +8,10 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def until(condition: Callable[[], T], what: str, *, seconds: float = 10.0) -> T:
-    """Return the first true value of `condition`, asked every 10 ms; AssertionError after `seconds`."""
+def until(condition: Callable[[], T | None], what: str, *, seconds: float = 10.0) -> T:
+    """Return the first true value of `condition`, asked every 10 ms; AssertionError after
+    `seconds`.
+    """
     deadline = time.monotonic() + seconds
     while True:
         value = condition()

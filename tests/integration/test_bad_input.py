@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests that cannot work and helpers that fail: a clear
+error with the right code, and nothing left behind."""
+
+import json
+import os
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from cri_server.pb import api_pb2 as api
+from tests.fakes.kubelet import Kubelet, Pod, conditions, refusal
+from tests.integration.conftest import SLEEP
+from tests.lab import server, waiting
+
+pytestmark = [
+    pytest.mark.needs("root", "netns", "overlay", "cni", "runc", "docker-registry"),
+    pytest.mark.ours,
+]
+INVALID, MISSING = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
+BAD_IDS = [
+    "",
+    ".",
+    "..",
+    "../../etc",
+    "a/b",
+    "line\nbreak",
+    "nul\0",
+    "ÿ",
+    "f" * 65,
+    "F" * 64,
+    "*",
+    " ",
+]
+MakeSite = Callable[..., server.Site]
+ClientOf = Callable[[server.Site], Kubelet]
+
+
+def executable(path: Path, script: str) -> Path:
+    """Write a shell script that can be run."""
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def running(words: str) -> bool:
+    """Tell whether any process has `words` in its command line."""
+    wanted = words.replace(" ", "\0").encode()
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if wanted in Path("/proc", name, "cmdline").read_bytes():
+                return True
+        except OSError:  # it has ended
+            continue
+    return False
+
+
+# -- requests --------------------------------------------------------------------------------------
+
+
+def test_a_pod_needs_config_and_metadata(kubelet: Kubelet) -> None:
+    run = kubelet.runtime.RunPodSandbox
+    assert refusal(lambda: run(api.RunPodSandboxRequest()))[0] is INVALID
+    config = kubelet.pod_config()
+    nameless = kubelet.pod_config()
+    nameless.metadata.ClearField("name")
+    code, text = refusal(lambda: run(api.RunPodSandboxRequest(config=nameless)))
+    assert code is INVALID
+    assert "name" in text
+    config.ClearField("metadata")
+    assert refusal(lambda: run(api.RunPodSandboxRequest(config=config)))[0] is INVALID
+
+
+@pytest.mark.parametrize("part", ["config", "sandbox_config", "config.metadata", "config.image"])
+def test_a_container_needs_all_its_parts(
+    kubelet: Kubelet, pod: Pod, pulled: str, part: str
+) -> None:
+    request = api.CreateContainerRequest(
+        pod_sandbox_id=pod.id,
+        config=kubelet.container_config(pulled, SLEEP),
+        sandbox_config=pod.config,
+    )
+    *outer, last = part.split(".")
+    owner: Any = getattr(request, outer[0]) if outer else request
+    owner.ClearField(last)
+    assert refusal(lambda: kubelet.runtime.CreateContainer(request))[0] is INVALID
+    assert not kubelet.containers(pod_sandbox_id=pod.id)
+
+
+def test_a_container_of_nothing(kubelet: Kubelet, pod: Pod, pulled: str) -> None:
+    config = kubelet.container_config(pulled, SLEEP)
+    nobody = Pod(id="f" * 64, config=pod.config)
+    assert refusal(lambda: kubelet.create(nobody, config))[0] is MISSING
+    config.image.image = "registry.test/never/pulled:v1"
+    code, text = refusal(lambda: kubelet.create(pod, config))
+    assert code is MISSING
+    assert "never/pulled" in text
+
+
+def test_a_container_of_a_stopped_pod(kubelet: Kubelet, pod: Pod, pulled: str) -> None:
+    kubelet.stop_pod(pod.id)
+    config = kubelet.container_config(pulled, SLEEP)
+    code, _ = refusal(lambda: kubelet.create(pod, config))
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+
+
+@pytest.mark.parametrize("bad", BAD_IDS)
+def test_a_malformed_id_is_nobodys(kubelet: Kubelet, pod: Pod, container: str, bad: str) -> None:
+    runtime = kubelet.runtime
+    reading: list[Callable[[], object]] = [
+        lambda: runtime.PodSandboxStatus(api.PodSandboxStatusRequest(pod_sandbox_id=bad)),
+        lambda: runtime.ContainerStatus(api.ContainerStatusRequest(container_id=bad)),
+        lambda: runtime.ContainerStats(api.ContainerStatsRequest(container_id=bad)),
+        lambda: runtime.StartContainer(api.StartContainerRequest(container_id=bad)),
+        lambda: runtime.ExecSync(api.ExecSyncRequest(container_id=bad, cmd=["true"])),
+        lambda: runtime.ReopenContainerLog(api.ReopenContainerLogRequest(container_id=bad)),
+    ]
+    assert {refusal(call)[0] for call in reading} <= {INVALID, MISSING}
+    removing: list[Callable[[], object]] = [
+        lambda: runtime.StopContainer(api.StopContainerRequest(container_id=bad)),
+        lambda: runtime.RemoveContainer(api.RemoveContainerRequest(container_id=bad)),
+        lambda: runtime.StopPodSandbox(api.StopPodSandboxRequest(pod_sandbox_id=bad)),
+        lambda: runtime.RemovePodSandbox(api.RemovePodSandboxRequest(pod_sandbox_id=bad)),
+    ]
+    for call in removing:
+        try:
+            call()
+        except grpc.RpcError as e:
+            assert e.code() in (INVALID, MISSING)  # noqa: PT017
+    assert kubelet.pod_status(pod.id).status.state == api.SANDBOX_READY
+    assert kubelet.status(container).state == api.CONTAINER_RUNNING
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hostname": "a\nb"},
+        {"hostname": "nul\0"},
+        {"dns_config": {"servers": ["192.0.2.1\noptions evil"]}},
+        {"dns_config": {"searches": ["a\rb"]}},
+        {"dns_config": {"options": ["a\0b"]}},
+        {"linux": {"sysctls": {"kernel.panic": "1"}}},
+        {"linux": {"sysctls": {"vm.swappiness": "1"}}},
+        {"linux": {"sysctls": {"net/../kernel/panic": "1"}}},
+    ],
+)
+def test_a_pod_with_unsafe_values_is_refused(kubelet: Kubelet, fields: dict[str, Any]) -> None:
+    config = kubelet.pod_config(**fields)
+    assert refusal(lambda: kubelet.run_pod(config))[0] is INVALID
+    assert not [p for p in kubelet.pods() if p.metadata.name == config.metadata.name]
+
+
+def test_network_sysctls_are_not_the_hosts(kubelet: Kubelet) -> None:
+    config = kubelet.pod_config(hostname="")
+    config.linux.security_context.namespace_options.network = api.NODE
+    config.linux.sysctls["net.ipv4.ip_forward"] = "0"
+    assert refusal(lambda: kubelet.run_pod(config))[0] is INVALID
+
+
+# -- helpers that fail -----------------------------------------------------------------------------
+
+
+def conf_dir(folder: Path, plugin: Path) -> dict[str, Any]:
+    """Write a network of one plugin; returns the `[network]` settings that use it."""
+    (folder / "net.d").mkdir()
+    document = {"cniVersion": "1.0.0", "name": "bad", "plugins": [{"type": plugin.name}]}
+    (folder / "net.d" / "10-bad.conflist").write_text(json.dumps(document))
+    dirs = [os.fspath(plugin.parent), "/opt/cni/bin", "/usr/lib/cni"]
+    return {
+        "conf_dir": os.fspath(folder / "net.d"),
+        "bin_dirs": dirs,
+        "cache_dir": os.fspath(folder / "cache"),
+    }
+
+
+def test_without_a_network_only_host_network_pods_run(
+    make_site: MakeSite, client_of: ClientOf, tmp_path: Path
+) -> None:
+    client = client_of(make_site(network={"conf_dir": os.fspath(tmp_path)}))
+    status = client.runtime.Status(api.StatusRequest())
+    assert conditions(status)["RuntimeReady"]
+    assert not conditions(status)["NetworkReady"]
+    code, _ = refusal(
+        lambda: client.runtime.RunPodSandbox(
+            api.RunPodSandboxRequest(config=client.pod_config()), timeout=20
+        )
+    )
+    assert code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+    config = client.pod_config(hostname="")
+    config.linux.security_context.namespace_options.network = api.NODE
+    client.remove_pod(client.run_pod(config).id)
+    assert not client.pods()
+
+
+def test_a_plugin_that_fails(make_site: MakeSite, client_of: ClientOf, tmp_path: Path) -> None:
+    error = '{"cniVersion": "1.0.0", "code": 7, "msg": "no addresses left"}'
+    script = f"[ $CNI_COMMAND = ADD ] || exit 0\necho '{error}'; exit 1"
+    plugin = executable(tmp_path / "failing", script)
+    site = make_site(network=conf_dir(tmp_path, plugin))
+    client = client_of(site)
+    _, text = refusal(client.run_pod)
+    assert "no addresses left" in text
+    assert not client.pods()
+    assert not list((site.state / "pods").iterdir())
+
+
+def test_a_plugin_that_hangs(make_site: MakeSite, client_of: ClientOf, tmp_path: Path) -> None:
+    script = "[ $CNI_COMMAND = ADD ] || exit 0\nsleep 98761 & sleep 98761"
+    plugin = executable(tmp_path / "hanging", script)
+    client = client_of(make_site(network={**conf_dir(tmp_path, plugin), "add_timeout": 1.0}))
+    begin = time.monotonic()
+    refusal(client.run_pod)
+    assert time.monotonic() - begin < 10
+    waiting.until(lambda: not running("sleep 98761"), "the plugin and its child are gone")
+    assert not client.pods()
+
+
+def runtime(path: Path, script: str) -> dict[str, dict[str, Any]]:
+    """Return settings with a handler `bad` that does `script` where others start a container."""
+    wrapped = f'for word; do case $word in run|create) {script};; esac; done\nexec runc "$@"'
+    bad = executable(path, wrapped)
+    return {"runtimes.bad": {"path": os.fspath(bad)}, "runtimes.runc": {"path": "runc"}}
+
+
+@pytest.fixture
+def broken(
+    request: pytest.FixtureRequest,
+    make_site: MakeSite,
+    client_of: ClientOf,
+    tmp_path: Path,
+    reference: str,
+) -> tuple[Kubelet, Pod, str]:
+    """Return a client, a pod whose runtime does the test's script, and the image."""
+    tables = runtime(tmp_path / "bad-runc", request.param)
+    client = client_of(make_site(runtime={"runtime_timeout": 2.0}, **tables))
+    client.pull(reference)
+    return client, client.run_pod(handler="bad"), reference
+
+
+@pytest.mark.parametrize("broken", ["echo 'the disk is on fire' >&2; exit 1"], indirect=True)
+def test_a_runtime_that_fails(broken: tuple[Kubelet, Pod, str]) -> None:
+    client, pod, reference = broken
+    container = client.create(pod, client.container_config(reference, SLEEP))
+    _, text = refusal(lambda: client.start(container))
+    assert "the disk is on fire" in text
+    status = client.status(container)
+    assert (status.state, status.exit_code) == (api.CONTAINER_EXITED, 128)
+    assert status.reason == "StartError"
+    client.remove_pod(pod.id)
+    assert not client.containers()
+
+
+@pytest.mark.parametrize("broken", ["sleep 98762 & sleep 98762"], indirect=True)
+def test_a_runtime_that_hangs(broken: tuple[Kubelet, Pod, str]) -> None:
+    client, pod, reference = broken
+    container = client.create(pod, client.container_config(reference, SLEEP))
+    begin = time.monotonic()
+    refusal(lambda: client.start(container))
+    assert time.monotonic() - begin < 15
+    waiting.until(lambda: not running("sleep 98762"), "the runtime and its child are gone")
+    assert client.status(container).state == api.CONTAINER_EXITED
+    client.remove_pod(pod.id)
+
+
+@pytest.mark.parametrize("broken", ["head -c 3000000 /dev/zero >&2; exit 1"], indirect=True)
+def test_a_runtime_that_talks_too_much(broken: tuple[Kubelet, Pod, str]) -> None:
+    client, pod, reference = broken
+    container = client.create(pod, client.container_config(reference, SLEEP))
+    _, text = refusal(lambda: client.start(container))
+    assert len(text) < 20_000
+    assert len(client.status(container).message) < 20_000

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The server as a process: what it says about itself, and that pods outlive it."""
+
+import json
+import re
+import socket
+from collections.abc import Callable
+
+import pytest
+
+from cri_server.pb import api_pb2 as api
+from tests.fakes.kubelet import Kubelet, conditions
+from tests.integration.conftest import SLEEP
+from tests.lab import server
+
+pytestmark = pytest.mark.needs("root", "netns", "overlay", "cni", "runc", "docker-registry")
+
+
+def test_version_is_what_the_kubelet_wants(kubelet: Kubelet) -> None:
+    found = kubelet.runtime.Version(api.VersionRequest(version="0.1.0"))
+    assert found.version == "0.1.0"
+    assert found.runtime_name
+    assert found.runtime_api_version == "v1"
+    assert re.match(r"v?\d+\.\d+\.\d+", found.runtime_version)
+
+
+def test_status_is_ready(kubelet: Kubelet) -> None:
+    answer = kubelet.runtime.Status(api.StatusRequest())
+    found = conditions(answer)
+    assert found["RuntimeReady"]
+    assert found["NetworkReady"]
+
+
+@pytest.mark.ours
+def test_verbose_status_names_the_handlers_and_is_json(kubelet: Kubelet) -> None:
+    answer = kubelet.runtime.Status(api.StatusRequest(verbose=True))
+    assert {"", "runc"} <= {handler.name for handler in answer.runtime_handlers}
+    assert answer.info
+    for text in answer.info.values():
+        json.loads(text)
+
+
+@pytest.mark.ours
+def test_the_cgroup_driver_is_told(kubelet: Kubelet) -> None:
+    answer = kubelet.runtime.RuntimeConfig(api.RuntimeConfigRequest())
+    assert answer.HasField("linux")
+
+
+def test_the_runtime_config_can_be_updated(kubelet: Kubelet) -> None:
+    network = api.NetworkConfig(pod_cidr="10.9.0.0/16")
+    config = api.RuntimeConfig(network_config=network)
+    kubelet.runtime.UpdateRuntimeConfig(api.UpdateRuntimeConfigRequest(runtime_config=config))
+
+
+@pytest.mark.ours
+@pytest.mark.parametrize("end", [server.Site.stop, server.Site.kill])
+def test_pods_outlive_the_server(
+    make_site: Callable[..., server.Site],
+    client_of: Callable[[server.Site], Kubelet],
+    reference: str,
+    end: Callable[[server.Site], object],
+) -> None:
+    site = make_site()
+    client = client_of(site)
+    client.pull(reference)
+    pod = client.run_pod()
+    script = "i=0; while :; do echo $i; i=$((i+1)); sleep 0.02; done"
+    lasting = client.run(pod, reference, ["sh", "-c", script], name="lasting")
+    ending = client.run(pod, reference, ["sh", "-c", "sleep 0.5; exit 7"], name="ending")
+    before = client.pod_status(pod.id).status
+    end(site)
+    site.start()
+    client = client_of(site)
+    assert client.pod_status(pod.id).status == before
+    assert client.status(lasting).state == api.CONTAINER_RUNNING
+    assert client.wait_exit(ending).exit_code == 7
+    assert client.exec_sync(lasting, ["echo", "still"]).stdout == b"still\n"
+    client.stop(lasting)
+    texts = [line.text for line in client.log(lasting)]
+    assert texts == [str(n) for n in range(len(texts))]
+    client.remove_pod(pod.id)
+
+
+@pytest.mark.ours
+def test_a_stale_socket_is_no_obstacle(
+    make_site: Callable[..., server.Site],
+    client_of: Callable[[server.Site], Kubelet],
+    reference: str,
+) -> None:
+    site = make_site()
+    site.kill()
+    site.start()
+    client = client_of(site)
+    client.pull(reference)
+    client.run(client.run_pod(), reference, SLEEP)
+
+
+@pytest.mark.ours
+def test_noise_on_the_socket_disturbs_nobody(site: server.Site, kubelet: Kubelet) -> None:
+    for noise in (b"", b"GET / HTTP/1.1\r\n\r\n", b"\0" * 5000, b"\xff" * 100):
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(site.endpoint.removeprefix("unix://"))
+            connection.sendall(noise)
+    assert kubelet.runtime.Version(api.VersionRequest()).version == "0.1.0"

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where cgroups are, in each mode and for each driver; and their removal on real directories."""
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from cri_server import cgroups, errors
+
+V1 = """\
+1 0 0:1 / /sys/fs/cgroup/cpu,cpuacct rw,nosuid shared:1 - cgroup cgroup rw,cpu,cpuacct
+2 0 0:2 / /sys/fs/cgroup/memory rw,nosuid - cgroup cgroup rw,memory
+3 0 0:3 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,xattr,release_agent=/x,name=systemd
+4 0 0:4 / /proc rw - proc proc rw
+"""
+V2 = "5 0 0:5 / /sys/fs/cgroup{} rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n"
+SLICE = "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice"
+
+
+@pytest.mark.parametrize(
+    ("text", "mode"), [(V1, "v1"), (V1 + V2.format("/unified"), "hybrid"), (V2.format(""), "v2")]
+)
+def test_mode_follows_from_the_mounts(text: str, mode: str) -> None:
+    assert cgroups.detect(text).mode == mode
+
+
+def test_v1_controllers_are_found_behind_joint_mounts() -> None:
+    found = cgroups.detect(V1)
+    assert found.v1["cpuacct"] == Path("/sys/fs/cgroup/cpu,cpuacct")
+    assert found.v1["name=systemd"] == Path("/sys/fs/cgroup/systemd")
+    assert found.controllers() == ("cpu", "cpuacct", "memory")
+
+
+def groups(
+    text: str = V2.format(""), driver: Literal["cgroupfs", "systemd"] = "cgroupfs"
+) -> cgroups.Cgroups:
+    return cgroups.Cgroups(cgroups.detect(text), driver)
+
+
+def test_cgroupfs_paths() -> None:
+    g = groups()
+    assert g.container_path("p", "/kubepods/pod1", "c") == "/kubepods/pod1/c"
+    assert g.container_path("p", "", "c") == "/cri-server/p/c"
+    assert g.directories("/kubepods/pod1/c") == {"": "/sys/fs/cgroup/kubepods/pod1/c"}
+    assert g.pod_directories("p", "/a/") == {"": "/sys/fs/cgroup/a"}
+
+
+def test_systemd_paths() -> None:
+    g = groups(driver="systemd")
+    path = g.container_path("p", SLICE, "c")
+    assert path == "kubepods-burstable-pod1.slice:cri-server:c"
+    assert g.directories(path) == {"": f"/sys/fs/cgroup{SLICE}/cri-server-c.scope"}
+    assert g.container_path("p", "", "c") == "system.slice:cri-server:c"
+
+
+@pytest.mark.parametrize("parent", ["/a/../b", "..", "/a\n"])
+def test_a_parent_that_leaves_the_tree_is_refused(parent: str) -> None:
+    with pytest.raises(errors.InvalidArgument, match="cgroup_parent"):
+        groups().pod_parent("p", parent)
+
+
+@pytest.mark.parametrize("parent", ["/kubepods/pod1", "a.slice:b.slice", "x.scope"])
+def test_the_systemd_driver_takes_slices_only(parent: str) -> None:
+    with pytest.raises(errors.InvalidArgument, match="slice"):
+        groups(driver="systemd").pod_parent("p", parent)
+
+
+def test_only_what_was_missing_is_removed(tmp_path: Path) -> None:
+    hierarchy = cgroups.Hierarchy(mode="v2", v1={}, unified=tmp_path)
+    g = cgroups.Cgroups(hierarchy, "cgroupfs")
+    (tmp_path / "old").mkdir()
+    made = g.missing("/old/new/deep")
+    assert made == ("/old/new/deep", "/old/new")
+    (tmp_path / "old/new/deep").mkdir(parents=True)
+
+    g.remove(made)
+
+    assert [p.name for p in tmp_path.rglob("*")] == ["old"]
+
+
+def test_a_parent_in_use_is_removed_with_its_last_user(tmp_path: Path) -> None:
+    hierarchy = cgroups.Hierarchy(mode="v2", v1={}, unified=tmp_path)
+    g = cgroups.Cgroups(hierarchy, "cgroupfs")
+    (tmp_path / "root/p1").mkdir(parents=True)
+    (tmp_path / "root/p2").mkdir()
+
+    g.remove(("/root/p1", "/root"))
+    assert (tmp_path / "root").is_dir()
+    g.remove(("/root/p2",))
+    assert not (tmp_path / "root").exists()

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""cri_server.config: what is refused and how it says so, and what is filled in."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cri_server import config, errors
+
+Install = Callable[..., Path]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Make PATH a folder with these programs, and nothing else."""
+
+    def install(*names: str) -> Path:
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text("#!/bin/sh\n")
+            (folder / name).chmod(0o755)
+        monkeypatch.setenv("PATH", str(folder))
+        return folder
+
+    return install
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Callable[[str], config.Config]:
+    """Load a file with this text."""
+
+    def read(text: str) -> config.Config:
+        path = tmp_path / "config.toml"
+        path.write_text(text)
+        return config.load(path)
+
+    return read
+
+
+Read = Callable[[str], config.Config]
+
+
+# -- what is filled in -----------------------------------------------------------------------------
+
+
+def test_no_file_gives_the_defaults(tmp_path: Path, install: Install) -> None:
+    folder = install("runc")
+
+    for settings in (config.load(None), config.load(tmp_path / "missing.toml")):
+        assert settings.server == config.Server()
+        assert settings.network == config.Network()
+        assert settings.images == config.Images()
+        assert settings.runtime == config.Runtime()
+        assert settings.runtimes == {"runc": config.Handler(path=str(folder / "runc"))}
+
+
+def test_an_empty_file_is_the_same_as_none(read: Read, install: Install) -> None:
+    install("runc")
+
+    assert read("") == config.load(None)
+
+
+def test_values_of_a_file_take_the_place_of_defaults(read: Read, install: Install) -> None:
+    install()
+
+    settings = read(
+        """
+        [server]
+        root = "/srv/images"
+        log_format = "json"
+        [network]
+        bin_dirs = ["/a", "/b"]
+        add_timeout = 5
+        [images]
+        pinned = ["registry.example/pause*"]
+        """
+    )
+
+    assert settings.server == config.Server(root=Path("/srv/images"), log_format="json")
+    assert settings.network.bin_dirs == (Path("/a"), Path("/b"))
+    assert settings.network.add_timeout == 5.0
+    assert settings.images.pinned == ("registry.example/pause*",)
+
+
+def test_installed_runtimes_are_offered_beside_the_configured(read: Read, install: Install) -> None:
+    folder = install("runc", "crun", "youki")
+
+    settings = read('[runtimes.youki]\n[runtimes.old-runc]\npath = "/opt/runc-1.1/runc"')
+
+    assert {n: h.path for n, h in settings.runtimes.items()} == {
+        "crun": str(folder / "crun"),
+        "runc": str(folder / "runc"),
+        "youki": str(folder / "youki"),
+        "old-runc": "/opt/runc-1.1/runc",
+    }
+
+
+def test_a_configured_handler_replaces_the_installed_one(read: Read, install: Install) -> None:
+    folder = install("runc")
+    (folder / "runc-debug").symlink_to("runc")
+
+    settings = read('[runtimes.runc]\npath = "runc-debug"\nsandbox = "container"')
+
+    assert settings.runtimes["runc"] == config.Handler(
+        path=str(folder / "runc-debug"), sandbox="container"
+    )
+
+
+def test_a_binary_that_is_not_there_keeps_its_name(read: Read, install: Install) -> None:
+    install()
+
+    assert read("[runtimes.runsc]").runtimes["runsc"].path == "runsc"
+
+
+@pytest.mark.parametrize(
+    ("installed", "text", "default"),
+    [
+        (("runc", "crun"), "", "runc"),
+        (("crun",), "", "crun"),
+        (("crun",), '[runtime]\ndefault = "runc"', "crun"),
+        (("runc", "crun"), '[runtime]\ndefault = "crun"', "crun"),
+        (("runc",), "[runtimes.runsc]", "runc"),
+        (("runc",), '[runtime]\ndefault = "runsc"\n[runtimes.runsc]', "runsc"),
+        ((), "[runtimes.youki]", "youki"),
+        ((), "", "runc"),
+    ],
+)
+def test_the_default_handler(
+    read: Read, install: Install, installed: tuple[str, ...], text: str, default: str
+) -> None:
+    install(*installed)
+
+    assert read(text).runtime.default == default
+
+
+def test_a_chosen_default_is_never_replaced(read: Read, install: Install) -> None:
+    install("runc", "crun")
+
+    with pytest.raises(
+        config.ConfigError, match=r"runtime\.default: no handler 'runsc'.*crun, run"
+    ):
+        read('[runtime]\ndefault = "runsc"')
+
+
+def test_a_handler_is_found_by_name_and_the_default_by_none(read: Read, install: Install) -> None:
+    install("runc", "crun")
+    settings = read("")
+
+    assert settings.handler("crun") is settings.runtimes["crun"]
+    assert settings.handler("") is settings.runtimes["runc"]
+    with pytest.raises(errors.InvalidArgument, match=r"'kata' is not.*known: crun, runc"):
+        settings.handler("kata")
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[sever]", "unknown key 'sever'; did you mean 'server'?"),
+        ("lisen = 1", "unknown key 'lisen' (known: server, network, images, runtime, runtimes)"),
+        ("[server]\nrot = '/x'", "[server]: unknown key 'rot'; did you mean 'root'?"),
+        ("[images]\nzzz = 1", "[images]: unknown key 'zzz' (known: registry_config_dirs, pinned,"),
+        ("[runtimes.a]\npth = ''", "[runtimes.a]: unknown key 'pth'; did you mean 'path'?"),
+        (
+            "[runtimes.a]\noptions = { timout = 1 }",
+            "[runtimes.a]: options: unknown key 'timout'; did you mean 'timeout'?",
+        ),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest(read: Read, text: str, words: str) -> None:
+    with pytest.raises(config.ConfigError) as refused:
+        read(text)
+
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("server = 3", "[server]: expected a table"),
+        ("[[network]]", "[network]: expected a table"),
+        ("runtimes = []", "[runtimes]: expected a table"),
+        ("[runtimes]\na = 'runc'", "[runtimes.a]: expected a table"),
+        ("[server]\nroot = 3", "[server]: root: Expected a path, got 3"),
+        (
+            "[server]\nlog_level = 'loud'",
+            "log_level: Invalid enum value 'loud' (known: debug, info",
+        ),
+        ("[network]\nadd_timeout = '5s'", "[network]: add_timeout: Expected `float`, got `str`"),
+        ("[network]\nbin_dirs = '/a'", "[network]: bin_dirs: Expected `array`, got `str`"),
+        ("[images]\npinned = ['a', 1]", "[images]: pinned[1]: Expected `str`, got `int`"),
+        ("[images]\nmax_parallel_downloads = true", "Expected `int`, got `bool`"),
+        (
+            "[runtimes.a]\nkind = 'shim'",
+            "[runtimes.a]: kind: Invalid enum value 'shim' (known: oci",
+        ),
+        ("[runtimes.a.options]\ntimeout = 'x'", "[runtimes.a]: options[...]: Expected `float`"),
+    ],
+)
+def test_a_wrong_type_is_refused_with_its_place(read: Read, text: str, words: str) -> None:
+    with pytest.raises(config.ConfigError) as refused:
+        read(text)
+
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[server]\nlisten = 'tcp://127.0.0.1:1'",
+        "[server]\nlisten = 'unix://cri.sock'",
+        "[server]\nstate = 'run'",
+        "[network]\nconf_dir = '~/net.d'",
+        "[network]\nbin_dirs = ['/a', 'b']",
+        "[network]\ndel_timeout = 0",
+        "[network]\ndel_timeout = nan",
+        "[runtime]\nruntime_timeout = inf",
+        "[images]\nmax_parallel_downloads = 0",
+        "[runtimes.a]\npath = 'bin/runc'",
+        "[runtimes.'../a']",
+        "[runtimes.'']",
+    ],
+)
+def test_a_value_that_cannot_work_is_refused(read: Read, text: str) -> None:
+    with pytest.raises(config.ConfigError):
+        read(text)
+
+
+def test_the_message_begins_with_the_file(read: Read, tmp_path: Path) -> None:
+    for text in ("[server", "[server]\nrot = 1", "[server]\nroot = 1", "x = '\\uZZZZ'"):
+        with pytest.raises(config.ConfigError) as refused:
+            read(text)
+        assert str(refused.value).startswith(f"{tmp_path}/config.toml: ")
+
+
+def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "latin1.toml").write_bytes(b"# caf\xe9\n")
+
+    for path in (tmp_path, tmp_path / "latin1.toml"):
+        with pytest.raises(config.ConfigError) as refused:
+            config.load(path)
+        assert str(path) in str(refused.value)

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mount list, and what about mounts is refused."""
+
+import dataclasses
+import itertools
+
+import pytest
+
+from cri_server import errors, spec
+from cri_server.pb import api_pb2 as api
+from tests.lab import wishes
+
+Propagation = api.MountPropagation
+FILES = spec.PodFiles(
+    resolv_conf="/p/resolv.conf", hostname="/p/hostname", hosts="/p/hosts", shm="/p/shm"
+)
+
+
+def container(*mounts: api.Mount, **changes: object) -> spec.oci.Spec:
+    return spec.container(wishes.given(wishes.container(mounts=mounts), **changes))
+
+
+def by_target(document: spec.oci.Spec) -> dict[str, spec.oci.Mount]:
+    return {m["destination"]: m for m in document["mounts"]}
+
+
+def test_the_defaults_are_there_parents_first() -> None:
+    found = container()["mounts"]
+    assert [m["destination"] for m in found] == [
+        "/proc",
+        "/dev",
+        "/sys",
+        "/dev/pts",
+        "/dev/shm",
+        "/dev/mqueue",
+        "/sys/fs/cgroup",
+    ]
+    assert {m["destination"] for m in found if "ro" in m["options"]} == {"/sys", "/sys/fs/cgroup"}
+
+
+def test_a_privileged_container_may_write_sysfs_and_cgroups() -> None:
+    wish = wishes.container(security=wishes.security(privileged=True))
+    found = spec.container(wishes.given(wish))["mounts"]
+    assert [m["destination"] for m in found if "rw" in m["options"]] == ["/sys", "/sys/fs/cgroup"]
+    assert not [m for m in found if "ro" in m["options"]]
+
+
+@pytest.mark.parametrize("readonly", [True, False])
+def test_the_pods_files_are_bound_and_writable_only_if_the_root_is(readonly: bool) -> None:
+    wish = wishes.container(security=wishes.security(readonly_rootfs=readonly))
+    document = spec.container(wishes.given(wish, pod_files=FILES))
+    found = by_target(document)
+    mode = "ro" if readonly else "rw"
+    assert document["root"] == {"path": "/rootfs", "readonly": readonly}
+    for name in ("resolv.conf", "hostname", "hosts"):
+        mount = found[f"/etc/{name}"]
+        assert (mount["source"], mount["options"]) == (f"/p/{name}", ["rbind", "rprivate", mode])
+    assert found["/dev/shm"]["options"] == ["rbind", "rprivate", "rw"]
+    assert len([m for m in document["mounts"] if m["destination"] == "/dev/shm"]) == 1
+
+
+def test_a_request_replaces_a_default_or_a_file_of_the_pod_at_the_same_place() -> None:
+    found = container(
+        api.Mount(container_path="/etc/hosts", host_path="/mine/hosts"),
+        api.Mount(container_path="/dev//shm/", host_path="/mine/shm"),
+        api.Mount(container_path="/sys", host_path="/sys"),
+        pod_files=FILES,
+    )
+    targets = [m["destination"] for m in found["mounts"]]
+    assert len(targets) == len(set(targets))
+    assert by_target(found)["/etc/hosts"]["source"] == "/mine/hosts"
+    assert by_target(found)["/dev/shm"]["source"] == "/mine/shm"
+    assert by_target(found)["/sys"]["type"] == "bind"
+
+
+def test_a_request_for_dev_replaces_all_defaults_below_it() -> None:
+    found = container(api.Mount(container_path="/dev", host_path="/dev"))
+    assert [m["destination"] for m in found["mounts"]] == [
+        "/proc",
+        "/sys",
+        "/dev",
+        "/sys/fs/cgroup",
+    ]
+
+
+def test_mounts_are_ordered_by_depth_and_otherwise_as_listed() -> None:
+    listed = ["/z/deep/er", "/b", "/a", "/z/deep", "/proc/x/y", "/a/b"]
+    found = container(*(api.Mount(container_path=p, host_path="/h") for p in listed))
+    requested = [m["destination"] for m in found["mounts"] if m["type"] == "bind"]
+    assert requested == ["/b", "/a", "/z/deep", "/a/b", "/z/deep/er", "/proc/x/y"]
+
+
+@pytest.mark.parametrize(
+    ("mount", "options", "root"),
+    [
+        (api.Mount(), ["rbind", "rprivate", "rw"], None),
+        (api.Mount(readonly=True), ["rbind", "rprivate", "ro"], None),
+        (api.Mount(readonly=True, recursive_read_only=True), ["rbind", "rprivate", "rro"], None),
+        (
+            api.Mount(propagation=Propagation.PROPAGATION_HOST_TO_CONTAINER, readonly=True),
+            ["rbind", "rslave", "ro"],
+            "rslave",
+        ),
+        (
+            api.Mount(propagation=Propagation.PROPAGATION_BIDIRECTIONAL),
+            ["rbind", "rshared", "rw"],
+            "rshared",
+        ),
+    ],
+    ids=itertools.count(),
+)
+def test_access_and_propagation(mount: api.Mount, options: list[str], root: str | None) -> None:
+    mount.MergeFrom(api.Mount(container_path="/data", host_path="/h"))
+    wishes.validate(wishes.container(mounts=[mount]))
+    document = container(mount)
+    assert by_target(document)["/data"]["options"] == options
+    assert document["linux"].get("rootfsPropagation") == root
+
+
+def test_bidirectional_wins_for_the_root() -> None:
+    kinds = (Propagation.PROPAGATION_BIDIRECTIONAL, Propagation.PROPAGATION_HOST_TO_CONTAINER)
+    mounts = [api.Mount(container_path=f"/{k}", host_path="/h", propagation=k) for k in kinds]
+    assert container(*mounts)["linux"]["rootfsPropagation"] == "rshared"
+
+
+def test_the_source_is_where_the_host_path_really_is() -> None:
+    mount = api.Mount(container_path="/data", host_path="/link/")
+    assert by_target(container(mount))["/data"]["source"] == "/link"
+    found = by_target(container(mount, sources={"/link/": "/real"}))
+    assert found["/data"]["source"] == "/real"
+
+
+RRO = {"readonly": True, "recursive_read_only": True}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"container_path": ""}, "container_path"),
+        ({"container_path": "relative"}, "container_path"),
+        ({"container_path": "/"}, "root cannot"),
+        ({"container_path": "/x/.."}, "root cannot"),
+        ({"container_path": "/x\0"}, "NUL"),
+        ({"host_path": ""}, "host_path"),
+        ({"host_path": "relative"}, "host_path"),
+        ({"container_path": "/proc"}, "proc"),
+        ({"container_path": "/proc/x/.."}, "proc"),
+        ({"propagation": 7}, "propagation"),
+        ({"recursive_read_only": True}, "readonly"),
+        (RRO | {"propagation": Propagation.PROPAGATION_BIDIRECTIONAL}, "PRIVATE"),
+        (RRO | {"propagation": Propagation.PROPAGATION_HOST_TO_CONTAINER}, "PRIVATE"),
+        ({"uidMappings": [api.IDMapping(length=1)]}, "uidMappings"),
+        ({"gidMappings": [api.IDMapping(length=1)]}, "gidMappings"),
+    ],
+)
+def test_a_mount_that_cannot_be_is_refused(fields: dict[str, object], message: str) -> None:
+    mount = api.Mount(**({"container_path": "/data", "host_path": "/h"} | fields))  # type: ignore[arg-type]
+    with pytest.raises(errors.InvalidArgument, match=message):
+        wishes.validate(wishes.container(mounts=[mount]))
+
+
+def test_the_hosts_proc_may_be_mounted_on_proc() -> None:
+    mount = api.Mount(container_path="/proc", host_path="/proc")
+    wishes.validate(wishes.container(mounts=[mount]))
+    assert by_target(container(mount))["/proc"]["type"] == "bind"
+    with pytest.raises(errors.InvalidArgument, match="/proc"):
+        container(mount, sources={"/proc": "/home/fake"})
+
+
+def test_recursive_read_only_needs_the_runtime() -> None:
+    mount = api.Mount(container_path="/d", host_path="/h", readonly=True, recursive_read_only=True)
+    host = dataclasses.replace(wishes.FACTS, recursive_read_only=False)
+    with pytest.raises(errors.InvalidArgument, match=r"^RROUnsupported: .*'/d'"):
+        wishes.validate(wishes.container(mounts=[mount]), host=host)
+
+
+@pytest.mark.parametrize(
+    "mount",
+    [
+        api.Mount(container_path="/d", image=api.ImageSpec(image="x")),
+        api.Mount(container_path="/d", host_path="/h", image_sub_path="x"),
+    ],
+    ids=["image", "image_sub_path"],
+)
+def test_image_volumes_are_refused_by_name(mount: api.Mount) -> None:
+    with pytest.raises(errors.Unimplemented, match=r"^ImageVolumeMountFailed: .*image"):
+        wishes.validate(wishes.container(mounts=[mount]))
+
+
+def test_relabelling_is_void_without_selinux_and_refused_with_it() -> None:
+    wish = wishes.container(
+        mounts=[api.Mount(container_path="/d", host_path="/h", selinux_relabel=True)]
+    )
+    wishes.validate(wish)
+    with pytest.raises(errors.InvalidArgument, match="selinux_relabel"):
+        wishes.validate(wish, host=dataclasses.replace(wishes.FACTS, selinux=True))
+
+
+def test_volumes_of_the_image_are_those_that_no_mount_covers() -> None:
+    wish = wishes.container(mounts=[api.Mount(container_path="/covered", host_path="/h")])
+    image = spec.ImageConfig(volumes=("/data", "/covered/", "/data/../data", "/../../etc"))
+    assert spec.image_volumes(wish, image) == ("/data", "/etc")
+
+
+@pytest.mark.parametrize("volume", ["relative", "/", "/..", "/a\0", ""])
+def test_a_volume_of_the_image_that_is_no_folder_below_the_root_is_refused(volume: str) -> None:
+    with pytest.raises(errors.InvalidArgument, match="VOLUME"):
+        wishes.validate(wishes.container(), image=spec.ImageConfig(cmd=("/x",), volumes=(volume,)))

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two things at once: both results, or the first error with nothing left running."""
+
+import asyncio
+
+import pytest
+
+from cri_server import together
+
+
+async def give(value: int) -> int:
+    return value
+
+
+async def test_both_results() -> None:
+    assert await together.both(give(1), give(2)) == (1, 2)
+
+
+async def test_the_first_error_comes_plain_and_the_other_has_ended() -> None:
+    ended = False
+
+    async def fail() -> None:
+        raise ValueError("first")
+
+    async def wait() -> None:
+        nonlocal ended
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended = True
+
+    with pytest.raises(ValueError, match="first"):
+        await together.both(wait(), fail())
+    assert ended
