@@ -6,9 +6,9 @@
     hybrid   v1, and a v2 without (all) controllers        the v1 ones
     v2       one                                           <mount>/<path>
 
-    driver     cgroup_parent                      cgroupsPath for the runtime      path below the mount
-    cgroupfs   /kubepods/burstable/pod1           /kubepods/burstable/pod1/<id>    the same
-    systemd    /kubepods.slice/kubepods-x.slice   kubepods-x.slice:cri-server:<id> .../cri-server-<id>.scope
+    driver     cgroup_parent               cgroupsPath for the runtime    path below the mount
+    cgroupfs   /kubepods/pod1              /kubepods/pod1/<id>            the same
+    systemd    /kube.slice/kube-x.slice    kube-x.slice:cri-server:<id>   .../cri-server-<id>.scope
 
 The OCI runtime makes the directories and removes the container's own. It also makes missing
 parents, and leaves them: `missing` tells which before a pod begins, `remove` takes them away with
@@ -31,7 +31,7 @@ Mode = Literal["v1", "hybrid", "v2"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hierarchy:
-    """The mounted cgroup file systems: v1 controller name to mount point, and the v2 mount point."""
+    """The mounted cgroup file systems: mount points by v1 controller name, and the v2 one."""
 
     mode: Mode
     v1: Mapping[str, Path]
@@ -151,8 +151,8 @@ class Cgroups:
         self._leftover = {p: None for p in wanted if not self._remove(p)}
 
     def _remove(self, path: str) -> bool:
-        every = [*self.hierarchy.mounts.values()]
-        return all([_rmdir(f"{mount}{path}") for mount in every])
+        gone = [_rmdir(f"{mount}{path}") for mount in self.hierarchy.mounts.values()]
+        return all(gone)
 
     def kill(self, cgroups_path: str) -> bool:
         """Kill what is in a container's cgroup, once; return whether there was anything."""

@@ -182,7 +182,7 @@ def _security(facts: host.Host) -> Iterator[Finding]:
     if not facts.raises_limits:
         yield _limited(
             "CAP_SYS_RESOURCE",
-            f"missing: oom_score_adj cannot go below {facts.oom_score_adj}, limits cannot be raised",
+            f"missing: no oom_score_adj below {facts.oom_score_adj}, no raised limits",
             "give the server CAP_SYS_RESOURCE",
         )
     yield _limited_if(

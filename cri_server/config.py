@@ -178,7 +178,7 @@ def _with_path(name: str, handler: Handler) -> Handler:
     return dataclasses.replace(handler, path=shutil.which(wanted) or wanted)
 
 
-# -- from TOML to values ---------------------------------------------------------------------------
+# -- from TOML to values -------------------------------------------------------------------------
 
 
 def _section(table: Any, kind: type, where: str) -> Any:

@@ -156,7 +156,7 @@ class Containers:
             container = self._store.container(container.id)
             if container.state != CREATED:
                 raise errors.FailedPrecondition(
-                    f"container {container.id[:13]} is in state {_state_name(container)}, not CONTAINER_CREATED"
+                    f"container {container.id[:13]} is {_state_name(container)}: cannot be started"
                 )
             self._ready_pod(container.pod_id)
             await self._start(container)
@@ -282,7 +282,7 @@ class Containers:
                 await self._store.forget_container(container)
 
     async def _forget_in_shim(self, container: state.Container) -> None:
-        """Have the shim and the OCI runtime let go of a container; without a shim there is nothing."""
+        """Have the shim and the OCI runtime let go of a container; nothing to do without a shim."""
         with contextlib.suppress(errors.Unavailable), shims.translated():
             shim = self._shims.of(container.pod_id)
             await shim.delete(shim_pb2.DeleteRequest(id=container.id))
@@ -294,7 +294,7 @@ class Containers:
                 each.push_async_callback(self.remove, container.id)
 
     async def close(self) -> None:
-        """Stop following containers; they run on. Before the connections to their shims are closed."""
+        """Stop following containers, which run on; before the connections to shims are closed."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -358,7 +358,7 @@ class _Escalation:
         self.task = asyncio.create_task(self._run(), name=f"stop {container.id[:13]}")
 
     async def shorten(self, timeout: float) -> None:
-        """End the grace period `timeout` seconds from now if that is sooner, and wait for the end."""
+        """End the grace period in `timeout` seconds if that is sooner; wait for the container's end."""
         self._deadline = min(self._deadline, time.monotonic() + timeout)
         self._shortened.set()
         await asyncio.shield(self.task)

@@ -106,7 +106,7 @@ class Host:
 
 
 def probe(hierarchy: cgroups.Hierarchy, found: Mapping[str, RuntimeFacts]) -> Host:
-    """Look at the kernel and at this process. Blocks for some milliseconds; no side effects remain."""
+    """Look at the kernel and at this process. Blocks for some milliseconds, leaves nothing."""
     controllers = hierarchy.controllers()
     known = _known_capabilities()
     return Host(

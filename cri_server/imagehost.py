@@ -31,7 +31,7 @@ class ImageHost:
         self._layers, self._collector = layers, collector
 
     async def pull(self, wanted: str, auth: api.AuthConfig | None) -> str:
-        """Pull an image and return its id; always asks the registry. Raises as `pull.Puller.pull`."""
+        """Pull an image and return its id; always asks the registry. Raises as `Puller.pull`."""
         if not wanted:
             raise errors.InvalidArgument("image.image is missing")
         return await self._puller.pull(wanted, auth)
@@ -55,13 +55,13 @@ class ImageHost:
         return [_message(image) for image in self._store.list()]
 
     async def remove(self, wanted: str) -> None:
-        """Remove an image with all its names and free what nothing needs any more. OK when unknown."""
+        """Remove an image with all names and free what nothing needs any more. OK when unknown."""
         if not wanted:
             raise errors.InvalidArgument("image.image is missing")
         await self._collector.remove(wanted)
 
     def fs_info(self) -> api.ImageFsInfoResponse:
-        """Return what images and writable layers take; both lists, for they share one file system."""
+        """Return what images and writable layers take, in both lists: they share a file system."""
         used = self._layers.fs_usage()
         filesystem = api.FilesystemUsage(
             timestamp=time.time_ns(),

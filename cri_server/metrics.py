@@ -40,15 +40,24 @@ def _cpu_seconds(one: api.ContainerStats) -> int | None:
     return None if used is None else used // 1_000_000_000
 
 
+def _gauge(name: str, part: str, field: str, help: str) -> Metric:
+    return Metric(name=f"container_{name}", help=help, type=GAUGE, value=_part(part, field))
+
+
 CATALOGUE = (
-    Metric(name="container_cpu_usage_seconds_total", help="CPU time used, in seconds", type=COUNTER, value=_cpu_seconds),
-    Metric(name="container_memory_usage_bytes", help="Memory in use, caches included", type=GAUGE, value=_part("memory", "usage_bytes")),
-    Metric(name="container_memory_working_set_bytes", help="Memory in use that cannot simply be dropped", type=GAUGE, value=_part("memory", "working_set_bytes")),
-    Metric(name="container_memory_rss", help="Anonymous memory", type=GAUGE, value=_part("memory", "rss_bytes")),
-    Metric(name="container_memory_swap", help="Memory that is swapped out", type=GAUGE, value=_part("swap", "swap_usage_bytes")),
-    Metric(name="container_fs_usage_bytes", help="Size of the writable layer", type=GAUGE, value=_part("writable_layer", "used_bytes")),
-    Metric(name="container_fs_inodes_total", help="Inodes of the writable layer", type=GAUGE, value=_part("writable_layer", "inodes_used")),
-)  # fmt: skip
+    Metric(
+        name="container_cpu_usage_seconds_total",
+        help="CPU time used, in whole seconds",
+        type=COUNTER,
+        value=_cpu_seconds,
+    ),
+    _gauge("memory_usage_bytes", "memory", "usage_bytes", "Memory in use, caches included"),
+    _gauge("memory_working_set_bytes", "memory", "working_set_bytes", "Memory that is needed"),
+    _gauge("memory_rss", "memory", "rss_bytes", "Anonymous memory"),
+    _gauge("memory_swap", "swap", "swap_usage_bytes", "Memory that is swapped out"),
+    _gauge("fs_usage_bytes", "writable_layer", "used_bytes", "Size of the writable layer"),
+    _gauge("fs_inodes_total", "writable_layer", "inodes_used", "Inodes of the writable layer"),
+)
 NETWORK = ("receive_bytes", "receive_errors", "transmit_bytes", "transmit_errors")
 _NETWORK_FIELDS = dict(
     zip(NETWORK, ("rx_bytes", "rx_errors", "tx_bytes", "tx_errors"), strict=True)

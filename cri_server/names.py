@@ -57,4 +57,4 @@ class Attempts:
     def _ended(self, name: Hashable, task: asyncio.Task[str]) -> None:
         del self._tasks[name]
         if not task.cancelled():
-            task.exception()  # whoever still waits gets it; with nobody left it is not an asyncio warning
+            task.exception()  # whoever still waits gets it; with nobody left it is no news

@@ -81,14 +81,14 @@ def own_ipc(config: api.PodSandboxConfig) -> bool:
 
 
 def hostname(pod: state.Pod) -> str:
-    """Return the pod's host name: what was asked for, the host's on its network, else a short id."""
+    """Return the pod's host name: as asked for, the host's on its network, else a short id."""
     if pod.config.hostname:
         return pod.config.hostname
     return pod.id[:12] if pod.own_network else socket.gethostname()
 
 
 def resolv_conf(dns: api.DNSConfig) -> str:
-    """Return the text of /etc/resolv.conf (CRI DNSConfig); an empty config means the host's file."""
+    """Return the text of /etc/resolv.conf (CRI DNSConfig); an empty config means the host's."""
     if not (dns.servers or dns.searches or dns.options):
         return _read("/etc/resolv.conf")
     lines = [f"search {' '.join(dns.searches)}"] if dns.searches else []

@@ -137,7 +137,7 @@ class Pods:
         return await self._network.attach(self._attachment(pod)) if pod.own_network else None
 
     async def _start_init(self, pod: state.Pod) -> int:
-        """Start the process that holds the pod's PID namespace, where it has one; return its pid."""
+        """Start what holds the pod's PID namespace, where it has one; return its pid, else 0."""
         if not self._needs_init(pod):
             return 0
         cgroups_path = self._init_cgroup(pod)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """At start: what is on record meets what is alive.
 
-    pod record    its shim answers                      its shim is gone (killed, or the host was rebooted)
+    pod record    its shim answers                      its shim is gone (killed, or rebooted)
     creating      released                              released
     failed        released                              released
     ready         adopted; its containers as below      stopped, its containers dead

@@ -43,7 +43,7 @@ class Stats:
     # -- containers -------------------------------------------------------------------------------
 
     async def container(self, wanted: str) -> api.ContainerStats:
-        """Return the stats of one container. Raises NotFound, FailedPrecondition when it has ended."""
+        """Return the stats of one container. Raises NotFound, FailedPrecondition once it ended."""
         container = self._containers.record(wanted)
         if container.finished_at:
             raise errors.FailedPrecondition(f"container {container.id[:13]} has ended: no stats")

@@ -144,7 +144,7 @@ def _fields(directory: str, name: str) -> dict[str, int] | None:
 
 
 def _number(directory: str, name: str) -> int | None:
-    """Return a file's number; None when it is missing, "max", or a v1 number that means unlimited."""
+    """Return a file's number; None if it is missing, "max", or so large that it means unlimited."""
     text = _text(directory, name)
     if text is None or not text.strip().isdigit():
         return None

@@ -63,18 +63,18 @@ def main() -> int:
         return 1
     signal.signal(signal.SIGTERM, _interrupt)
     before = residue.take()
-    marks = [os.fspath(DEFAULTS.server.root), os.fspath(DEFAULTS.server.state), CGROUP]
+    folders = (DEFAULTS.server.root, DEFAULTS.server.state)
+    marks = [*map(os.fspath, folders), CGROUP]
     with contextlib.ExitStack() as stack:
         marks.append(_demonstrate(stack, once=options.once))
     return _judge(residue.left(before, marks=marks, alone=False))
 
 
 def _demonstrate(stack: contextlib.ExitStack, *, once: bool) -> str:
-    """Do it all, leaving the clean-up on `stack`; returns the name of the pod network."""
+    """Do it all, leaving the clean-up on `stack`; returns the id of the pod that was there."""
     home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cri-demo-")))
     stack.enter_context(_folders_as_before())
-    settings, net = _network(home)
-    stack.enter_context(_bridge_as_before(net))
+    settings = _network(stack, home)
     stack.callback(cgroups.remove, CGROUP)
     log = home / "server.log"
     _timed("server started", lambda: stack.enter_context(_server(home, settings, log)))
@@ -93,29 +93,31 @@ def _demonstrate(stack: contextlib.ExitStack, *, once: bool) -> str:
             signal.pause()
     _timed("pod removed", client.remove_own_pods)
     client.remove_image(reference)
-    return net
+    return pod.id
 
 
 # -- the parts, in the order of the demonstration --------------------------------------------------
 
 
-def _network(home: Path) -> tuple[str, str]:
-    """Return the TOML of the server's configuration and the pod network's name.
+def _network(stack: contextlib.ExitStack, home: Path) -> str:
+    """Return the TOML of the server's configuration; "" means the embedded defaults.
 
-    Without a CNI configuration on the host ours is used, from a temporary folder; else the defaults
-    are.
+    A host without a CNI configuration gets ours, in a temporary folder, for the time of the run.
     """
     folder = DEFAULTS.network.conf_dir
     if folder.is_dir() and any(
         p.suffix in (".conf", ".conflist", ".json") for p in folder.iterdir()
     ):
         print(f"the pod network is the one of {folder}")
-        return "", ""
+        return ""
+    document = json.loads(CONFLIST.read_text())
+    bridge = document["plugins"][0]["bridge"]
+    print(f"no CNI configuration in {folder}: using {CONFLIST.name} with the bridge {bridge}")
+    if not Path("/sys/class/net", bridge).exists():
+        stack.callback(network.remove, bridge=bridge, name=document["name"])
     (home / "net.d").mkdir()
     shutil.copy(CONFLIST, home / "net.d")
-    name = _bridge_name()
-    print(f"no CNI configuration in {folder}: using {CONFLIST.name} with the bridge {name}")
-    return server.toml({"network": {"conf_dir": os.fspath(home / "net.d")}}), name
+    return server.toml({"network": {"conf_dir": os.fspath(home / "net.d")}})
 
 
 @contextlib.contextmanager
@@ -190,23 +192,6 @@ def _folders_as_before() -> Iterator[None]:
     finally:
         for folder in new:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _bridge_as_before(name: str) -> Iterator[None]:
-    """Remove the bridge and its address book at the end, unless they were there or are not ours."""
-    ours = bool(name) and not Path("/sys/class/net", name).exists()
-    try:
-        yield
-    finally:
-        if ours:
-            network.Network(name=name, subnet="").remove()
-
-
-def _bridge_name() -> str:
-    """Return the name of the bridge (and, by convention, of the network) in our conflist."""
-    document = json.loads(CONFLIST.read_text())
-    return str(document["plugins"][0]["bridge"])
 
 
 def _judge(left: list[str]) -> int:

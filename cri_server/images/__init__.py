@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images: names, registries, the store of blobs and layers, pulling and collecting.
 
-    pull.py ──► registry.py ──► session.py ──► transport.py    one host ◄─ hosts.py, auth.py, proxy.py
-       │            └── reference.py                           names, pure
-       ├──► store.py                                           blobs and image records
-       └──► unpack.py                                          tar to layer folder
-    gc.py ──► store.py                                         what nothing refers to
+pull.py ──► registry.py ──► session.py, transfer.py ──► transport.py ──► wire.py
+   │             ├── reference.py, documents.py          names and documents, pure
+   │             └── hosts.py, auth.py, proxy.py         whom to ask, and as whom
+   ├──► manifest.py, store.py                            what an image is; which there are
+   └──► layers.py ──► worker.py ──► unpack.py            tar to layer folder
+gc.py ──► store.py                                       what nothing refers to
 """

@@ -4,13 +4,14 @@
     401, WWW-Authenticate ──► parse_challenges ──► Authorizer.answer ──► "Bearer …" or "Basic …"
                                                         └── token endpoint (the realm): GET, or POST
 
-Credentials go to the reference's own registry and to the realm that it names, never to a mirror. A realm
-must be https unless the registry itself is plain http. Tokens are kept in memory until they expire;
-nothing is written to disk, logged, or put into an error.
+Credentials go to the reference's own registry and to the realm that it names, never to a mirror.
+A realm must be https unless the registry itself is plain http. Tokens are kept in memory until they
+expire; nothing is written to disk, logged, or put into an error.
 """
 
 import base64
 import binascii
+import dataclasses
 import hashlib
 import re
 import time
@@ -22,7 +23,7 @@ from typing import Protocol
 import msgspec
 
 from cri_server import errors
-from cri_server.images import hosts, transport
+from cri_server.images import hosts, transport, wire
 
 MAX_TOKEN_BODY = 256 << 10
 MAX_KEPT = 64
@@ -93,8 +94,10 @@ class _Token(msgspec.Struct):
 
 
 def choose(config: AuthConfig | None, domain: str) -> Credentials:
-    """Return the credentials to use for a registry: user and password, else identity token, else `auth`,
-    else registry token. A `server_address` of another registry means anonymous, as in containerd.
+    """Return the credentials to use for a registry.
+
+    User and password come first, then identity token, `auth`, registry token. A `server_address` of
+    another registry means anonymous, as in containerd.
 
     Raises InvalidArgument when `auth` is not the base64 of user:password.
     """
@@ -117,8 +120,9 @@ def parse_challenges(values: Iterable[str]) -> tuple[Challenge, ...]:
 class Authorizer:
     """Answers challenges, and remembers the answers until they expire."""
 
-    def __init__(self, http: transport.Transport) -> None:
-        self._http = http
+    def __init__(self, http: transport.Transport, *, timeout: float = 60.0) -> None:
+        """`timeout` is how many seconds a token endpoint may take to say anything."""
+        self._http, self._timeout = http, timeout
         self._kept: dict[tuple[str, str, bytes], Authorization] = {}
 
     def current(self, host: hosts.Host, path: str, credentials: Credentials) -> str:
@@ -168,8 +172,13 @@ class Authorizer:
         self, host: hosts.Host, path: str, credentials: Credentials, challenge: Challenge
     ) -> Authorization:
         request = _token_request(host, path, credentials, challenge)
+        request = dataclasses.replace(
+            request, head_timeout=self._timeout, body_timeout=self._timeout
+        )
         response = await self._http.send(request)
         try:
+            if response.status in {408, 429} or response.status >= 500:
+                raise wire.Broken(f"the token endpoint {response.host} answered {response.status}")
             if response.status != 200:
                 raise Denied(f"the token endpoint {response.host} answered {response.status}")
             body = await response.read(MAX_TOKEN_BODY)

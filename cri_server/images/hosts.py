@@ -73,8 +73,8 @@ class Host:
 def load(dirs: Sequence[Path], registry_host: str) -> tuple[Host, ...]:
     """Return the hosts to ask for a registry, best first; at least one.
 
-    Raises FailedPrecondition, which names the file, when a `hosts.toml` makes no sense. Keys that we
-    do not know are left alone: containerd reads the same files.
+    Raises FailedPrecondition, which names the file, when a `hosts.toml` makes no sense. Keys that
+    we do not know are left alone: containerd reads the same files.
     """
     folder = _folder(dirs, registry_host)
     if folder is None:

@@ -21,6 +21,12 @@ from cri_server import errors, spec
 MAX_DOCUMENT: Final = 4 << 20  # bytes, as in the peers
 MAX_LAYERS: Final = 500  # what overlayfs stacks
 
+OCI_INDEX: Final = "application/vnd.oci.image.index.v1+json"
+DOCKER_INDEX: Final = "application/vnd.docker.distribution.manifest.list.v2+json"
+OCI_MANIFEST: Final = "application/vnd.oci.image.manifest.v1+json"
+DOCKER_MANIFEST: Final = "application/vnd.docker.distribution.manifest.v2+json"
+SCHEMA_1: Final = "application/vnd.docker.distribution.manifest.v1"
+
 _CONFIGS = (
     "application/vnd.oci.image.config.v1+json",
     "application/vnd.docker.container.image.v1+json",

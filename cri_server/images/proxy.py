@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """HTTP proxies from the environment: which one a URL goes through, if any.
 
-Pure: the environment comes in as a mapping. HTTP_PROXY, HTTPS_PROXY and NO_PROXY count, in capitals or
-not; loopback never goes through a proxy. Dialling is left to `transport`.
+Pure: the environment comes in as a mapping. HTTP_PROXY, HTTPS_PROXY and NO_PROXY count, in capitals
+or not; loopback never goes through a proxy. Dialling is left to `wire`.
 """
 
 import base64
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Proxy:
-    """Where to dial, and the value of Proxy-Authorization ("" for none), which goes nowhere else."""
+    """Where to dial, and a Proxy-Authorization ("" for none), which goes nowhere else."""
 
     host: str
     port: int
@@ -49,7 +49,9 @@ def _parse(text: str) -> Proxy:
         raise ValueError("only http:// proxies are supported")
     authorization = ""
     if parts.username is not None:
-        pair = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
+        pair = (
+            f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
+        )
         authorization = f"Basic {base64.b64encode(pair.encode()).decode()}"
     return Proxy(host=parts.hostname, port=parts.port or 80, authorization=authorization)
 

@@ -28,7 +28,7 @@ _IMAGE_ID = re.compile(r"(?:sha256:)?[0-9a-f]{64}")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reference:
-    """A normal name: `tag` or `digest` is set, and with both the tag is only what the user wrote."""
+    """A normal name: `tag` or `digest` is set; with both, the tag is only what the user wrote."""
 
     domain: str
     path: str
@@ -42,7 +42,7 @@ class Reference:
 
     @property
     def tagged(self) -> str | None:
-        """Repository and tag; None when a digest rules, for then no registry vouched for the tag."""
+        """Repository and tag; None with a digest, for then no registry vouched for the tag."""
         return None if self.digest else f"{self.repository}:{self.tag}"
 
     @property
@@ -68,7 +68,9 @@ def parse(text: str) -> Reference:
         raise _invalid(text, "this is an image id, not a name")
     rest, at, digest = text.partition("@")
     if at and not is_digest(digest):
-        raise _invalid(text, "digest must be sha256: and 64, or sha512: and 128, lower case hex digits")
+        raise _invalid(
+            text, "digest must be sha256: and 64, or sha512: and 128, lower case hex digits"
+        )
     rest, tag = _split_tag(rest)
     if tag is not None and not _TAG.fullmatch(tag):
         raise _invalid(text, "malformed tag")

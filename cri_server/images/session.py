@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Asking one host about one repository: credentials, tokens, redirects, repeats.
 
-    ask ─► repeat on 408, 429, 5xx, reset (the last host only) ─► answer 401 once ─► follow up to 5 redirects
+    ask ─► again on 408, 429, 5xx, reset (last host only) ─► answer one 401 ─► follow redirects
 
-What a host is sent is decided here by where a request goes: `Authorization`, the headers of hosts.toml
-and client certificates go to the host itself and never along a redirect to another origin. From https
-to http, to other schemes, and to addresses of this machine or its link no redirect is followed.
-Which host is asked, and what for, is left to `registry`.
+What is sent is decided by where a request goes: `Authorization`, the headers of hosts.toml and
+client certificates go to the host itself and never along a redirect to another origin. No redirect
+is followed from https to http, to other schemes, to addresses of this machine or its link, or a
+sixth time. Which host is asked, and what for, is left to `registry`.
 """
 
 import asyncio
@@ -64,7 +64,8 @@ class Shared:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.http = transport.Transport()
-        self.authorizer = auth.Authorizer(self.http)
+        quick = min(limits.head_timeout, limits.progress_timeout)
+        self.authorizer = auth.Authorizer(self.http, timeout=quick)
         self.plain: set[str] = set()  # loopback hosts that turned out not to speak TLS
 
 
@@ -80,7 +81,7 @@ class Session:
         shared: Shared,
         patient: bool,
     ) -> None:
-        """`patient` asks again when the host is busy or in trouble: there is no other left to ask."""
+        """`patient` asks again when the host is busy or in trouble: no other is left to ask."""
         self.host = host
         self._path = ref.path
         self._credentials = credentials if host.own else auth.ANONYMOUS
@@ -120,7 +121,10 @@ class Session:
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     async def pause(self, attempt: int, retry_after: str = "") -> None:
-        """Wait before attempt + 1: what the host asked for, else twice as long each time; never for ever."""
+        """Wait before the next attempt: as long as the host wants, else twice as long each time.
+
+        Never longer than the limit.
+        """
         limits = self._shared.limits
         wanted = _seconds(retry_after)
         if wanted is None:
@@ -131,15 +135,13 @@ class Session:
         self, kind: str, name: str, method: str, headers: tuple[tuple[str, str], ...]
     ) -> transport.Request:
         limits = self._shared.limits
-        blob = kind == "blobs"
+        longest = limits.progress_timeout if kind == "blobs" else limits.head_timeout
         return transport.Request(
             url=f"{self.host.path}/{self._path}/{kind}/{name}",  # completed by _send
             method=method,
             headers=headers,
             dial_timeout=self.host.dial_timeout,
-            head_timeout=limits.progress_timeout
-            if blob
-            else min(limits.head_timeout, limits.progress_timeout),
+            head_timeout=min(longest, limits.progress_timeout),
             body_timeout=limits.progress_timeout,
         )
 
@@ -221,7 +223,10 @@ class _Errors(msgspec.Struct):
 
 
 async def _refusal(response: transport.Response) -> Status:
-    """Return the error that a response means. The message of a registry is not repeated: it may have secrets."""
+    """Return the error that a response means.
+
+    The message of a registry is not repeated: it may have secrets, or be made to look like ours.
+    """
     code = ""
     try:
         async with asyncio.timeout(ERROR_BODY_TIMEOUT):

@@ -3,10 +3,10 @@
 
     send(Request) ─► connection (kept from before, or new) ─► Response ─► receive() ─► close()
 
-h11 reads and writes the heads and undoes chunking; a body of known length passes it by, which is twice as
-fast. No redirects, no credentials, no content decoding, no buffer sized by what a peer claims: a body
-is the bytes that were sent. Every wait has a limit. Which hosts to ask, and what their answers mean,
-is left to `session` and `registry`.
+h11 reads and writes the heads and undoes chunking; a body of known length passes it by, which is
+three times as fast. No redirects, no credentials, no content decoding, no buffer sized by what a
+peer claims: a body is the bytes that were sent. Every wait has a limit. Which hosts to ask, and
+what their answers mean, is left to `session` and `registry`.
 """
 
 import os
@@ -24,7 +24,10 @@ USER_AGENT = "cri-server"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """What to send. `url` is absolute; limits in seconds, `body_timeout` from one piece to the next."""
+    """What to send. `url` is absolute; limits are in seconds, `body_timeout` between two pieces.
+
+    `public_only` refuses this machine and its link as the peer.
+    """
 
     url: str = field(repr=False)
     method: str = "GET"
@@ -224,7 +227,10 @@ def _target(request: Request) -> wire.Target:
 
 
 def _encode(codec: h11.Connection, request: Request, target: wire.Target) -> bytes:
-    """Return the bytes of a request; through a proxy a plain one names the whole URL (RFC 9112, 3.2.2)."""
+    """Return the bytes of a request; through a proxy a plain one names the whole URL.
+
+    Source of that rule: RFC 9112, 3.2.2.
+    """
     parts = urllib.parse.urlsplit(request.url)
     path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
     headers = [("Host", parts.netloc), ("User-Agent", USER_AGENT), ("Accept-Encoding", "identity")]

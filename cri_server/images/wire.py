@@ -3,8 +3,8 @@
 
     Target ──► dial() ──► TCP ──► peer allowed? ──► CONNECT through a proxy ──► TLS ──► Wire
 
-What is received is passed on in the pieces that the kernel gave, uncopied, and reading pauses while nobody
-takes them. All failures are of the tree below; their texts have no secrets and no line breaks.
+What is received is passed on in the pieces that the kernel gave, uncopied, and reading pauses while
+nobody takes them. All failures are of the tree below; their texts have no secrets or line breaks.
 
     Failure            no usable answer
     ├── Unreachable    no connection: refused, no such name, no route, TLS refused
@@ -23,6 +23,7 @@ import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from typing import cast
 
 from cri_server.images import hosts, proxy
 
@@ -58,8 +59,10 @@ class Invalid(Failure):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """What a connection leads to; equal targets may share one. `public_only` refuses this machine
-    and its link as the peer."""
+    """What a connection leads to; equal targets may share one.
+
+    `public_only` refuses this machine and its link as the peer.
+    """
 
     secure: bool
     host: str
@@ -145,8 +148,7 @@ class Wire(asyncio.Protocol):
         self.transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
         self._pieces.append(data)
@@ -313,5 +315,4 @@ async def _start_tls(wire: Wire, target: Target, context: ssl.SSLContext) -> Non
         raise Unreachable(f"{target.name}: {reason(error)}") from error
     except (OSError, EOFError) as error:
         raise NotTls(f"{target.name}: no TLS connection: {reason(error)}") from error
-    assert secured is not None
-    wire.transport = secured
+    wire.transport = cast("asyncio.Transport", secured)

@@ -90,6 +90,7 @@ def _check_security(context: api.LinuxSandboxSecurityContext, host: types.HostFa
     if context.HasField("run_as_group") and not context.HasField("run_as_user"):
         raise errors.InvalidArgument("run_as_group: needs run_as_user")
     init_user(context)
+    security.strict(context.supplemental_groups_policy)
     security.check_selinux(context.selinux_options, host)
     security.profile(
         context.HasField("seccomp"), context.seccomp, context.seccomp_profile_path, "seccomp"

@@ -158,7 +158,7 @@ def user_request(config: api.ContainerConfig, image: types.ImageConfig) -> types
         supplemental=tuple(
             checks.identity(g, "supplemental_groups") for g in context.supplemental_groups
         ),
-        strict=_strict(context.supplemental_groups_policy),
+        strict=strict(context.supplemental_groups_policy),
     )
 
 
@@ -180,7 +180,8 @@ def _from_image(user: str) -> tuple[int | None, str, int | None, str]:
     return uid, "" if uid is not None else name, gid, "" if gid is not None else group
 
 
-def _strict(policy: api.SupplementalGroupsPolicy.ValueType) -> bool:
+def strict(policy: api.SupplementalGroupsPolicy.ValueType) -> bool:
+    """Return whether the image's /etc/group is left out. Raises InvalidArgument if unknown."""
     if policy not in (api.SupplementalGroupsPolicy.Merge, api.SupplementalGroupsPolicy.Strict):
         raise errors.InvalidArgument(f"supplemental_groups_policy: {int(policy)} is not known")
     return policy == api.SupplementalGroupsPolicy.Strict

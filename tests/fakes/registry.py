@@ -17,6 +17,7 @@ import http.server
 import json
 import re
 import socket
+import socketserver
 import ssl
 import struct
 import threading
@@ -107,7 +108,7 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Stall:
-    """Send `after` bytes of the body, or nothing at all (None), and hold until the registry ends."""
+    """Send `after` bytes of the body, or nothing at all (None), and hold till the end."""
 
     after: int | None = None
 
@@ -132,6 +133,20 @@ class Drip:
         to.serve({}, ranges=True)
 
 
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """Behave for whoever sends this Authorization; answer others with 401 and a challenge."""
+
+    authorization: str
+    challenge: str
+
+    def answer(self, to: "Handler") -> None:
+        if to.headers.get("Authorization") == self.authorization:
+            to.serve({}, ranges=True)
+        else:
+            to.say(401, {"WWW-Authenticate": self.challenge, "Content-Length": "0"}, b"")
+
+
 class Registry:
     """What is stored, what was asked, and how to answer."""
 
@@ -139,7 +154,8 @@ class Registry:
         self.address = ""  # "127.0.0.1:port"
         self.scheme = "http"
         self.requests: list[Request] = []
-        self.open = 0  # connections now
+        self.inside: ssl.SSLContext | None = None  # as a proxy: who answers in a tunnel
+        self.connections: set[socket.socket] = set()
         self._blobs: dict[tuple[str, str], Stored] = {}
         self._manifests: dict[tuple[str, str], Stored] = {}
         self._plans: list[tuple[str, list[Behaviour]]] = []
@@ -205,8 +221,11 @@ class Registry:
         self._ended.wait(60)
 
     def end(self) -> None:
-        """Let go of all that is held."""
+        """Let go of all that is held, and hang up."""
         self._ended.set()
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 def digest(body: bytes) -> str:
@@ -242,12 +261,12 @@ class _Server(http.server.ThreadingHTTPServer):
         assert isinstance(request, socket.socket)
         request.settimeout(20)
         with contextlib.suppress(OSError):  # a client that hangs up is part of the game
+            self.registry.connections.add(request)
             secured = self.tls.wrap_socket(request, server_side=True) if self.tls else request
-            self.registry.open += 1
             try:
                 Handler(secured, ("", 0), self)
             finally:
-                self.registry.open -= 1
+                self.registry.connections.discard(request)
                 secured.close()
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -259,6 +278,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     server: _Server
+
+    def setup_files(self) -> None:
+        """Read and write on what `connection` is now."""
+        self.rfile = self.connection.makefile("rb", -1)
+        self.wfile = socketserver._SocketWriter(self.connection)  # type: ignore[attr-defined]
 
     def setup(self) -> None:
         super().setup()
@@ -296,6 +320,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             self.registry.plan(parts.path).answer(self)
 
+    def do_CONNECT(self) -> None:
+        """Be a proxy, and what is behind it."""
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        asked = Request(method="CONNECT", path=self.path, query={}, headers=headers)
+        self.registry.requests.append(asked)
+        if self.registry.inside is None:
+            return self.say(403, {"Content-Length": "0"}, b"")
+        self.say(200, {}, b"")
+        self.wfile.flush()
+        self.connection = self.registry.inside.wrap_socket(self.connection, server_side=True)
+        self.setup_files()
+        self.close_connection = False
+
     do_HEAD = do_POST = do_PUT = do_GET
 
     def serve(self, changes: Mapping[str, str | None], *, ranges: bool) -> None:
@@ -327,7 +364,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        if "Content-Length" not in headers and "Transfer-Encoding" not in headers:
+        framed = {"Content-Length", "Transfer-Encoding"} & set(headers)
+        if not framed and self.command != "CONNECT":
             self.send_header("Connection", "close")
         self.end_headers()
         if self.command == "HEAD":

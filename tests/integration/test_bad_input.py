@@ -76,7 +76,7 @@ def test_a_pod_needs_config_and_metadata(kubelet: Kubelet) -> None:
     assert refusal(lambda: run(api.RunPodSandboxRequest(config=config)))[0] is INVALID
 
 
-@pytest.mark.parametrize("part", ["config", "sandbox_config", "config.metadata", "config.image"])
+@pytest.mark.parametrize("part", ["config", "config.metadata", "config.image"])
 def test_a_container_needs_all_its_parts(
     kubelet: Kubelet, pod: Pod, pulled: str, part: str
 ) -> None:

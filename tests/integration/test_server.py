@@ -32,12 +32,10 @@ def test_status_is_ready(kubelet: Kubelet) -> None:
 
 
 @pytest.mark.ours
-def test_verbose_status_names_the_handlers_and_is_json(kubelet: Kubelet) -> None:
+def test_verbose_status_names_the_handlers_and_has_the_config(kubelet: Kubelet) -> None:
     answer = kubelet.runtime.Status(api.StatusRequest(verbose=True))
     assert {"", "runc"} <= {handler.name for handler in answer.runtime_handlers}
-    assert answer.info
-    for text in answer.info.values():
-        json.loads(text)
+    assert json.loads(answer.info["config"])
 
 
 @pytest.mark.ours

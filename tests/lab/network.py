@@ -44,11 +44,16 @@ class Network:
         return folder
 
     def remove(self) -> None:
-        """Take away the bridge and host-local's (by now empty) folder."""
-        if Path("/sys/class/net", self.name).exists():
-            ip = shutil.which("ip") or "/usr/sbin/ip"
-            subprocess.run([ip, "link", "delete", self.name], check=True)
-        shutil.rmtree(LEASES / self.name, ignore_errors=True)
+        """Take away what the plugins leave by design."""
+        remove(bridge=self.name, name=self.name)
+
+
+def remove(*, bridge: str, name: str) -> None:
+    """Take away a bridge, and host-local's (by now empty) folder for the network called `name`."""
+    if Path("/sys/class/net", bridge).exists():
+        ip = shutil.which("ip") or "/usr/sbin/ip"
+        subprocess.run([ip, "link", "delete", bridge], check=True)
+    shutil.rmtree(LEASES / name, ignore_errors=True)
 
 
 def own(prefix: str) -> Network:

@@ -82,6 +82,10 @@ def test_an_ordinary_sandbox_is_accepted() -> None:
         (wishes.pod(security=Context(run_as_group=api.Int64Value(value=1))), "run_as_group"),
         (wishes.pod(security=Context(run_as_user=api.Int64Value(value=-1))), "run_as_user"),
         (wishes.pod(security=Context(supplemental_groups=[2**32])), "supplemental_groups"),
+        (
+            wishes.pod(security=Context(supplemental_groups_policy=9)),  # type: ignore[arg-type]
+            "supplemental_groups_policy",
+        ),
         (wishes.pod(security=Context(seccomp=Profile(profile_type=2))), "seccomp"),  # type: ignore[arg-type]
         (wishes.pod(security=Context(apparmor=Profile(profile_type=2))), "apparmor"),  # type: ignore[arg-type]
         (wishes.pod(security=Context(seccomp_profile_path="localhost/")), "seccomp"),

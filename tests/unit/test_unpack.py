@@ -416,17 +416,13 @@ def test_a_dangling_symlink_is_followed_inside(layer: Layer) -> None:
 
 def test_folders_deeper_than_any_path(layer: Layer) -> None:
     """Symlinks shorten the way, so a tree can be deeper than PATH_MAX; it is made and removed."""
-    entries, name = [], ""
-    for depth in range(40):
-        name = f"l{depth - 1}/" if depth else ""
-        deep = "/".join(["d" * 100] * 8)
-        entries.append(tars.pax({"path": f"{name}{deep}/f"}, tars.file("x", b"deep")))
-        target = f"{name}{deep}"
-        entries.append(tars.pax({"linkpath": f"/{target}"}, tars.symlink(f"l{depth}", "x")))
-    try:
-        layer.apply(*entries[:76])
-    except tar.Malformed as e:
-        assert "Too many levels" in str(e) or "symlinks" in str(e)
+    entries, way, deep = [], "", "/".join(["d" * 100] * 8)
+    for depth in range(12):
+        entries.append(tars.pax({"path": f"{way}{deep}/f"}, tars.file("x", b"deep")))
+        entries.append(tars.pax({"linkpath": f"{way}{deep}"}, tars.symlink(f"l{depth}", "x")))
+        way = f"l{depth}/"
+    outcome = layer.apply(*entries)
+    assert max(map(len, outcome.folders)) > 2 * tar.PATH_MAX
     trees.remove(layer.fs)
     assert not layer.fs.exists()
 
@@ -455,7 +451,7 @@ def test_sparse_files(layer: Layer, tmp_path: Path) -> None:
         file.truncate(100 << 16)
     for form in ("gnu", "pax"):
         version = ["--sparse-version=1.0"] if form == "pax" else []
-        command = ["tar", f"--format={form}", *version, "-C", source, "-Sc", "holes"]
+        command = ["tar", f"--format={form}", *version, "-C", str(source), "-Sc", "holes"]
         packed = subprocess.run(command, check=True, capture_output=True).stdout
         layer.apply(packed.removesuffix(tars.END))
         assert (layer.fs / "holes").read_bytes() == (source / "holes").read_bytes()
@@ -557,9 +553,13 @@ def test_compression_is_told_by_the_content(blob: bytes) -> None:
 )
 def test_what_does_not_decompress_is_refused(blob: bytes) -> None:
     with pytest.raises(tar.Malformed):
-        source = stream.Stream(stream.inflate(io.BytesIO(blob)), limit=1 << 30)
-        list(tar.Reader(source))
-        source.drain()
+        read_all(blob)
+
+
+def read_all(blob: bytes) -> None:
+    source = stream.Stream(stream.inflate(io.BytesIO(blob)), limit=1 << 30)
+    list(tar.Reader(source))
+    source.drain()
 
 
 def test_the_thread_ahead_ends_with_its_block() -> None:
@@ -687,8 +687,9 @@ def test_removing_follows_no_symlink_and_counts_hard_links_once(tmp_path: Path) 
 def test_a_folder_that_moves_away_stops_the_walk(tmp_path: Path) -> None:
     (tmp_path / "top/a/b").mkdir(parents=True)
     walk = trees.walk(tmp_path / "top")
+    while next(walk).path != ("a", "b"):
+        continue
+    (tmp_path / "top/a/b").rename(tmp_path / "b")
     with pytest.raises(OSError, match="moved") as caught:
-        for step in walk:
-            if step.path == ("a", "b") and step.left is None:
-                (tmp_path / "top/a/b").rename(tmp_path / "b")
+        next(walk)
     assert caught.value.errno == errno.ESTALE
