@@ -158,18 +158,30 @@ class Bundles:
             devices=found.devices,
             host_devices=found.host_devices,
             seccomp_profile=found.seccomp,
+            annotations=self._annotations(wanted),
         )
+
+    def _annotations(self, wanted: Request) -> dict[str, str]:
+        """Return the annotations that the handler's configuration lets through to the runtime."""
+        handler = self._settings.handler(wanted.pod.handler)
+        return {
+            **handler.allowed(handler.pod_annotations, wanted.pod.config.annotations),
+            **handler.allowed(handler.container_annotations, wanted.config.annotations),
+        }
 
     def _namespaces(self, wanted: Request) -> dict[str, str]:
         """Return the namespaces to join; "pid" with "" is a new one of the container's own."""
         joined = self._files.namespaces(wanted.pod)
-        mode = wanted.config.linux.security_context.namespace_options.pid
         pod_init = joined.pop("pid", "")
-        if mode == api.NamespaceMode.POD:
-            return {**joined, "pid": pod_init}
-        if mode == api.NamespaceMode.TARGET:
-            return {**joined, "pid": f"/proc/{wanted.target_pid}/ns/pid"}
-        return {**joined, "pid": ""} if mode == api.NamespaceMode.CONTAINER else joined
+        match spec.pid_mode(wanted.config, wanted.pod.config):
+            case "own":
+                return {**joined, "pid": ""}
+            case "pod":
+                return {**joined, "pid": pod_init}
+            case "target":
+                return {**joined, "pid": f"/proc/{wanted.target_pid}/ns/pid"}
+            case "host":
+                return joined
 
     def _pod_files(self, pod: state.Pod) -> tuple[str, str, str]:
         directory = self._files.directory(pod.id)

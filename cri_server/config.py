@@ -8,6 +8,7 @@ in the file. Every setting is described in docs/configuration.md, and a test com
 
 import dataclasses
 import difflib
+import fnmatch
 import re
 import shutil
 import tomllib
@@ -81,6 +82,16 @@ class Handler:
     path: str = ""
     options: Mapping[str, Seconds] = field(default_factory=dict)
     sandbox: Literal["namespaces", "container"] = "namespaces"
+
+    @staticmethod
+    def allowed(globs: Iterable[str], annotations: Mapping[str, str]) -> dict[str, str]:
+        """Return the annotations whose keys match one of the globs; without globs there are none."""
+        wanted = tuple(globs)
+        return {
+            key: value
+            for key, value in annotations.items()
+            if any(fnmatch.fnmatchcase(key, glob) for glob in wanted)
+        }
 
     def __post_init__(self) -> None:
         if "/" in self.path:

@@ -40,8 +40,8 @@ def _cpu_seconds(one: api.ContainerStats) -> int | None:
     return None if used is None else used // 1_000_000_000
 
 
-def _gauge(name: str, part: str, field: str, help: str) -> Metric:
-    return Metric(name=f"container_{name}", help=help, type=GAUGE, value=_part(part, field))
+def _gauge(name: str, part: str, field: str, text: str) -> Metric:
+    return Metric(name=f"container_{name}", help=text, type=GAUGE, value=_part(part, field))
 
 
 CATALOGUE = (

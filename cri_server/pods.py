@@ -343,6 +343,7 @@ class Pods:
         for name in ("proc", "dev", "sys"):
             (bundle / "rootfs" / name).mkdir()
         (bundle / "rootfs/catatonit").touch()
+        handler = self._settings.handler(pod.handler)
         document = spec.sandbox(
             spec.SandboxInput(
                 id=pod.id,
@@ -352,6 +353,7 @@ class Pods:
                 namespaces=self._files.namespaces(pod),
                 cgroups_path=cgroups_path,
                 host=self._facts.facts(pod.handler),
+                annotations=handler.allowed(handler.pod_annotations, pod.config.annotations),
             )
         )
         (bundle / "config.json").write_bytes(msgspec.json.encode(document))

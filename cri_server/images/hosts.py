@@ -145,8 +145,9 @@ def _host(
     plain_fallback: bool = False,
 ) -> Host:
     parts = urllib.parse.urlsplit(url if "://" in url else f"https://{url}")
-    if parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc:
-        raise ValueError(f"{url!r} is not an http or https URL of a host")
+    usable = parts.scheme in {"http", "https"} and parts.hostname and "@" not in parts.netloc
+    if not usable or parts.port == 0:  # reading the port checks it
+        raise ValueError(f"host {parts.hostname!r} is not named by an http or https URL")
     own = is_own(parts.netloc, registry_host)
     tls = _tls(table, folder)
     return Host(

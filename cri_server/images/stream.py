@@ -46,7 +46,7 @@ def _gzip(blob: BinaryIO) -> Iterator[bytes]:
         with igzip.IGzipFile(fileobj=blob, mode="rb") as file:  # type: ignore[no-untyped-call]
             while chunk := file.read(CHUNK):
                 yield chunk
-    except (EOFError, igzip.BadGzipFile, isal_zlib.error) as e:
+    except (EOFError, igzip.BadGzipFile, isal_zlib.error) as e:  # type: ignore[misc]  # no stubs
         raise tar.Malformed(f"cannot decompress gzip: {e}") from e
 
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PullImage against a real registry: what comes, what is shared, and what a failure leaves behind."""
+"""PullImage against a real registry: what comes, what is shared, what a failure leaves behind."""
 
 import asyncio
 import json
 import os
 import random
 import stat
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from cri_server import errors, trees
 from cri_server.images import flights, manifest, tar
 from cri_server.pb import api_pb2 as api
 from shim import linux
-from tests.lab import image, pulling, registry, tars
+from tests.lab import image, pulling, registry, tars, waiting
 
 pytestmark = pytest.mark.needs("root", "overlay", "docker-registry")
 BASE = pulling.layer(tars.folder("etc", 0o711, uid=3), tars.file("etc/base", b"base"))
@@ -35,8 +35,7 @@ async def node(hub: registry.Registry, tmp_path: Path) -> AsyncIterator[pulling.
     made.client.open.set()
     await made.close()
     pulling.unmount_below(tmp_path)
-    trees.remove(tmp_path)
-    tmp_path.mkdir()
+    trees.remove(made.root)
 
 
 def unique(name: str) -> bytes:
@@ -258,12 +257,9 @@ async def test_ten_images_with_common_layers_fetch_them_once(
     assert node.leftovers() == []
 
 
-async def wait_for(condition: asyncio.Event | None = None, *, check: object = None) -> None:
+async def wait_for(check: Callable[[], object]) -> None:
     """Wait until `check()` is true."""
-    assert callable(check)
-    async with asyncio.timeout(10):
-        while not check():
-            await asyncio.sleep(0.005)
+    await asyncio.to_thread(waiting.until, check, "a condition of the test")
 
 
 async def test_cancelling_nineteen_of_twenty(hub: registry.Registry, node: pulling.Node) -> None:
@@ -271,7 +267,7 @@ async def test_cancelling_nineteen_of_twenty(hub: registry.Registry, node: pulli
     name = hub.push(made, "nineteen")
     node.client.open.clear()
     tasks = [asyncio.create_task(node.puller.pull(name)) for _ in range(20)]
-    await wait_for(check=lambda: node.client.waiting)
+    await wait_for(lambda: node.client.waiting)
     for task in tasks[:19]:
         task.cancel()
     done, _ = await asyncio.wait(tasks[:19], timeout=1)
@@ -288,7 +284,7 @@ async def test_cancelling_all_ends_the_work_and_cleans_up(
     node.client.held = lambda domain, digest: digest != made.id
     node.client.open.clear()
     tasks = [asyncio.create_task(node.puller.pull(name)) for _ in range(3)]
-    await wait_for(check=lambda: node.client.waiting == 3)
+    await wait_for(lambda: node.client.waiting == 3)
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
@@ -308,7 +304,7 @@ async def test_cancelling_one_of_two_images_that_share_a_download(
     node.client.held = lambda domain, digest: digest not in (a.id, b.id)
     node.client.open.clear()
     first, second = (asyncio.create_task(node.puller.pull(n)) for n in names)
-    await wait_for(check=lambda: node.client.waiting == 3)
+    await wait_for(lambda: node.client.waiting == 3)
     first.cancel()
     await asyncio.wait([first])
     node.client.open.set()
@@ -334,7 +330,7 @@ async def test_a_registry_that_stalls_holds_up_nobody_else(
     node.client.held = lambda domain, digest: domain == "registry.test"
     node.client.open.clear()
     stuck = [asyncio.create_task(node.puller.pull(f"registry.test/stall-{i}")) for i in range(5)]
-    await wait_for(check=lambda: node.client.waiting >= 5)
+    await wait_for(lambda: node.client.waiting >= 5)
     async with asyncio.timeout(10):
         assert await node.puller.pull("other.test/stall-0") == images[0].id
     node.client.open.set()
@@ -342,14 +338,14 @@ async def test_a_registry_that_stalls_holds_up_nobody_else(
 
 
 async def test_removing_during_a_pull(hub: registry.Registry, node: pulling.Node) -> None:
-    """RemoveImage of an image with the same layers takes nothing from a pull that relies on them."""
+    """RemoveImage takes no layers from a pull that relies on them."""
     a, b = pulling.make(BASE), pulling.make(BASE, unique("during"))
     await node.puller.pull(hub.push(a, "during-a"))
     name = hub.push(b, "during-b")
     node.client.held = lambda domain, digest: digest != b.id
     node.client.open.clear()
     task = asyncio.create_task(node.puller.pull(name))
-    await wait_for(check=lambda: node.client.waiting)
+    await wait_for(lambda: node.client.waiting)
     await node.collector.remove(a.id)
     node.client.open.set()
     assert await task == b.id
@@ -448,9 +444,8 @@ async def test_a_full_disk_is_named_and_left_clean(
     linux.mount("tmpfs", root, "tmpfs", linux.MS_REMOUNT, "size=64m")
     got = await small.puller.pull("registry.test/full:unpack")
     (root / "fill").write_bytes(bytes(50 << 20))
-    with pytest.raises(OSError, match="No space"), (root / "fill").open("ab") as file:
-        while True:
-            file.write(bytes(1 << 16))
+    with pytest.raises(OSError, match="No space"):
+        (root / "rest").write_bytes(bytes(64 << 20))
     await small.collector.remove(got)  # with nothing left
     assert small.images.list() == ()
     assert os.listdir(root / "layers") == []
@@ -479,7 +474,7 @@ async def test_other_credentials_are_another_pull(
     node.client.held = lambda domain, digest: digest != made.id
     auth = api.AuthConfig(username="u", password="p")
     tasks = [asyncio.create_task(node.puller.pull(name, a)) for a in (None, auth, auth)]
-    await wait_for(check=lambda: node.client.waiting == 2)
+    await wait_for(lambda: node.client.waiting == 2)
     node.client.open.set()
     assert await asyncio.gather(*tasks) == [made.id] * 3
 
@@ -516,7 +511,7 @@ def test_the_best_platform_is_chosen(wanted: str, offers: list[str], best: int) 
 
 
 def test_chain_ids() -> None:
-    """Computed once with another implementation's rule: sha256("<chain of the parent> <diff id>")."""
+    """The rule of the OCI image-spec: sha256("<chain id of the parent> <diff id>")."""
     one, two = (f"sha256:{c * 64}" for c in "12")
     second = image.digest(f"{one} {two}".encode())
     third = image.digest(f"{second} {one}".encode())

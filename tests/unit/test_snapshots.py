@@ -24,13 +24,13 @@ def host(tmp_path: Path) -> Iterator[snapshots.Snapshots]:
     tmp_path.mkdir()
 
 
-def commit(host: snapshots.Snapshots, key: str, *, opaque_root: bool = False, **files: str) -> str:
+def commit(host: snapshots.Snapshots, key: str, opaque_root: str = "", **files: str) -> str:
     """Make a layer with these files in its root."""
     folder = host.staging_path()
     host.stage(folder)
     for name, text in files.items():
         (folder / "fs" / name).write_text(text)
-    layer = snapshots.Layer(diff_id="sha256:x", bytes=100, inodes=2, opaque_root=opaque_root)
+    layer = snapshots.Layer(diff_id="sha256:x", bytes=100, inodes=2, opaque_root=bool(opaque_root))
     host.commit(folder, key, layer)
     return key
 
@@ -127,7 +127,7 @@ def test_two_hundred_layers(host: snapshots.Snapshots, tmp_path: Path) -> None:
 
 
 def test_an_opaque_root_hides_what_is_below(host: snapshots.Snapshots, tmp_path: Path) -> None:
-    layers = [commit(host, "one", a="1"), commit(host, "two", opaque_root=True, b="2")]
+    layers = [commit(host, "one", a="1"), commit(host, "two", opaque_root="yes", b="2")]
     layers.append(commit(host, "three", c="3"))
     host.mount("c1", layers, tmp_path / "mnt")
     assert sorted(os.listdir(tmp_path / "mnt")) == ["b", "c"]
