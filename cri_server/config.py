@@ -82,15 +82,16 @@ class Handler:
     path: str = ""
     options: Mapping[str, Seconds] = field(default_factory=dict)
     sandbox: Literal["namespaces", "container"] = "namespaces"
+    pod_annotations: tuple[str, ...] = ()  # globs of keys that reach the OCI runtime
+    container_annotations: tuple[str, ...] = ()
 
     @staticmethod
-    def allowed(globs: Iterable[str], annotations: Mapping[str, str]) -> dict[str, str]:
-        """Return the annotations whose keys match one of the globs; without globs there are none."""
-        wanted = tuple(globs)
+    def allowed(globs: Collection[str], annotations: Mapping[str, str]) -> dict[str, str]:
+        """Return the annotations whose keys match one of the globs; without globs, none."""
         return {
             key: value
             for key, value in annotations.items()
-            if any(fnmatch.fnmatchcase(key, glob) for glob in wanted)
+            if any(fnmatch.fnmatchcase(key, glob) for glob in globs)
         }
 
     def __post_init__(self) -> None:

@@ -358,7 +358,7 @@ class _Escalation:
         self.task = asyncio.create_task(self._run(), name=f"stop {container.id[:13]}")
 
     async def shorten(self, timeout: float) -> None:
-        """End the grace period in `timeout` seconds if that is sooner; wait for the container's end."""
+        """End the grace period in `timeout` seconds if that is sooner; wait for the end."""
         self._deadline = min(self._deadline, time.monotonic() + timeout)
         self._shortened.set()
         await asyncio.shield(self.task)
