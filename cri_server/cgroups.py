@@ -155,7 +155,12 @@ class Cgroups:
         return all(gone)
 
     def kill(self, cgroups_path: str) -> bool:
-        """Kill what is in a container's cgroup, once; return whether there was anything."""
+        """Kill what is in a container's cgroup, once; return whether there was anything.
+
+        An empty path, as in a record that was never completed, is nobody's and not the root's.
+        """
+        if not cgroups_path.strip("/"):
+            return False
         return cgroup.Cgroup(self.directories(cgroups_path)).kill()
 
 

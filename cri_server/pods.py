@@ -114,9 +114,10 @@ class Pods:
         with recipe.step("files"):
             await asyncio.to_thread(self._files.create, pod)
         with recipe.step("shim"):
-            shim_pid = await self._shims.fork(pod)
-        with recipe.step("namespaces"), shims.translated():
-            await self._shims.of(pod.id).create_sandbox(self._sandbox_request(pod))
+            shim_pid, shim_start_time = await self._shims.fork(pod)
+        with recipe.step("namespaces"):
+            async with self._shims.asked(pod.id) as shim:
+                await shim.create_sandbox(self._sandbox_request(pod))
         with recipe.step("network and init"):  # they do not need each other
             result, pid = await together.both(self._attach(pod), self._start_init(pod))
         with recipe.step("record"):
@@ -127,6 +128,7 @@ class Pods:
                     ips=result.ips if result else (),
                     network=result.raw if result else None,
                     shim_pid=shim_pid,
+                    shim_start_time=shim_start_time,
                     pid=pid,
                 )
             )
@@ -147,8 +149,7 @@ class Pods:
             bundle=str(self._files.bundle(pod.id)),
             cgroups=self._groups.directories(cgroups_path),
         )
-        with shims.translated():
-            shim = self._shims.of(pod.id)
+        async with self._shims.asked(pod.id) as shim:
             await shim.create(request)
             return (await shim.start(shim_pb2.StartRequest(id=pod.id))).pid
 

@@ -12,12 +12,12 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import structlog
 
 from cri_server import config, errors, host, podfiles, state
-from shim import client, mounts
+from shim import client, mounts, process
 from shim import errors as shim_errors
 from shim.pb import shim_pb2
 
@@ -26,7 +26,8 @@ PROTOCOL_VERSION = 1
 CONNECT_TIMEOUT = (
     5.0  # seconds: a stopped shim must not keep the server from starting (hazards R07)
 )
-STOP_TIMEOUT = 30.0
+MUTE = 60.0  # seconds after which a shim that says nothing is killed; its log's disk may be slow
+MUTE_AT_STOP = 10.0  # the same when its pod is to end anyway
 
 _CODES: dict[int, type[errors.CriError]] = {
     shim_errors.InvalidArgument.code: errors.InvalidArgument,
@@ -62,7 +63,7 @@ class Shims:
         self._settings, self._zygote = settings, zygote
         self._files, self._facts = files, facts
         self._clients: dict[str, client.ShimClient] = {}
-        self._pids: dict[str, int] = {}
+        self._pids: dict[str, tuple[int, int]] = {}  # with the start time: a pid is used again
         self._watchers: dict[str, asyncio.Task[None]] = {}
 
     def of(self, pod_id: str) -> client.ShimClient:
@@ -72,15 +73,46 @@ class Shims:
             raise errors.Unavailable(f"the shim of pod sandbox {pod_id[:13]} is gone")
         return found
 
-    async def fork(self, pod: state.Pod) -> int:
-        """Start the pod's shim, connect to it and return its pid."""
+    @contextlib.asynccontextmanager
+    async def asked(self, pod_id: str, *, mute: float = MUTE) -> AsyncIterator[client.ShimClient]:
+        """Give a pod's shim for a call that may take long; what it says becomes one of our errors.
+
+        Raises Unavailable when it is gone. One that does not even answer a ping for `mute` seconds
+        is killed, which ends the call: what it was doing must not come true later, unseen.
+        """
+        shim = self.of(pod_id)
+        watchdog = asyncio.create_task(self._bark(pod_id, shim, mute), name="watchdog")
+        try:
+            with translated():
+                yield shim
+        finally:
+            watchdog.cancel()
+
+    async def _bark(self, pod_id: str, shim: client.ShimClient, mute: float) -> None:
+        try:
+            while True:
+                await asyncio.sleep(mute / 2)
+                await shim.ping(timeout=mute / 2)
+        except shim_errors.DeadlineExceeded:
+            log.error("shim does not answer: killed, with all in its pod", pod=pod_id)
+            self.kill(pod_id)
+        except shim_errors.Unavailable:
+            return  # so the call has ended too
+
+    async def fork(self, pod: state.Pod) -> tuple[int, int]:
+        """Start the pod's shim, connect to it and return its pid and start time."""
         path = str(self._files.socket(pod.id))
         handler = self.handler(pod.handler)
         features = self._facts.runtimes[pod.handler].features
         with translated():
-            pid = await self._zygote.fork(pod.id, path, handler=handler, features=features)
+            await self._zygote.fork(pod.id, path, handler=handler, features=features)
             await self._connect(pod.id)
-        return pid
+        return self._pids[pod.id]
+
+    def remember(self, pod: state.Pod) -> None:
+        """Know a shim by its record, so that it can be killed when it does not answer."""
+        if pod.boot_id == state.boot_id() and pod.shim_pid:
+            self._pids[pod.id] = (pod.shim_pid, pod.shim_start_time)
 
     async def adopt(self, pod_id: str) -> client.ShimClient:
         """Connect to the shim of a pod that an earlier server started. Raises Unavailable when it
@@ -95,12 +127,15 @@ class Shims:
 
     async def _connect(self, pod_id: str) -> client.ShimClient:
         shim = await client.ShimClient.connect(str(self._files.socket(pod_id)))
-        answer = await shim.ping()
-        if answer.pod_id != pod_id or answer.version != PROTOCOL_VERSION:
+        try:
+            answer = await shim.ping()
+            if answer.pod_id != pod_id or answer.version != PROTOCOL_VERSION:
+                raise errors.Unavailable(f"another shim answers for pod sandbox {pod_id[:13]}")
+            self._pids[pod_id] = (answer.pid, process.start_time(answer.pid))
+        except BaseException:
             shim.close()
-            raise errors.Unavailable(f"another shim answers for pod sandbox {pod_id[:13]}")
+            raise
         self._clients[pod_id] = shim
-        self._pids[pod_id] = answer.pid
         return shim
 
     async def reconnect(self, pod_id: str) -> bool:
@@ -117,8 +152,8 @@ class Shims:
 
     def kill(self, pod_id: str) -> None:
         """Kill a shim that does not answer; what was in its pod is then found dead or buried."""
-        pid = self._pids.get(pod_id)
-        if pid is not None:
+        pid, start_time = self._pids.get(pod_id, (0, 0))
+        if pid and process.alive(pid, start_time):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -129,8 +164,7 @@ class Shims:
         task.add_done_callback(lambda _: self._watchers.pop(pod.id, None))
 
     async def _watch(self, pod: state.Pod, ended: Callable[[str], Awaitable[None]]) -> None:
-        while True:
-            shim = self._clients[pod.id]
+        while (shim := self._clients.get(pod.id)) is not None:
             if pod.pid and await _init_ended(shim, pod.id):
                 break
             await asyncio.wait([shim.closed])
@@ -148,33 +182,26 @@ class Shims:
         watcher = self._watchers.pop(pod.id, None)
         if watcher is not None:
             watcher.cancel()
-        shim = self._clients.get(pod.id)
-        alive = shim is not None and await self._stop(pod.id, shim, request)
+        alive = pod.id in self._clients and await self._stop(pod.id, request)
+        if not alive:
+            self.kill(pod.id)  # it may be there and mute
+        self._pids.pop(pod.id, None)
         for path in (request.uts_path, request.ipc_path):  # what a dead shim left pinned
             if path:
                 await asyncio.to_thread(mounts.unmount, path)
         return alive
 
-    async def _stop(
-        self, pod_id: str, shim: client.ShimClient, request: shim_pb2.CreateSandboxRequest
-    ) -> bool:
-        alive = False
+    async def _stop(self, pod_id: str, request: shim_pb2.CreateSandboxRequest) -> bool:
+        alive = True
         try:
-            async with asyncio.timeout(STOP_TIMEOUT):
+            async with self.asked(pod_id, mute=MUTE_AT_STOP) as shim:
                 await shim.stop_sandbox(shim_pb2.StopSandboxRequest(sandbox=request))
                 await shim.shutdown()
                 await asyncio.shield(shim.closed)
-            alive = True
-        except shim_errors.Unavailable:
-            log.info("shim was gone already", pod=pod_id)
-        except TimeoutError:
-            log.error("shim does not stop: killed", pod=pod_id)
-            self.kill(pod_id)
-        except shim_errors.ShimError as e:
-            raise errors.Internal(f"shim: {e.message}") from e
-        self._clients.pop(pod_id, None)
-        self._pids.pop(pod_id, None)
-        shim.close()
+        except errors.Unavailable as e:
+            log.info("shim was gone before its pod", pod=pod_id, error=e.message)
+            alive = False
+        self._clients.pop(pod_id).close()
         return alive
 
     def handler(self, name: str) -> client.HandlerSpec:

@@ -8,7 +8,7 @@ A record is a frozen value; a change is a new record that is on disk (temporary 
 before it can be seen in memory, so a kill at any instruction leaves the old record or the new one.
 Intent is recorded first: a record whose making never ended is found by `recovery` and removed.
 Files that cannot be read are set aside as `*.broken` and logged; they never keep the server from
-starting.
+starting, which then takes away what they told of (`recovery`).
 
 States are derived from what happened (`started_at`, `finished_at`), not stored beside it. There is
 no fsync: after a power loss nothing runs any more, and recovery sweeps what is not on record
@@ -34,6 +34,8 @@ from cri_server.pb import api_pb2 as api
 log = structlog.get_logger()
 VERSION = 1
 R = TypeVar("R", "Pod", "Container")
+# What a file can do to its reader; msgspec's errors are ValueErrors.
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError, RecursionError, json_format.Error)
 
 
 class PodState(StrEnum):
@@ -65,6 +67,7 @@ class Pod:
     network: Mapping[str, Any] | None = None  # the CNI result; None: nothing was ever attached
     cgroups_made: tuple[str, ...] = ()  # parents that were not there before this pod
     shim_pid: int = 0
+    shim_start_time: int = 0  # with the pid: which process; see shim.process.start_time
     pid: int = 0  # the sandbox container's init, where there is one
     stopped_at: int = 0
 
@@ -255,8 +258,8 @@ def _read_all(directory: Path, kind: type[R]) -> Iterator[R]:
     for path in sorted(directory.glob("*.json")):
         try:
             yield _decode(path, kind)
-        except (ValueError, TypeError, KeyError, msgspec.DecodeError, json_format.ParseError) as e:
-            log.error("record set aside", path=str(path), error=str(e))
+        except _UNREADABLE as e:
+            log.error("record set aside", path=str(path), error=repr(e))
             path.rename(path.with_suffix(".broken"))
 
 
@@ -264,16 +267,9 @@ def _decode(path: Path, kind: type[R]) -> R:
     document = msgspec.json.decode(path.read_bytes())
     if document["version"] != VERSION:
         raise ValueError(f"version {document['version']} is not {VERSION}")
+    if document["id"] != path.stem:
+        raise ValueError(f"it is the record of {document['id']!r}")
     message = api.PodSandboxConfig() if kind is Pod else api.ContainerConfig()
     raw = msgspec.json.encode(document["config"])
     json_format.ParseDict(document["config"], message, ignore_unknown_fields=True)
-    known = {f.name for f in dataclasses.fields(kind)}
-    values: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in document.items() if k in known
-    }
-    record = kind(**{**values, "config": message, "raw": raw})
-    return (
-        dataclasses.replace(record, state=PodState(record.state))
-        if isinstance(record, Pod)
-        else record
-    )
+    return msgspec.convert({**document, "config": message, "raw": raw}, kind)

@@ -31,9 +31,9 @@ SHORTEST_LIFE = 60.0  # seconds; what the token spec means when nothing is said
 LONGEST_LIFE = 3600.0
 BASIC_LIFE = 300.0
 
-_SCHEME = re.compile(r"\s*,?\s*([A-Za-z0-9!#$%&'*+.^_`|~-]+)(?:\s+|$)(?!=)")
+_SCHEME = re.compile(r"\s*,?\s*([A-Za-z0-9!#$%&'*+.^_`|~-]+)(?!\s*=)(?=[\s,]|$)")
 _PARAMETER = re.compile(
-    r"\s*,?\s*([A-Za-z0-9!#$%&'*+.^_`|~-]+)\s*=\s*(?:\"((?:[^\"\\]|\\.)*)\"|([^\s,\"]*))"
+    r"\s*,?\s*([A-Za-z0-9!#$%&'*+.^_`|~-]+)\s*=\s*(?:\"((?:[^\"\\]|\\.)*)\"|([^\s,\"]+))"
 )
 _SCOPE = re.compile(r"repository:([a-zA-Z0-9][a-zA-Z0-9._:/-]{0,255}):[a-z,*]+")
 

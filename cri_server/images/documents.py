@@ -64,6 +64,11 @@ def verified(body: bytes, *, wanted: str | None, content_type: str, source: str)
     )
 
 
+def differ(one: str, other: str) -> bool:
+    """Tell whether two types are as different as an index and a manifest."""
+    return (one in INDEXES) is not (other in INDEXES)
+
+
 def verify(body: bytes, wanted: str, source: str) -> None:
     """Raise Invalid unless the bytes have the digest."""
     if not reference.is_digest(wanted):

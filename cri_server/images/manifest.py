@@ -63,6 +63,10 @@ class Platform(msgspec.Struct, frozen=True, kw_only=True, rename={"os_version": 
     variant: str = ""
     os_version: str = ""
 
+    def runs_on(self, machine: "Platform") -> bool:
+        """Say whether this machine can run it; a variant that it lacks is for `choose` to see."""
+        return (self.os, self.architecture) == (machine.os, machine.architecture)
+
     def __str__(self) -> str:
         return "/".join(p for p in (self.os, self.architecture, self.variant) if p)
 
@@ -224,7 +228,7 @@ def choose(index: Index, wanted: Platform) -> Descriptor:
 
 def _rank(offered: Platform | None, wanted: Platform) -> int | None:
     """Return how far from perfect an offer is, None when it does not run here."""
-    if offered is None or (offered.os, offered.architecture) != (wanted.os, wanted.architecture):
+    if offered is None or not offered.runs_on(wanted):
         return None
     default = {"arm": "v7", "arm64": "v8", "amd64": "v1"}.get(wanted.architecture, "")
     theirs, ours = (_level(v or default) for v in (offered.variant, wanted.variant))

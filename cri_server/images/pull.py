@@ -104,7 +104,7 @@ class Puller:
 
     async def _carry_out(self, plan: _Plan) -> None:
         async with self._collector.claim((*plan.keys, *plan.documents)):
-            if not self._is_here(plan):
+            if not await flights.in_thread(self._is_here, plan):
                 with _unwrapped():
                     async with asyncio.TaskGroup() as group:
                         for index in range(len(plan.keys)):
@@ -132,6 +132,10 @@ class Puller:
         body = await self._config(name, found.config, auth)
         documents[found.config.digest] = body
         config = manifest.parse_config(body, len(found.layers))
+        if not config.platform.runs_on(self._platform):
+            log.warning(
+                "image for another platform", image=str(name), platform=str(config.platform)
+            )
         return _Plan(
             name=name,
             auth=auth,
@@ -157,7 +161,7 @@ class Puller:
         descriptor: manifest.Descriptor,
         auth: api.AuthConfig | None,
     ) -> bytes:
-        body = self._images.read_blob(descriptor.digest)
+        body = await flights.in_thread(self._images.read_blob, descriptor.digest)
         if body is None or not ingest.matches(body, descriptor.digest):
             body = await self._client.read_blob(name, descriptor, auth, limit=manifest.MAX_DOCUMENT)
         return body

@@ -91,10 +91,8 @@ class Client:
         """
         _check(ref, descriptor, MAX_MANIFEST)
         found = await self._document(ref, descriptor.digest, auth, size=descriptor.size)
-        if descriptor.media_type and descriptor.media_type != found.media_type:
-            raise errors.Unknown(
-                f"{ref}: {descriptor.digest} is not of the type that its index says"
-            )
+        if descriptor.media_type and documents.differ(descriptor.media_type, found.media_type):
+            raise errors.Unknown(f"{ref}: {found.digest} is not of the type that its index says")
         return found
 
     async def blob(

@@ -86,7 +86,7 @@ class Session:
         self._path = ref.path
         self._credentials = credentials if host.own else auth.ANONYMOUS
         self._shared = shared
-        self._attempts = ATTEMPTS if patient else 1
+        self.patient = patient
         if host.plain_fallback and host.origin in shared.plain:
             self._use_plain_http()
 
@@ -103,8 +103,9 @@ class Session:
         `kind` is `manifests` or `blobs`. Raises Status, Unauthorized or wire.Failure.
         """
         request = self._request(kind, name, method, headers)
-        for attempt in range(1, self._attempts + 1):
-            last = attempt == self._attempts
+        attempts = ATTEMPTS if self.patient else 1
+        for attempt in range(1, attempts + 1):
+            last = attempt == attempts
             try:
                 response = await self._authorized(request)
             except wire.Broken:

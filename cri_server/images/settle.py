@@ -14,7 +14,7 @@ import shutil
 import stat
 from collections.abc import Iterator, Sequence
 
-from cri_server.images import tar, unpack
+from cri_server.images import attributes, layerdirs, tar
 from shim import linux
 
 _PLAIN = linux.RESOLVE_BENEATH | linux.RESOLVE_NO_SYMLINKS
@@ -61,7 +61,7 @@ def _adopt(root: int, path: str, below: Sequence[int]) -> None:
             st = os.fstat(source)
             os.fchown(fd, st.st_uid, st.st_gid)
             os.fchmod(fd, stat.S_IMODE(st.st_mode))
-            unpack.set_xattrs(fd, _xattrs(source))
+            attributes.set_xattrs(fd, _xattrs(source))
             os.utime(fd, ns=(st.st_atime_ns, st.st_mtime_ns))
         finally:
             os.close(fd)
@@ -69,7 +69,7 @@ def _adopt(root: int, path: str, below: Sequence[int]) -> None:
 
 def _link(root: int, name: str, target: str, where: Sequence[int], copied: dict[str, str]) -> None:
     parent, _, base = name.rpartition("/")
-    fd = linux.openat2(root, parent or ".", _FOLDER, resolve=unpack.IN_ROOT)
+    fd = linux.openat2(root, parent or ".", _FOLDER, resolve=layerdirs.IN_ROOT)
     try:
         times = os.fstat(fd)
         with contextlib.suppress(FileNotFoundError):
@@ -102,14 +102,14 @@ def _copy(source: int, folder: int, name: str) -> None:
     os.chown(name, st.st_uid, st.st_gid, dir_fd=folder, follow_symlinks=False)
     if not stat.S_ISLNK(st.st_mode):
         os.chmod(name, stat.S_IMODE(st.st_mode), dir_fd=folder)
-    unpack.set_xattrs(f"/proc/self/fd/{folder}/{name}", _xattrs(source))
+    attributes.set_xattrs(f"/proc/self/fd/{folder}/{name}", _xattrs(source))
     times = (st.st_atime_ns, st.st_mtime_ns)
     os.utime(name, ns=times, dir_fd=folder, follow_symlinks=False)
 
 
 def _xattrs(source: int) -> dict[str, bytes]:
     path = f"/proc/self/fd/{source}"
-    return {n: os.getxattr(path, n) for n in os.listxattr(path) if unpack.wanted_xattr(n)}
+    return {n: os.getxattr(path, n) for n in os.listxattr(path) if attributes.wanted_xattr(n)}
 
 
 @contextlib.contextmanager
@@ -142,7 +142,7 @@ def _look(layer: int, path: str) -> tuple[int | None, bool]:
         finally:
             os.close(fd)
         fd = child
-        if unpack.is_whiteout(os.fstat(fd)):
+        if layerdirs.is_whiteout(os.fstat(fd)):
             os.close(fd)
             return None, False
     return fd, False
@@ -150,6 +150,6 @@ def _look(layer: int, path: str) -> tuple[int | None, bool]:
 
 def _is_opaque(fd: int) -> bool:
     try:
-        return os.getxattr(f"/proc/self/fd/{fd}", unpack.OPAQUE) == b"y"
+        return os.getxattr(f"/proc/self/fd/{fd}", layerdirs.OPAQUE) == b"y"
     except OSError:
         return False

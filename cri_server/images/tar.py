@@ -12,26 +12,19 @@ global pax headers mean nothing.
     header (512) [x, L, K: about the next entry] ──► Entry ──► data ──► padding to 512 ──► ...
 """
 
-import os
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from cri_server.images import tarheader
+
 BLOCK = 512
 MAX_EXTENSION = 1 << 20  # bytes of one pax header, as in Go
 MAX_SPARSE_SEGMENTS = 1 << 16
 MAX_SIZE = 1 << 62
-PATH_MAX = 4096  # path_resolution(7), the final NUL counts
 
-_HEADER = struct.Struct("100s8s8s8s12s12s8s1s100s8s32s32s8s8s155s12x")
-_XATTR = "SCHILY.xattr."
-_PAX_KEYS = frozenset({"path", "linkpath", "size", "uid", "gid", "mtime"})
-
-
-class Malformed(Exception):
-    """The archive is not one, or not one that we accept."""
+Malformed = tarheader.Malformed
 
 
 class TooBig(Exception):
@@ -135,17 +128,17 @@ class Reader:
         while (flag := block[156:157]) in (b"x", b"g", b"L", b"K"):
             body = self._extension(block)
             if flag == b"x":
-                pax = parse_pax(body)
+                pax = tarheader.parse_pax(body)
             elif flag in (b"L", b"K"):
                 pax["path" if flag == b"L" else "linkpath"] = body.split(b"\0", 1)[0]
             following = self._header()
             if following is None:
                 raise Malformed("the archive ends after an extended header")
             block = following
-        return self._describe(parse_header(block), pax, block)
+        return self._describe(tarheader.parse_header(block), pax, block)
 
     def _extension(self, block: bytes) -> bytes:
-        size = parse_header(block).size
+        size = tarheader.parse_header(block).size
         if size > MAX_EXTENSION:
             raise Malformed(f"extended header of {size} bytes")
         body = self._source.take(size) if size else b""
@@ -159,9 +152,9 @@ class Reader:
         for _ in self._source.pieces(size):
             continue
 
-    def _describe(self, header: "Header", pax: Mapping[str, bytes], block: bytes) -> Entry:
+    def _describe(self, header: tarheader.Header, pax: Mapping[str, bytes], block: bytes) -> Entry:
         kind = _kind(header, pax)
-        stored = _decimal(pax["size"]) if pax.get("size") else header.size
+        stored = tarheader.decimal(pax["size"]) if pax.get("size") else header.size
         if kind is not Kind.FILE:
             stored = 0
         if stored > MAX_SIZE:
@@ -169,21 +162,25 @@ class Reader:
         self._unread, self._padding = stored, -stored % BLOCK
         size, segments = self._layout(header, pax, block, stored)
         return Entry(
-            name=_text(pax.get("GNU.sparse.name") or pax.get("path") or header.name),
+            name=tarheader.text(pax.get("GNU.sparse.name") or pax.get("path") or header.name),
             kind=kind,
-            target=_text(pax.get("linkpath") or header.target),
+            target=tarheader.text(pax.get("linkpath") or header.target),
             mode=header.mode & 0o7777,
-            uid=_decimal(pax["uid"]) if pax.get("uid") else header.uid,
-            gid=_decimal(pax["gid"]) if pax.get("gid") else header.gid,
+            uid=tarheader.decimal(pax["uid"]) if pax.get("uid") else header.uid,
+            gid=tarheader.decimal(pax["gid"]) if pax.get("gid") else header.gid,
             size=size,
-            mtime=_nanoseconds(pax["mtime"]) if pax.get("mtime") else header.mtime * 10**9,
+            mtime=tarheader.nanoseconds(pax["mtime"]) if pax.get("mtime") else header.mtime * 10**9,
             device=header.device,
-            xattrs={k[len(_XATTR) :]: v for k, v in pax.items() if k.startswith(_XATTR)},
+            xattrs={
+                k[len(tarheader.XATTR) :]: v
+                for k, v in pax.items()
+                if k.startswith(tarheader.XATTR)
+            },
             segments=segments,
         )
 
     def _layout(
-        self, header: "Header", pax: Mapping[str, bytes], block: bytes, stored: int
+        self, header: tarheader.Header, pax: Mapping[str, bytes], block: bytes, stored: int
     ) -> tuple[int, Sequence[tuple[int, int]]]:
         """Return the real size of a file and where its stored data goes."""
         if header.flag not in b"\x0007S":
@@ -193,19 +190,19 @@ class Reader:
         if "GNU.sparse.major" in pax:
             return self._sparse_1_0(pax)
         if "GNU.sparse.map" in pax:
-            numbers = [_decimal(n) for n in pax["GNU.sparse.map"].split(b",")]
-            return self._sparse(numbers, _decimal(pax.get("GNU.sparse.size", b"")))
+            numbers = [tarheader.decimal(n) for n in pax["GNU.sparse.map"].split(b",")]
+            return self._sparse(numbers, tarheader.decimal(pax.get("GNU.sparse.size", b"")))
         if any(k.startswith("GNU.sparse.") for k in pax):
             raise Malformed("sparse file in the format GNU 0.0, which is not supported")
         return stored, ((0, stored),) if stored else ()
 
     def _old_sparse(self, block: bytes) -> tuple[int, Sequence[tuple[int, int]]]:
         """Read the map in the header and the blocks after it (GNU tar, "Old GNU Format")."""
-        numbers = _octal_pairs(block[386:482])
-        more, real = block[482], _number(block[483:495])
+        numbers = tarheader.octal_pairs(block[386:482])
+        more, real = block[482], tarheader.number(block[483:495])
         while more:
             extension = self._source.take(BLOCK)
-            numbers += _octal_pairs(extension[:504]) if extension else [0]
+            numbers += tarheader.octal_pairs(extension[:504]) if extension else [0]
             more = extension[504] if extension else 0
             _check_segments(numbers)
         return self._sparse(numbers, real)
@@ -218,11 +215,11 @@ class Reader:
         while text.count(b"\n") < wanted:
             text += b"".join(bytes(p) for p in self.data(BLOCK))
             if wanted == 1 and b"\n" in text:
-                wanted = 1 + 2 * _decimal(text.split(b"\n", 1)[0])
+                wanted = 1 + 2 * tarheader.decimal(text.split(b"\n", 1)[0])
             if wanted > 2 * MAX_SPARSE_SEGMENTS or len(text) > MAX_EXTENSION:
                 raise Malformed("too many segments in a sparse file")
-        numbers = [_decimal(n) for n in text.split(b"\n")[1:wanted]]
-        return self._sparse(numbers, _decimal(pax.get("GNU.sparse.realsize", b"")))
+        numbers = [tarheader.decimal(n) for n in text.split(b"\n")[1:wanted]]
+        return self._sparse(numbers, tarheader.decimal(pax.get("GNU.sparse.realsize", b"")))
 
     def _sparse(self, numbers: list[int], real: int) -> tuple[int, Sequence[tuple[int, int]]]:
         _check_segments(numbers)
@@ -237,70 +234,7 @@ class Reader:
         return real, segments
 
 
-# ---- headers
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Header:
-    """The 512 bytes in front of an entry, as they are."""
-
-    flag: bytes
-    name: bytes
-    target: bytes
-    mode: int
-    uid: int
-    gid: int
-    size: int
-    mtime: int
-    device: tuple[int, int]
-
-
-def parse_header(block: bytes) -> Header:
-    """Parse a header block. Raises Malformed for a wrong checksum or number."""
-    fields = _HEADER.unpack(block)
-    name, mode, uid, gid, size, mtime, checksum, flag, target, magic = fields[:10]
-    if sum(block) - sum(checksum) + 8 * 0x20 != _number(checksum):
-        raise Malformed("wrong checksum of a header")
-    name = name.split(b"\0", 1)[0]
-    if magic == b"ustar\x0000" and (prefix := fields[14].split(b"\0", 1)[0]):
-        name = prefix + b"/" + name
-    stored = _number(size)
-    if stored < 0:
-        raise Malformed("a negative size")
-    return Header(
-        flag=flag,
-        name=name,
-        target=target.split(b"\0", 1)[0],
-        mode=_number(mode),
-        uid=_number(uid),
-        gid=_number(gid),
-        size=stored,
-        mtime=_number(mtime),
-        device=_device(fields[12], fields[13]) if flag in b"34" else (0, 0),
-    )
-
-
-def parse_pax(body: bytes) -> dict[str, bytes]:
-    """Parse "<length> <key>=<value>\\n" records, and keep those that mean something here."""
-    records: dict[str, bytes] = {}
-    position = 0
-    while position < len(body):
-        blank = body.find(b" ", position, position + 20)
-        length = _decimal(body[position:blank]) if blank > 0 else 0
-        end = position + length
-        if length <= blank - position + 1 or end > len(body) or body[end - 1] != 0x0A:
-            raise Malformed("a pax record with a wrong length")
-        key, equals, value = body[blank + 1 : end - 1].partition(b"=")
-        if not equals:
-            raise Malformed("a pax record without a value")
-        name = _text(key)
-        if name in _PAX_KEYS or name.startswith((_XATTR, "GNU.sparse.")):
-            records[name] = value
-        position = end
-    return records
-
-
-def _kind(header: Header, pax: Mapping[str, bytes]) -> Kind:
+def _kind(header: tarheader.Header, pax: Mapping[str, bytes]) -> Kind:
     kind = _KINDS.get(header.flag)
     if kind is None:
         raise Malformed(f"an entry of unknown type {header.flag!r}")
@@ -309,56 +243,11 @@ def _kind(header: Header, pax: Mapping[str, bytes]) -> Kind:
     return kind
 
 
-def _text(value: bytes) -> str:
-    if b"\0" in value or len(value) >= PATH_MAX:
-        raise Malformed("a name with NUL, or too long")
-    return os.fsdecode(value)
-
-
-def _device(major: bytes, minor: bytes) -> tuple[int, int]:
-    numbers = _number(major), _number(minor)
-    if not all(0 <= n < 1 << 20 for n in numbers):
-        raise Malformed("a device number out of range")
-    return numbers
-
-
-def _number(field: bytes) -> int:
-    """Parse octal digits, or the base-256 form of GNU and star (first bit set)."""
-    if field[0] & 0x80:
-        bits = 8 * len(field) - 1
-        value = int.from_bytes(field, "big") & (1 << bits) - 1
-        return value - (1 << bits) if field[0] & 0x40 else value
-    text = field.strip(b" \0").split(b"\0", 1)[0]
-    if text.strip(b"01234567"):
-        raise Malformed("a number that is not one")
-    return int(text or b"0", 8)
-
-
-def _octal_pairs(fields: bytes) -> list[int]:
-    """Return offset, length, offset, length, ... up to the first that is not used."""
-    numbers: list[int] = []
-    for at in range(0, len(fields) - 23, 24):
-        if not fields[at]:
-            break
-        numbers += [_number(fields[at : at + 12]), _number(fields[at + 12 : at + 24])]
-    return numbers
+def _xattrs(pax: Mapping[str, bytes]) -> Mapping[str, bytes]:
+    prefix = tarheader.XATTR
+    return {k[len(prefix) :]: v for k, v in pax.items() if k.startswith(prefix)}
 
 
 def _check_segments(numbers: Sequence[int]) -> None:
     if len(numbers) % 2 or len(numbers) > 2 * MAX_SPARSE_SEGMENTS:
         raise Malformed("an odd number of values, or too many, in the map of a sparse file")
-
-
-def _decimal(text: bytes) -> int:
-    if not text.isdigit() or len(text) > 20:
-        raise Malformed("a pax number that is not one")
-    return int(text)
-
-
-def _nanoseconds(text: bytes) -> int:
-    """Parse decimal seconds without the rounding of a float."""
-    whole, _, fraction = text.removeprefix(b"-").partition(b".")
-    if len(fraction) > 100 or (fraction and not fraction.isdigit()):
-        raise Malformed("a pax time that is not one")
-    value = _decimal(whole) * 10**9 + int(fraction[:9].ljust(9, b"0"))
-    return -value if text.startswith(b"-") else value

@@ -38,7 +38,7 @@ class Transfer:
                 await self._once(at, ranges=ranges)
             except (wire.Broken, _NoRange) as error:
                 fruitless = 0 if self.offset - before >= PROGRESS else fruitless + 1
-                if fruitless >= MAX_WITHOUT_PROGRESS:
+                if fruitless >= (MAX_WITHOUT_PROGRESS if at.patient else 1):
                     raise
                 ranges = ranges and not isinstance(error, _NoRange)
                 await at.pause(max(fruitless, 1))
@@ -83,11 +83,10 @@ class Transfer:
             self.offset += len(data)
             if data and inspect.isawaitable(waiting := self.sink(data)):
                 await waiting
-            if self.offset == self.descriptor.size:
-                return
-        raise wire.Broken(
-            f"{response.host} sent less than the {self.descriptor.size} bytes of the blob"
-        )
+        if self.offset < self.descriptor.size:
+            raise wire.Broken(
+                f"{response.host} sent less than the {self.descriptor.size} bytes of the blob"
+            )
 
 
 class _NoRange(wire.Broken):

@@ -9,6 +9,7 @@ peer claims: a body is the bytes that were sent. Every wait has a limit. Which h
 what their answers mean, is left to `session` and `registry`.
 """
 
+import contextlib
 import os
 import urllib.parse
 from dataclasses import dataclass, field
@@ -241,14 +242,11 @@ def _encode(codec: h11.Connection, request: Request, target: wire.Target) -> byt
         path = f"{parts.scheme}://{parts.netloc}{path}"
         if target.via.authorization:
             headers.append(("Proxy-Authorization", target.via.authorization))
-    try:
+    with contextlib.suppress(h11.LocalProtocolError, UnicodeError):  # their text has the header
         data = codec.send(h11.Request(method=request.method, target=path, headers=headers)) or b""
         data += (codec.send(h11.Data(data=request.body)) or b"") if request.body else b""
         return data + (codec.send(h11.EndOfMessage()) or b"")
-    except (h11.LocalProtocolError, UnicodeError):  # its text has the header: not a cause to keep
-        raise wire.Invalid(
-            f"a header or path for {target.name} has characters that HTTP forbids"
-        ) from None
+    raise wire.Invalid(f"a header or path for {target.name} has characters that HTTP forbids")
 
 
 async def _read_head(codec: h11.Connection, connection: wire.Wire, host: str) -> h11.Response:

@@ -22,21 +22,14 @@ import contextlib
 import errno
 import os
 import stat
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from cri_server import trees
-from cri_server.images import tar
+from cri_server.images import attributes, layerdirs, tar
 from shim import linux
 
-IN_ROOT = linux.RESOLVE_IN_ROOT | linux.RESOLVE_NO_MAGICLINKS
-OPAQUE = "trusted.overlay.opaque"
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_OPEN_FOLDERS = 64
-_MAX_LINKS = 40  # symlinks on one path, as in the kernel
-_NOBODY = 2**32 - 1  # chown(2): "leave it as it is"
 _FS_BLOCK = 4096
 
 
@@ -62,53 +55,13 @@ def clean(name: str) -> str:
     return "/".join(parts)
 
 
-def is_whiteout(st: os.stat_result) -> bool:
-    """Say whether overlayfs takes this for "there is nothing here"."""
-    return stat.S_ISCHR(st.st_mode) and st.st_rdev == 0
-
-
-def wanted_xattr(name: str) -> bool:
-    """Say whether an attribute may come from a layer: labels are the host's, overlay's own are
-    ours."""
-    host = ("security.selinux", "security.apparmor", "security.SMACK64", "security.evm")
-    return not name.startswith((*host, "trusted.overlay.", "user.overlay."))
-
-
-def set_xattrs(path: str | int, xattrs: Mapping[str, bytes]) -> None:
-    """Set what may be set; a file system without such attributes does not make a layer unusable."""
-    for name, value in xattrs.items():
-        if wanted_xattr(name):
-            try:
-                if isinstance(path, int):
-                    os.setxattr(path, name, value)
-                else:
-                    os.setxattr(path, name, value, follow_symlinks=False)
-            except OSError as e:
-                if e.errno not in (errno.ENOTSUP, errno.EPERM, errno.EINVAL):
-                    raise
-
-
-@dataclass(slots=True)
-class _Seen:
-    """What is known of the folders of a layer, by inode: names can change their meaning."""
-
-    mtimes: dict[int, int] = field(default_factory=dict)
-    implicit: set[int] = field(default_factory=set)
-    opaque: set[int] = field(default_factory=set)
-
-    def forget(self, inode: int) -> None:
-        self.mtimes.pop(inode, None)
-        self.implicit.discard(inode)
-        self.opaque.discard(inode)
-
-
 class Unpacker:
     """Applies entries to the folder behind a descriptor, which stays the caller's."""
 
     def __init__(self, root: int, limits: tar.Limits) -> None:
         self._root, self._limits = root, limits
-        self._seen = _Seen()
-        self._folders = _Folders(root, self._seen)
+        self._seen = layerdirs.Seen()
+        self._folders = layerdirs.Folders(root, self._seen)
         self._links: list[tuple[str, str]] = []
         self._bytes = self._inodes = self._entries = 0
         self._seen.implicit.add(os.fstat(root).st_ino)
@@ -158,7 +111,7 @@ class Unpacker:
                 os.close(own)
 
     def _node(self, folder: int, name: str, entry: tar.Entry, reader: tar.Reader) -> None:
-        _check_owner(entry)
+        attributes.check(entry)
         self._inodes += 1
         if entry.kind is tar.Kind.FILE:
             self._file(folder, name, entry, reader)
@@ -176,7 +129,7 @@ class Unpacker:
         os.chown(name, entry.uid, entry.gid, dir_fd=folder, follow_symlinks=False)
         if entry.kind is not tar.Kind.SYMLINK:
             os.chmod(name, entry.mode, dir_fd=folder)  # ours, just made, no symlink
-        set_xattrs(f"/proc/self/fd/{folder}/{name}", entry.xattrs)
+        attributes.set_xattrs(f"/proc/self/fd/{folder}/{name}", entry.xattrs)
         os.utime(name, ns=(entry.mtime, entry.mtime), dir_fd=folder, follow_symlinks=False)
 
     def _file(self, folder: int, name: str, entry: tar.Entry, reader: tar.Reader) -> None:
@@ -194,7 +147,7 @@ class Unpacker:
                 self._bytes += -(-length // _FS_BLOCK) * _FS_BLOCK
             if end != entry.size:
                 os.ftruncate(fd, entry.size)
-            _set_metadata(
+            attributes.set_all(
                 fd, entry
             )  # after the data: writing takes set-id bits and capabilities away
             os.utime(fd, ns=(entry.mtime, entry.mtime))
@@ -207,13 +160,17 @@ class Unpacker:
         source_parent, _, source = target.rpartition("/")
         with contextlib.ExitStack() as each:
             try:
-                fd = linux.openat2(self._root, source_parent or ".", _FOLDER, resolve=IN_ROOT)
+                fd = linux.openat2(
+                    self._root, source_parent or ".", layerdirs.FOLDER, resolve=layerdirs.IN_ROOT
+                )
                 each.callback(os.close, fd)
                 st = os.lstat(source, dir_fd=fd)
             except (FileNotFoundError, NotADirectoryError):
                 self._links.append((path, target))
                 return
-            if is_whiteout(st):  # it hides the target from the container, not from this link
+            if layerdirs.is_whiteout(
+                st
+            ):  # it hides the target from the container, not from this link
                 self._links.append((path, target))
                 return
             if stat.S_ISDIR(st.st_mode):
@@ -225,7 +182,7 @@ class Unpacker:
     # ---- folders
 
     def _folder(self, path: str, entry: tar.Entry) -> None:
-        _check_owner(entry)
+        attributes.check(entry)
         parent, _, name = path.rpartition("/")
         folder = self._folders.open(parent)
         fd = self._folders.make(folder, path, name, entry.mode)
@@ -234,11 +191,11 @@ class Unpacker:
     def _set_root(self, entry: tar.Entry) -> None:
         if entry.kind is not tar.Kind.DIR:
             raise tar.Malformed(f"the root of the layer is a {entry.kind}")
-        _check_owner(entry)
+        attributes.check(entry)
         self._own_folder(self._root, entry)
 
     def _own_folder(self, fd: int, entry: tar.Entry) -> None:
-        _set_metadata(fd, entry)
+        attributes.set_all(fd, entry)
         inode = os.fstat(fd).st_ino
         self._seen.implicit.discard(inode)
         self._seen.mtimes[inode] = entry.mtime
@@ -298,122 +255,6 @@ class Unpacker:
         )
 
 
-class _Folders:
-    """Open folders by name, made where they are missing; the last few stay open."""
-
-    def __init__(self, root: int, seen: _Seen) -> None:
-        self._root, self._seen = root, seen
-        self._open: OrderedDict[str, int] = OrderedDict()
-
-    def open(self, path: str, *, links: int = 0) -> int:
-        """Return a descriptor of a folder, which stays ours. Raises tar.Malformed, OSError."""
-        if not path:
-            return self._root
-        fd = self._open.get(path)
-        if fd is None:
-            fd = self._keep(path, self._resolve(path, links))
-        return fd
-
-    def make(self, parent: int, path: str, name: str, mode: int) -> int:
-        """Make or find the folder `name` of `parent`; what is no folder gives way."""
-        try:
-            os.mkdir(name, mode & 0o777, dir_fd=parent)
-        except FileExistsError:
-            st = os.lstat(name, dir_fd=parent)
-            if not stat.S_ISDIR(st.st_mode):
-                parent = os.dup(parent)  # `close` is about to take it away
-                try:
-                    self.close()
-                    os.unlink(name, dir_fd=parent)
-                    os.mkdir(name, mode & 0o777, dir_fd=parent)
-                    fd = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=parent)
-                finally:
-                    os.close(parent)
-                if is_whiteout(st):
-                    self.mark_opaque(fd)
-                return self._keep(path, fd)
-        return self._keep(path, os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=parent))
-
-    def mark_opaque(self, fd: int) -> None:
-        """Hide what the layers below have in this folder."""
-        os.setxattr(fd, OPAQUE, b"y")
-        self._seen.opaque.add(os.fstat(fd).st_ino)
-
-    def mark_opaque_child(self, parent: int, name: str) -> None:
-        fd = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=parent)
-        try:
-            self.mark_opaque(fd)
-        finally:
-            os.close(fd)
-
-    def close(self) -> None:
-        """Forget all names."""
-        while self._open:
-            os.close(self._open.popitem()[1])
-
-    def _keep(self, path: str, fd: int) -> int:
-        old = self._open.pop(path, None)
-        if old is not None:
-            os.close(old)
-        self._open[path] = fd
-        if len(self._open) > _OPEN_FOLDERS:
-            os.close(self._open.popitem(last=False)[1])
-        return fd
-
-    def _resolve(self, path: str, links: int) -> int:
-        try:
-            return linux.openat2(self._root, path, _FOLDER, resolve=IN_ROOT)
-        except (FileNotFoundError, NotADirectoryError):
-            return self._make_all(path, links)
-
-    def _make_all(self, path: str, links: int) -> int:
-        """Make what is missing of a path; follow a symlink to what is not there yet."""
-        parent, parts = os.dup(self._root), path.split("/")
-        for depth, name in enumerate(parts, start=1):
-            prefix = "/".join(parts[:depth])
-            try:
-                child = linux.openat2(self._root, prefix, _FOLDER, resolve=IN_ROOT)
-            except (FileNotFoundError, NotADirectoryError):
-                child = self._make_implicit(parent, name, prefix, links)
-            finally:
-                os.close(parent)
-            parent = child
-        return parent
-
-    def _make_implicit(self, parent: int, name: str, path: str, links: int) -> int:
-        hidden = False
-        with contextlib.suppress(FileNotFoundError):
-            st = os.lstat(name, dir_fd=parent)
-            if stat.S_ISLNK(st.st_mode):
-                return self._behind(parent, name, path, links)
-            if not is_whiteout(st):
-                raise tar.Malformed(f"{path[:200]!r} is not a folder")
-            hidden = True
-            os.unlink(name, dir_fd=parent)
-        os.mkdir(name, 0o755, dir_fd=parent)
-        fd = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=parent)
-        os.fchown(fd, 0, 0)  # a set-gid parent passes on group and bit
-        os.fchmod(fd, 0o755)
-        self._seen.implicit.add(os.fstat(fd).st_ino)
-        if hidden:
-            self.mark_opaque(fd)
-        return fd
-
-    def _behind(self, parent: int, name: str, path: str, links: int) -> int:
-        """Make the folder that a dangling symlink points to, within the layer."""
-        if links >= _MAX_LINKS:
-            raise tar.Malformed(f"too many symlinks on the way to {path[:200]!r}")
-        target = os.readlink(name, dir_fd=parent)
-        base = "" if target.startswith("/") else path.rpartition("/")[0]
-        found: list[str] = []
-        for part in f"{base}/{target}".split("/"):
-            if part == "..":
-                found = found[:-1]
-            elif part not in ("", "."):
-                found.append(part)
-        return os.dup(self.open("/".join(found), links=links + 1))
-
-
 def _is_marker(parent: str) -> bool:
     """Say whether an entry lies in the bookkeeping of AUFS; other names with .wh. are no
     folders."""
@@ -421,24 +262,6 @@ def _is_marker(parent: str) -> bool:
     if marked and not marked[0].startswith(".wh..wh."):
         raise tar.Malformed(f"a whiteout used as a folder: {marked[0]!r}")
     return bool(marked)
-
-
-def _check_owner(entry: tar.Entry) -> None:
-    if not (0 <= entry.uid < _NOBODY and 0 <= entry.gid < _NOBODY):
-        raise tar.Malformed(f"owner {entry.uid}:{entry.gid} is not one")
-    if abs(entry.mtime) >= 1 << 62:
-        raise tar.Malformed("a time out of range")
-
-
-def _set_metadata(fd: int, entry: tar.Entry) -> None:
-    """Set owner, then mode, then attributes: chown takes set-id bits and capabilities away."""
-    st = os.fstat(fd)
-    if (st.st_uid, st.st_gid) != (entry.uid, entry.gid):
-        os.fchown(fd, entry.uid, entry.gid)
-        st = os.fstat(fd)
-    if stat.S_IMODE(st.st_mode) != entry.mode:
-        os.fchmod(fd, entry.mode)
-    set_xattrs(fd, entry.xattrs)
 
 
 def _write(fd: int, piece: memoryview) -> None:

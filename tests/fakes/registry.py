@@ -223,6 +223,10 @@ class Registry:
     def end(self) -> None:
         """Let go of all that is held, and hang up."""
         self._ended.set()
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        """Close all connections, and wait until that is done."""
         for connection in list(self.connections):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
@@ -289,6 +293,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.limit: int | None = None
         self.piece = 1 << 16
         self.step: threading.Semaphore | None = None
+
+    def finish(self) -> None:
+        super().finish()
+        self.connection.close()  # the inside of a tunnel, perhaps
 
     @property
     def registry(self) -> Registry:

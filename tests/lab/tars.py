@@ -5,7 +5,6 @@
 """
 
 import hashlib
-import io
 from collections.abc import Mapping
 
 BLOCK = 512
@@ -107,10 +106,3 @@ def archive(*entries: bytes) -> bytes:
 
 def digest(data: bytes) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
-
-
-class Trickle(io.BytesIO):
-    """A file that returns a few bytes at a time."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        return super().read(min(7, size) if size and size > 0 else 7)

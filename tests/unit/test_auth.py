@@ -54,7 +54,12 @@ def bearer(realm: str, **parameters: str) -> list[auth.Challenge]:
         ('Basic realm="a b"', [("basic", {"realm": "a b"})]),
         (
             'Bearer realm="https://a/t",service="s",scope="repository:a:pull,push"',
-            [("bearer", {"realm": "https://a/t", "service": "s", "scope": "repository:a:pull,push"})],
+            [
+                (
+                    "bearer",
+                    {"realm": "https://a/t", "service": "s", "scope": "repository:a:pull,push"},
+                )
+            ],
         ),
         ("BEARER Realm=x , Service = y", [("bearer", {"realm": "x", "service": "y"})]),
         ('Bearer realm="q\\"uote"', [("bearer", {"realm": 'q"uote'})]),
@@ -70,7 +75,7 @@ def bearer(realm: str, **parameters: str) -> list[auth.Challenge]:
 )
 def test_challenges(value: str, expected: list[tuple[str, dict[str, str]]]) -> None:
     found = [(each.scheme, each.parameters) for each in auth.parse_challenges([value])]
-    assert found[: len(expected)] == expected
+    assert found == expected
 
 
 def test_several_headers_make_one_list() -> None:
@@ -104,9 +109,7 @@ def test_a_long_header_takes_no_time() -> None:
         (api.AuthConfig(registry_token="r"), auth.Credentials(registry_token="r")),
     ],
 )
-def test_which_credentials_count(
-    config: api.AuthConfig | None, expected: auth.Credentials
-) -> None:
+def test_which_credentials_count(config: api.AuthConfig | None, expected: auth.Credentials) -> None:
     assert auth.choose(config, "a.test") == expected
 
 
@@ -151,13 +154,16 @@ async def test_a_token_is_fetched_with_the_users_name(
     there: fake.Registry, authorizer: auth.Authorizer
 ) -> None:
     challenges = bearer(f"http://{there.address}/token?x=1", service="svc")
-    value = await authorizer.answer(
-        host_of(there), "u/a", credentials=USER, challenges=challenges
-    )
+    value = await authorizer.answer(host_of(there), "u/a", credentials=USER, challenges=challenges)
     (asked,) = there.requests
     assert value == "Bearer abc"
     assert asked.headers["authorization"] == BASIC
-    assert asked.query == {"x": "1", "service": "svc", "scope": "repository:u/a:pull", "account": "me"}
+    assert asked.query == {
+        "x": "1",
+        "service": "svc",
+        "scope": "repository:u/a:pull",
+        "account": "me",
+    }
 
 
 async def test_anonymous_tokens_need_no_credentials(
@@ -185,7 +191,11 @@ async def test_an_identity_token_is_posted(
     (asked,) = there.requests
     form = dict(urllib.parse.parse_qsl(asked.body.decode()))
     assert value == "Bearer xyz"
-    assert (asked.method, form["grant_type"], form["refresh_token"]) == ("POST", "refresh_token", "i&d")
+    assert (asked.method, form["grant_type"], form["refresh_token"]) == (
+        "POST",
+        "refresh_token",
+        "i&d",
+    )
     assert (form["service"], form["scope"]) == ("svc", "repository:u/a:pull")
     assert asked.query == {}
 

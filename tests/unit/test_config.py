@@ -154,6 +154,15 @@ def test_a_handler_is_found_by_name_and_the_default_by_none(read: Read, install:
         settings.handler("kata")
 
 
+def test_annotations_are_let_through_by_glob_only() -> None:
+    given = {"io.katacontainers.config.x": "1", "io.katacontainers": "2", "other/io.kata": "3"}
+
+    assert config.Handler.allowed((), given) == {}
+    assert config.Handler.allowed(("io.katacontainers.*",), given) == {
+        "io.katacontainers.config.x": "1"
+    }
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 

@@ -132,7 +132,10 @@ def test_all_keys_of_a_host(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [('"/abs.pem"', [("/abs.pem", None)]), ('["one.pem", "two.pem"]', [("one.pem", None), ("two.pem", None)])],
+    [
+        ('"/abs.pem"', [("/abs.pem", None)]),
+        ('["one.pem", "two.pem"]', [("one.pem", None), ("two.pem", None)]),
+    ],
 )
 def test_other_ways_to_name_client_certificates(
     tmp_path: Path, value: str, expected: list[tuple[str, str | None]]

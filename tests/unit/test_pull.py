@@ -2,10 +2,12 @@
 """PullImage against a real registry: what comes, what is shared, what a failure leaves behind."""
 
 import asyncio
+import contextlib
 import json
 import os
 import random
 import stat
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 import zstandard
 
 from cri_server import errors, trees
-from cri_server.images import flights, manifest, tar
+from cri_server.images import flights, layers, manifest, tar
 from cri_server.pb import api_pb2 as api
 from shim import linux
 from tests.lab import image, pulling, registry, tars, waiting
@@ -82,10 +84,10 @@ async def test_by_digest_and_by_both(hub: registry.Registry, node: pulling.Node)
 async def test_docker_types_zstd_and_plain_layers(
     hub: registry.Registry, node: pulling.Node, tmp_path: Path
 ) -> None:
-    layers = [unique("gzip"), unique("zstd"), unique("plain")]
-    blobs = [pulling.packed(layers[0]), zstandard.compress(layers[1]), layers[2]]
+    contents = [unique("gzip"), unique("zstd"), unique("plain")]
+    blobs = [pulling.packed(contents[0]), zstandard.compress(contents[1]), contents[2]]
     config = {"architecture": "amd64", "os": "linux", "config": None}
-    config["rootfs"] = {"type": "layers", "diff_ids": [image.digest(x) for x in layers]}  # type: ignore[assignment]
+    config["rootfs"] = {"type": "layers", "diff_ids": [image.digest(x) for x in contents]}  # type: ignore[assignment]
     body = json.dumps(config).encode()
     pulling.push_blobs(hub, "docker", [*blobs, body])
     kind = "application/vnd.docker.distribution.manifest.v2+json"
@@ -477,6 +479,35 @@ async def test_other_credentials_are_another_pull(
     await wait_for(lambda: node.client.waiting == 2)
     node.client.open.set()
     assert await asyncio.gather(*tasks) == [made.id] * 3
+
+
+async def test_a_worker_is_killed_when_its_time_is_up(node: pulling.Node, tmp_path: Path) -> None:
+    blob = tmp_path / "blob"
+    os.mkfifo(blob)  # which nobody writes to
+    host = layers.Layers(node.layers, limits=tar.Limits(), timeout=0.3)
+    with pytest.raises(errors.DeadlineExceeded):
+        async with host.staged(
+            contextlib.nullcontext(blob), "sha256:x", (), slots=asyncio.Semaphore()
+        ):
+            pass
+    assert os.listdir(node.root / "tmp") == []
+
+
+async def test_a_cancelled_caller_waits_for_its_thread() -> None:
+    started, go, ended = (threading.Event() for _ in range(3))
+
+    def work() -> None:
+        started.set()
+        go.wait(10)
+        ended.set()
+
+    task = asyncio.create_task(flights.in_thread(work))
+    await wait_for(started.is_set)
+    task.cancel()
+    go.set()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    assert ended.is_set()
 
 
 # ---- choosing, keys, flights

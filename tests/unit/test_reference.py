@@ -119,7 +119,9 @@ def test_image_ids_are_told_apart(text: str) -> None:
     assert reference.is_image_id(text)
 
 
-@pytest.mark.parametrize("text", ["", "a", HEX[:-1], HEX.upper(), SHA512, f"a@{SHA256}", HEX + "\n"])
+@pytest.mark.parametrize(
+    "text", ["", "a", HEX[:-1], HEX.upper(), SHA512, f"a@{SHA256}", HEX + "\n"]
+)
 def test_other_texts_are_no_image_ids(text: str) -> None:
     assert not reference.is_image_id(text)
 

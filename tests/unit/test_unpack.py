@@ -19,7 +19,7 @@ import zstandard
 from hypothesis import given, settings, strategies
 
 from cri_server import trees
-from cri_server.images import settle, stream, tar, unpack
+from cri_server.images import layerdirs, settle, stream, tar, tarheader, unpack
 from tests.lab import tars
 
 pytestmark = pytest.mark.needs("root")
@@ -64,7 +64,7 @@ class Layer:
         assert self._state() == self.before
 
     def is_whiteout(self, name: str) -> bool:
-        return unpack.is_whiteout((self.fs / name).lstat())
+        return layerdirs.is_whiteout((self.fs / name).lstat())
 
     def is_opaque(self, name: str) -> bool:
         try:
@@ -422,7 +422,7 @@ def test_folders_deeper_than_any_path(layer: Layer) -> None:
         entries.append(tars.pax({"linkpath": f"{way}{deep}"}, tars.symlink(f"l{depth}", "x")))
         way = f"l{depth}/"
     outcome = layer.apply(*entries)
-    assert max(map(len, outcome.folders)) > 2 * tar.PATH_MAX
+    assert max(map(len, outcome.folders)) > 2 * tarheader.PATH_MAX
     trees.remove(layer.fs)
     assert not layer.fs.exists()
 
