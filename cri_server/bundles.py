@@ -14,6 +14,7 @@ for what lost its shim.
 
 import asyncio
 import dataclasses
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -40,7 +41,7 @@ from cri_server import (
 )
 from cri_server.images import store as images
 from cri_server.pb import api_pb2 as api
-from shim import mounts
+from shim import mounts, process
 from shim.pb import shim_pb2
 
 log = structlog.get_logger()
@@ -209,6 +210,8 @@ class Bundles:
 
     async def remove(self, container: state.Container) -> None:
         """Unmount and delete whatever is there of the bundle and its writable layer. Idempotent."""
+        if self._known(container.handler, container.id, container.cgroups_path):
+            await self.destroy(container.handler, container.id, container.cgroups_path)
         await asyncio.to_thread(self.sweep, container.id)
 
     def sweep(self, container_id: str) -> None:
@@ -220,13 +223,22 @@ class Bundles:
             shutil.rmtree(directory)
         self._snapshots.remove(container_id)
 
+    # -- without a shim ---------------------------------------------------------------------------
+
     async def bury(self, container: state.Container) -> shim_pb2.ExitRecord:
-        """End a container whose shim is gone; return the shim's exit record or the lost one's."""
-        await self.destroy(container.handler, container.id, container.cgroups_path)
+        """End a container whose shim is gone; return the shim's exit record or the lost one's.
+
+        Raises DeadlineExceeded when it cannot be killed. A runtime that fails is left to `remove`.
+        """
+        await self._kill(container.handler, container.id, container.cgroups_path)
+        try:
+            await self._forget(container.handler, container.id, container.cgroups_path)
+        except errors.CriError as e:
+            log.warning("runtime does not forget", container=container.id, error=e.message)
         try:
             text = (self.directory(container.id) / "exit.json").read_text()
             return json_format.Parse(text, shim_pb2.ExitRecord(), ignore_unknown_fields=True)
-        except (OSError, json_format.ParseError):
+        except (OSError, ValueError, json_format.ParseError):
             return shim_pb2.ExitRecord(
                 exit_code=255,
                 finished_at=time.time_ns(),
@@ -236,15 +248,36 @@ class Bundles:
 
     async def destroy(self, handler: str, container_id: str, cgroups_path: str) -> None:
         """Kill what is in a container's cgroup and have the OCI runtime forget the container."""
+        await self._kill(handler, container_id, cgroups_path)
+        await self._forget(handler, container_id, cgroups_path)
+
+    async def _kill(self, handler: str, container_id: str, cgroups_path: str) -> None:
+        """Kill an OCI runtime that is still at work on the container, and what is in its cgroup."""
         deadline = time.monotonic() + KILL_TIMEOUT
-        while await asyncio.to_thread(self._groups.kill, cgroups_path):
+        words = self._runtime_root(handler), container_id
+        while await asyncio.to_thread(
+            lambda: process.kill_commands(*words) or self._groups.kill(cgroups_path)
+        ):
             if time.monotonic() > deadline:
                 raise errors.DeadlineExceeded(f"container {container_id[:13]} cannot be killed")
             await asyncio.sleep(0.02)
-        path = self._settings.handler(handler).path
-        root = str(self._settings.server.state / "runtimes" / handler)
+
+    async def _forget(self, handler: str, container_id: str, cgroups_path: str) -> None:
+        if not self._known(handler, container_id, cgroups_path):
+            return
+        path, root = self._settings.handler(handler).path, self._runtime_root(handler)
         argv = [path, "--root", root, "delete", "--force", container_id]
-        await commands.run(argv, timeout=self._settings.runtime.runtime_timeout, check=False)
+        await commands.run(argv, timeout=self._settings.runtime.runtime_timeout)
+        await asyncio.to_thread(self._groups.remove_all, cgroups_path)
+
+    def _known(self, handler: str, container_id: str, cgroups_path: str) -> bool:
+        """Say whether the runtime, or a cgroup, still has something of the container."""
+        places = [f"{self._runtime_root(handler)}/{container_id}"]
+        places += self._groups.directories(cgroups_path).values() if cgroups_path else []
+        return any(map(os.path.exists, places))
+
+    def _runtime_root(self, handler: str) -> str:
+        return str(self._settings.server.state / "runtimes" / handler)
 
 
 async def _looked(wanted: api.ContainerConfig) -> _Host:

@@ -44,6 +44,12 @@ class Hierarchy:
             return {"": self.unified}
         return dict(self.v1)
 
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """Every mount point where a runtime may make directories: in hybrid mode in v2 as well."""
+        unified = (self.unified,) if self.unified else ()
+        return (*dict.fromkeys(self.v1.values()), *unified)
+
     def controllers(self) -> tuple[str, ...]:
         """Return the controllers that limits can be set with."""
         if self.mode == "v2" and self.unified is not None:
@@ -140,8 +146,8 @@ class Cgroups:
         if self.driver == "systemd":
             return ()
         paths = [parent, *(str(p) for p in Path(parent).parents if str(p) != "/")]
-        mounts = self.hierarchy.mounts.values()
-        return tuple(p for p in paths if not any(os.path.isdir(f"{m}{p}") for m in mounts))
+        places = self.hierarchy.places
+        return tuple(p for p in paths if not any(os.path.isdir(f"{m}{p}") for m in places))
 
     def remove(self, made: Iterable[str]) -> None:
         """Remove the empty ones of these directories. One that others use is tried again at the
@@ -151,7 +157,7 @@ class Cgroups:
         self._leftover = {p: None for p in wanted if not self._remove(p)}
 
     def _remove(self, path: str) -> bool:
-        gone = [_rmdir(f"{mount}{path}") for mount in self.hierarchy.mounts.values()]
+        gone = [_rmdir(f"{mount}{path}") for mount in self.hierarchy.places]
         return all(gone)
 
     def kill(self, cgroups_path: str) -> bool:
@@ -162,6 +168,11 @@ class Cgroups:
         if not cgroups_path.strip("/"):
             return False
         return cgroup.Cgroup(self.directories(cgroups_path)).kill()
+
+    def remove_all(self, cgroups_path: str) -> None:
+        """Remove a container's cgroup where its runtime was ended before it could."""
+        if cgroups_path.strip("/"):
+            cgroup.Cgroup(self.directories(cgroups_path)).remove()
 
 
 def slice_path(unit: str) -> str:

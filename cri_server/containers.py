@@ -34,7 +34,9 @@ CREATED, RUNNING, EXITED = (
     api.ContainerState.CONTAINER_EXITED,
 )
 KILL_TIMEOUT = 10.0  # seconds: a shim never waits to deliver a signal, so one that does is stuck
-KILL_AGAIN = 1.0  # seconds until the first repeated SIGKILL; doubled up to a minute
+KILL_AGAIN = 1.0  # seconds until the first repeated SIGKILL; doubled up to the other
+KILL_AGAIN_MOST = 60.0
+RECOVERY_PATIENCE = 15.0  # seconds that a start of ours waits for the death of one container
 
 
 class Containers:
@@ -164,13 +166,16 @@ class Containers:
     async def _start(self, container: state.Container) -> None:
         recipe = steps.Steps("container started", pod=container.pod_id, container=container.id)
         try:
-            with shims.translated():
-                shim = self._shims.of(container.pod_id)
+            async with self._shims.asked(container.pod_id) as shim:
                 with recipe.step("shim create"):
                     await shim.create(self._bundles.request(container))
                 with recipe.step("runtime run"):
                     answer = await shim.start(shim_pb2.StartRequest(id=container.id))
         except errors.CriError as e:
+            if isinstance(e, errors.Unavailable):  # what the shim has begun may go on without it
+                if await self._shims.reconnect(container.pod_id):
+                    raise  # it is we who end; the next server asks it what became of the start
+                await self._lost(container)
             await self._store.put_container(_ended(container, 128, "StartError", e.message))
             raise
         with recipe.step("record"):
@@ -178,7 +183,7 @@ class Containers:
         self.follow(running)
         recipe.done()
 
-    def follow(self, container: state.Container) -> None:
+    def follow(self, container: state.Container) -> "asyncio.Task[None]":
         """Record the container's end when the shim tells it. Used at start, and by recovery for
         what still runs.
         """
@@ -186,6 +191,7 @@ class Containers:
         task = asyncio.create_task(self._follow(container), name=f"follow {container.id[:13]}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _follow(self, container: state.Container) -> None:
         record = None
@@ -193,13 +199,24 @@ class Containers:
             try:
                 shim = self._shims.of(container.pod_id)
                 record = (await shim.wait(shim_pb2.WaitRequest(id=container.id))).exit
-            except (errors.Unavailable, shim_errors.ShimError) as e:
+            except (errors.Unavailable, shim_errors.Unavailable):
                 if not await self._shims.reconnect(container.pod_id):
-                    log.warning(
-                        "container lost with its shim", container=container.id, error=str(e)
-                    )
-                    record = await self._bundles.bury(container)
+                    record = await self._lost(container)
+            except shim_errors.ShimError:  # another shim: it knows nothing of this container
+                record = await self._lost(container)
         await self._ended(container.id, record)
+
+    async def _lost(self, container: state.Container) -> shim_pb2.ExitRecord:
+        """Kill what nobody watches any more; tries until it is dead, for only then has it ended."""
+        log.warning("container lost with its shim", container=container.id)
+        pause = KILL_AGAIN
+        while True:
+            try:
+                return await self._bundles.bury(container)
+            except errors.CriError as e:
+                log.error("container not killed", container=container.id, error=e.message)
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, KILL_AGAIN_MOST)
 
     async def _ended(self, container_id: str, record: shim_pb2.ExitRecord) -> None:
         container = self._store.container(container_id)
@@ -230,11 +247,13 @@ class Containers:
         elif container.finished_at:
             return
         elif seen is not None and seen.state in (shim_pb2.RUNNING, shim_pb2.STOPPED):
-            container = await self._store.put_container(_started(container, seen))
-            self.follow(container)
+            following = self.follow(await self._store.put_container(_started(container, seen)))
+            if seen.state == shim_pb2.STOPPED:
+                await asyncio.wait([following], timeout=RECOVERY_PATIENCE)
         elif container.started_at:
-            self._running[container.id] = asyncio.Event()
-            await self._ended(container.id, await self._bundles.bury(container))
+            await asyncio.wait([self.follow(container)], timeout=RECOVERY_PATIENCE)
+        elif seen is not None:  # the start had not come far: the next one begins anew
+            await self._forget_in_shim(container)
 
     # -- stop -------------------------------------------------------------------------------------
 
@@ -274,18 +293,25 @@ class Containers:
         """
         with contextlib.suppress(errors.NotFound):
             container = self._store.container(wanted)
-            await self.stop(container.id, 0)
-            async with self._locks.held(container.id):
-                container = self._store.container(container.id)
-                await self._forget_in_shim(container)
-                await self._bundles.remove(container)
-                await self._store.forget_container(container)
+            while not await self._removed(container.id):
+                await self.stop(container.id, 0)
+
+    async def _removed(self, container_id: str) -> bool:
+        """Remove a container unless it runs, which a start just before us may have caused."""
+        async with self._locks.held(container_id):
+            if container_id in self._running:
+                return False
+            container = self._store.container(container_id)
+            await self._forget_in_shim(container)
+            await self._bundles.remove(container)
+            await self._store.forget_container(container)
+            return True
 
     async def _forget_in_shim(self, container: state.Container) -> None:
         """Have the shim and the OCI runtime let go of a container; nothing to do without a shim."""
-        with contextlib.suppress(errors.Unavailable), shims.translated():
-            shim = self._shims.of(container.pod_id)
-            await shim.delete(shim_pb2.DeleteRequest(id=container.id))
+        with contextlib.suppress(errors.Unavailable):
+            async with self._shims.asked(container.pod_id, mute=shims.MUTE_AT_STOP) as shim:
+                await shim.delete(shim_pb2.DeleteRequest(id=container.id))
 
     async def remove_all(self, pod_id: str) -> None:
         """Remove every container of the pod, each one even when another fails."""
@@ -306,8 +332,7 @@ class Containers:
         the file).
         """
         container = self.running(wanted)
-        with shims.translated():
-            shim = self._shims.of(container.pod_id)
+        async with self._shims.asked(container.pod_id) as shim:
             await shim.reopen_log(shim_pb2.ReopenLogRequest(id=container.id))
 
     # -- look -------------------------------------------------------------------------------------
@@ -372,7 +397,7 @@ class _Escalation:
         while not self._ended.is_set():
             await self._signal(signal.SIGKILL, everything=True)
             await self._wait(pause)
-            pause = min(pause * 2, 60.0)
+            pause = min(pause * 2, KILL_AGAIN_MOST)
 
     async def _grace(self) -> None:
         while not self._ended.is_set() and (left := self._deadline - time.monotonic()) > 0:

@@ -64,6 +64,7 @@ class Pods:
         self._groups, self._network, self._shims = groups, network, shim_host
         self._containers, self._bundles, self._facts = container_host, bundle_host, facts
         self._attempts, self._locks = names.Attempts(), locks.Locks()
+        self._ending: set[asyncio.Task[None]] = set()
 
     # -- run --------------------------------------------------------------------------------------
 
@@ -227,8 +228,14 @@ class Pods:
 
     async def _sandbox_ended(self, pod_id: str) -> None:
         """Report a pod whose shim, init or network namespace is gone as NOTREADY, with nothing in
-        it running.
+        it running. The root of a task of its own.
         """
+        try:
+            await self._end(pod_id)
+        except Exception as e:
+            log.error("pod sandbox ended by itself, its end did not", pod=pod_id, error=repr(e))
+
+    async def _end(self, pod_id: str) -> None:
         async with self._locks.held(pod_id):
             with contextlib.suppress(errors.NotFound):
                 pod = self._store.pod(pod_id)
@@ -251,10 +258,15 @@ class Pods:
             )
 
     async def check_networks(self) -> None:
-        """Stop the pods whose network namespace was taken away from outside (hazards R13)."""
+        """Stop the pods whose network namespace was taken away from outside (hazards R13).
+
+        Waits for none of them: one that cannot be killed must not hide the next.
+        """
         for pod in self._store.pods():
             if pod.state is state.PodState.READY and pod.netns and not netns.exists(pod.netns):
-                await self._sandbox_ended(pod.id)
+                task = asyncio.create_task(self._sandbox_ended(pod.id), name=f"end {pod.id[:13]}")
+                self._ending.add(task)
+                task.add_done_callback(self._ending.discard)
 
     # -- look -------------------------------------------------------------------------------------
 

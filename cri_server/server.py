@@ -20,6 +20,7 @@ from cri_server import (
     cgroups,
     config,
     containers,
+    errors,
     exec,
     host,
     imagehost,
@@ -74,6 +75,7 @@ async def running(settings: config.Config) -> AsyncIterator[None]:
         await graph.zygote.start()
         await graph.recovery.run()
         await graph.collector.start()
+        await _collect_addresses(graph.network)
         edge.ready = True
         log.info("ready", network=graph.network.status().ready, handlers=list(settings.runtimes))
         for work in (_check_networks(graph.pods), _measure(graph.layers)):
@@ -109,6 +111,14 @@ def _listen(address: str, edge: interceptors.Edge, graph: "Graph") -> grpc.aio.S
     finally:
         os.umask(umask)
     return server
+
+
+async def _collect_addresses(network: cni.Network) -> None:
+    """Have the plugins free what a crash leaked (CNI GC), where there is a network that can."""
+    try:
+        await network.collect()
+    except errors.CriError as e:
+        log.info("no CNI garbage collection", reason=e.message)
 
 
 async def _check_networks(pod_host: pods.Pods) -> None:

@@ -8,6 +8,7 @@ found again by (pid, start time) with `alive`. Waiting without blocking belongs 
 `cri_server.commands`.
 """
 
+import contextlib
 import fcntl
 import os
 import signal
@@ -123,6 +124,28 @@ def kill_group(child: Child, signum: int = signal.SIGKILL) -> None:
             send(target, signum)
         except ProcessLookupError:
             continue
+
+
+def kill_commands(*words: str) -> bool:
+    """Kill the trees of all processes with these words in their command line; say whether there were any.
+
+    For commands that a dead shim has left behind; the words must be such that only they have all of them.
+    """
+    wanted = {word.encode() for word in words}
+    found = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if wanted <= _words(pid)]
+    for pid in found:
+        for victim in (*descendants(pid), pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+    return bool(found)
+
+
+def _words(pid: int) -> set[bytes]:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return set(file.read().split(b"\0"))
+    except (FileNotFoundError, ProcessLookupError):
+        return set()
 
 
 def descendants(pid: int) -> Iterator[int]:

@@ -9,23 +9,16 @@ with its folder; a crash leaves the folder to `gc`. The worker can be killed at 
 when its time is up.
 """
 
-import asyncio
 import contextlib
 import os
-import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from cri_server import commands, errors, snapshots, trees
-from cri_server.images import flights, ingest, settle, tar
-
-TIMEOUT = 1800.0  # seconds for one layer
-_WORKER = (sys.executable, "-I", "-m", "cri_server.images.worker")
+from cri_server import errors, snapshots, trees
+from cri_server.images import flights, ingest, settle, tar, workers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,10 +33,8 @@ class Staged:
 class Layers:
     """Makes layers of `snapshots`."""
 
-    def __init__(
-        self, layers: snapshots.Snapshots, *, limits: tar.Limits, timeout: float = TIMEOUT
-    ) -> None:
-        self._snapshots, self._limits, self._timeout = layers, limits, timeout
+    def __init__(self, layers: snapshots.Snapshots, *, limits: tar.Limits) -> None:
+        self._snapshots, self._limits = layers, limits
 
     @contextlib.asynccontextmanager
     async def staged(
@@ -52,7 +43,7 @@ class Layers:
         diff_id: str,
         below: Sequence[str],
         *,
-        slots: asyncio.Semaphore,
+        pool: workers.Workers,
     ) -> AsyncIterator[Staged]:
         """Have the content of a blob unpacked for the block; what is not committed then is removed.
 
@@ -63,8 +54,8 @@ class Layers:
         folder = self._snapshots.staging_path()
         try:
             await flights.in_thread(self._snapshots.stage, folder)
-            async with blob as path, slots:  # not held while the layer waits for those below
-                answer = await self._work(self._job(path, folder, below))
+            async with blob as path:
+                answer = await _work(pool, self._job(path, folder, below))
             if answer["diff_id"] != diff_id:
                 raise errors.Unknown(f"the layer unpacks to {answer['diff_id']}, not to {diff_id}")
             yield _staged(folder, answer)
@@ -81,11 +72,13 @@ class Layers:
             "lowers": self._lowers(below) if known else None,
         }
 
-    async def commit(self, staged: Staged, key: str, below: Sequence[str]) -> None:
+    async def commit(
+        self, staged: Staged, key: str, below: Sequence[str], *, pool: workers.Workers
+    ) -> None:
         """Make a staged layer the layer `key`; the layers `below` are there by now."""
         lowers = self._lowers(below)
         if staged.pending == "all":
-            await self._work({"verb": "settle", "into": str(staged.folder), "lowers": lowers})
+            await _work(pool, {"verb": "settle", "into": str(staged.folder), "lowers": lowers})
         elif staged.pending == "root" and lowers:
             await flights.in_thread(_adopt_root, staged.folder / "fs", lowers[0])
         await flights.in_thread(self._snapshots.commit, staged.folder, key, staged.layer)
@@ -93,14 +86,12 @@ class Layers:
     def _lowers(self, below: Sequence[str]) -> Sequence[str]:
         return self._snapshots.lowerdirs(below) if below else ()
 
-    async def _work(self, job: Mapping[str, Any]) -> dict[str, Any]:
-        finished = await commands.run(
-            _WORKER, stdin=msgspec.json.encode(job), timeout=self._timeout
-        )
-        answer = msgspec.json.decode(finished.stdout, type=dict[str, Any])
-        if "error" in answer:
-            raise _failure(answer)
-        return answer
+
+async def _work(pool: workers.Workers, job: Mapping[str, Any]) -> dict[str, Any]:
+    answer = await pool.run(job)
+    if "error" in answer:
+        raise _failure(answer)
+    return answer
 
 
 def _staged(folder: Path, answer: Mapping[str, Any]) -> Staged:

@@ -28,11 +28,24 @@ from pathlib import Path
 import structlog
 
 from cri_server import errors, snapshots
-from cri_server.images import flights, gc, ingest, layers, manifest, reference, registry, store, tar
+from cri_server.images import (
+    flights,
+    gc,
+    ingest,
+    layers,
+    manifest,
+    reference,
+    registry,
+    store,
+    tar,
+    workers,
+)
 from cri_server.pb import api_pb2 as api
 from shim import linux
 
 log = structlog.get_logger()
+UNPACK_TIMEOUT = 1800.0  # seconds for one layer
+WORKERS = os.cpu_count() or 1  # processes of one pull
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +62,7 @@ class _Plan:
     layers: tuple[manifest.Descriptor, ...]
     keys: tuple[str, ...]
     downloads: asyncio.Semaphore
-    unpacks: asyncio.Semaphore
+    pool: workers.Workers
 
 
 class Puller:
@@ -105,10 +118,7 @@ class Puller:
     async def _carry_out(self, plan: _Plan) -> None:
         async with self._collector.claim((*plan.keys, *plan.documents)):
             if not await flights.in_thread(self._is_here, plan):
-                with _unwrapped():
-                    async with asyncio.TaskGroup() as group:
-                        for index in range(len(plan.keys)):
-                            group.create_task(self._layer(plan, index))
+                await self._make_all(plan)
                 await flights.in_thread(self._record, plan)
 
     # ---- documents
@@ -147,7 +157,7 @@ class Puller:
             layers=found.layers,
             keys=manifest.chain(config.diff_ids),
             downloads=asyncio.Semaphore(self._parallel),
-            unpacks=asyncio.Semaphore(os.cpu_count() or 1),
+            pool=workers.Workers(WORKERS, timeout=UNPACK_TIMEOUT),
         )
 
     def _known(self, name: reference.Reference, digest: str) -> bytes | None:
@@ -168,6 +178,17 @@ class Puller:
 
     # ---- layers
 
+    async def _make_all(self, plan: _Plan) -> None:
+        missing = sum(self._snapshots.layer(key) is None for key in plan.keys)
+        plan.pool.warm(min(missing, WORKERS))
+        try:
+            with _unwrapped():
+                async with asyncio.TaskGroup() as group:
+                    for index in range(len(plan.keys)):
+                        group.create_task(self._layer(plan, index))
+        finally:
+            await plan.pool.close()
+
     async def _layer(self, plan: _Plan, index: int) -> None:
         """See to it that a layer is there, and all below it."""
         key = plan.keys[index]
@@ -184,11 +205,11 @@ class Puller:
         parent = asyncio.create_task(self._layer(plan, index - 1)) if index else None
         try:
             async with self._layers.staged(
-                blob, plan.config.diff_ids[index], below, slots=plan.unpacks
+                blob, plan.config.diff_ids[index], below, pool=plan.pool
             ) as staged:
                 if parent is not None:
                     await parent
-                await self._layers.commit(staged, plan.keys[index], below)
+                await self._layers.commit(staged, plan.keys[index], below, pool=plan.pool)
         finally:
             if parent is not None:
                 parent.cancel()

@@ -37,6 +37,7 @@ MUTATIONS = frozenset(
     }
 )
 MESSAGE_LIMIT = 4096
+DRAIN_TIMEOUT = 30.0
 
 Behaviour = Callable[[Any, Any], Awaitable[Any]]
 StreamBehaviour = Callable[[Any, Any], AsyncIterator[Any]]
@@ -79,16 +80,16 @@ class Edge(grpc.aio.ServerInterceptor):
     def _unary(self, name: str, behaviour: Behaviour) -> Behaviour:
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             began = time.perf_counter()
-            try:
-                self._check_ready()
-                if name not in MUTATIONS:
-                    return await behaviour(request, context)
-                return await asyncio.shield(self._accept(behaviour(request, context)))
-            except Exception as e:
-                code, message = _status(name, e)
-                await context.abort(code, message)
-            finally:
-                log.debug("rpc", rpc=name, ms=round((time.perf_counter() - began) * 1000, 2))
+            with structlog.contextvars.bound_contextvars(rpc=name, **_ids(request)):
+                try:
+                    self._check_ready()
+                    if name not in MUTATIONS:
+                        return await behaviour(request, context)
+                    return await asyncio.shield(self._accept(behaviour(request, context)))
+                except Exception as e:
+                    await context.abort(*_status(e))
+                finally:
+                    log.debug("rpc", ms=round((time.perf_counter() - began) * 1000, 2))
 
         return call
 
@@ -101,15 +102,15 @@ class Edge(grpc.aio.ServerInterceptor):
                 async for item in behaviour(request, context):
                     yield item
             except Exception as e:
-                code, message = _status(name, e)
-                await context.abort(code, message)
+                with structlog.contextvars.bound_contextvars(rpc=name):
+                    await context.abort(*_status(e))
 
         return call
 
     def _check_ready(self) -> None:
         if not self.ready:
             raise errors.Unavailable(
-                "the server is starting: pods of an earlier run are being recovered"
+                "the server is starting: it recovers the pods of an earlier run"
             )
 
     def _accept(self, work: Awaitable[Any]) -> asyncio.Task[Any]:
@@ -124,18 +125,26 @@ class Edge(grpc.aio.ServerInterceptor):
             task.exception()  # for whoever still waits; nobody may be left
 
     async def drain(self) -> None:
-        """Wait for the mutations that were accepted."""
-        await asyncio.gather(*self._accepted, return_exceptions=True)
+        """Wait for the mutations that were accepted, but not for ever: recovery finishes the rest."""
+        if self._accepted:
+            await asyncio.wait(self._accepted, timeout=DRAIN_TIMEOUT)
 
 
-def _status(name: str, error: Exception) -> tuple[grpc.StatusCode, str]:
+def _ids(request: Any) -> dict[str, str]:
+    """Return the ids that a request names, as fields for every log line of its handling."""
+    fields = {"pod_sandbox_id": "pod", "container_id": "container"}
+    found = {label: getattr(request, name, "") for name, label in fields.items()}
+    return {label: value[:64] for label, value in found.items() if value}
+
+
+def _status(error: Exception) -> tuple[grpc.StatusCode, str]:
     """Return the status of a failed call, and log it: our own bugs with a traceback."""
-    if isinstance(error, errors.CriError):
-        log.info("rpc failed", rpc=name, code=error.code, error=error.message)
-        return grpc.StatusCode[error.code], _one_line(error.message)
     if isinstance(error, ExceptionGroup):
-        return _status(name, error.exceptions[0])
-    log.error("rpc failed", rpc=name, exc_info=error)
+        return _status(error.exceptions[0])
+    if isinstance(error, errors.CriError):
+        log.info("rpc failed", code=error.code, error=error.message)
+        return grpc.StatusCode[error.code], _one_line(error.message)
+    log.error("rpc failed", exc_info=error)
     return grpc.StatusCode.INTERNAL, _one_line(f"{type(error).__name__}: {error}")
 
 

@@ -17,7 +17,6 @@ import http.server
 import json
 import re
 import socket
-import socketserver
 import ssl
 import struct
 import threading
@@ -265,13 +264,8 @@ class _Server(http.server.ThreadingHTTPServer):
         assert isinstance(request, socket.socket)
         request.settimeout(20)
         with contextlib.suppress(OSError):  # a client that hangs up is part of the game
-            self.registry.connections.add(request)
             secured = self.tls.wrap_socket(request, server_side=True) if self.tls else request
-            try:
-                Handler(secured, ("", 0), self)
-            finally:
-                self.registry.connections.discard(request)
-                secured.close()
+            Handler(secured, ("", 0), self)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Stay silent: what the client saw is what counts."""
@@ -281,22 +275,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """One connection."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or kept connections wait 40 ms for each other
     server: _Server
 
-    def setup_files(self) -> None:
-        """Read and write on what `connection` is now."""
-        self.rfile = self.connection.makefile("rb", -1)
-        self.wfile = socketserver._SocketWriter(self.connection)  # type: ignore[attr-defined]
-
     def setup(self) -> None:
+        """Read and write on what `request` is now: a socket, or the inside of its tunnel."""
         super().setup()
+        self.registry.connections.add(self.connection)
         self.limit: int | None = None
         self.piece = 1 << 16
         self.step: threading.Semaphore | None = None
 
     def finish(self) -> None:
         super().finish()
-        self.connection.close()  # the inside of a tunnel, perhaps
+        self.registry.connections.discard(self.connection)
+        self.connection.close()
 
     @property
     def registry(self) -> Registry:
@@ -337,8 +330,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.say(403, {"Content-Length": "0"}, b"")
         self.say(200, {}, b"")
         self.wfile.flush()
-        self.connection = self.registry.inside.wrap_socket(self.connection, server_side=True)
-        self.setup_files()
+        self.registry.connections.discard(self.connection)
+        self.request = self.registry.inside.wrap_socket(self.connection, server_side=True)
+        self.setup()
         self.close_connection = False
 
     do_HEAD = do_POST = do_PUT = do_GET

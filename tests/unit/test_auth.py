@@ -136,7 +136,7 @@ def test_credentials_for_another_registry_are_not_used(
 
 @pytest.mark.parametrize("text", ["no base64!", encoded("no colon"), "/w=="])
 def test_a_malformed_auth_is_refused_without_repeating_it(text: str) -> None:
-    with pytest.raises(errors.InvalidArgument, match="auth.auth") as caught:
+    with pytest.raises(errors.InvalidArgument, match=r"auth\.auth") as caught:
         auth.choose(api.AuthConfig(auth=text), "a.test")
     assert text not in caught.value.message
 

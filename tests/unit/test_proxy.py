@@ -12,7 +12,7 @@ BOTH = {"HTTP_PROXY": "http://plain.test:3128", "HTTPS_PROXY": "secure.test"}
 
 def choose(url: str, **more: str) -> str | None:
     found = proxy.choose({**BOTH, **more}, urllib.parse.urlsplit(url))
-    return found and f"{found.host}:{found.port}"
+    return f"{found.host}:{found.port}" if found else None
 
 
 def test_the_scheme_chooses() -> None:

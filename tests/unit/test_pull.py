@@ -15,7 +15,7 @@ import pytest
 import zstandard
 
 from cri_server import errors, trees
-from cri_server.images import flights, layers, manifest, tar
+from cri_server.images import flights, layers, manifest, tar, workers
 from cri_server.pb import api_pb2 as api
 from shim import linux
 from tests.lab import image, pulling, registry, tars, waiting
@@ -484,13 +484,22 @@ async def test_other_credentials_are_another_pull(
 async def test_a_worker_is_killed_when_its_time_is_up(node: pulling.Node, tmp_path: Path) -> None:
     blob = tmp_path / "blob"
     os.mkfifo(blob)  # which nobody writes to
-    host = layers.Layers(node.layers, limits=tar.Limits(), timeout=0.3)
+    host = layers.Layers(node.layers, limits=tar.Limits())
+    pool = workers.Workers(1, timeout=0.3)
     with pytest.raises(errors.DeadlineExceeded):
-        async with host.staged(
-            contextlib.nullcontext(blob), "sha256:x", (), slots=asyncio.Semaphore()
-        ):
+        async with host.staged(contextlib.nullcontext(blob), "sha256:x", (), pool=pool):
             pass
     assert os.listdir(node.root / "tmp") == []
+
+
+async def test_a_worker_that_dies_is_an_error_and_not_used_again() -> None:
+    pool = workers.Workers(1, timeout=10)
+    pool.warm(1)
+    with pytest.raises(errors.Internal, match="KeyError"):
+        await pool.run({"verb": "apply"})
+    asked = {"verb": "settle", "into": "/nonexistent", "lowers": []}
+    assert (await pool.run(asked))["kind"] == "host"
+    await pool.close()
 
 
 async def test_a_cancelled_caller_waits_for_its_thread() -> None:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pulling from registries that are fine, in trouble, or evil (hazards R15-R19, V37, V40-V49, V73-V74)."""
+"""Pulling from registries that are fine, in trouble, or evil.
+
+Hazards R15-R19, V37, V40-V49, V73, V74.
+"""
 
 import asyncio
 import base64
@@ -646,10 +649,10 @@ async def test_other_statuses_are_not_tried_again(
     assert len(there.requests) == 1
 
 
-async def test_retry_after_is_obeyed_up_to_a_cap(there: fake.Registry) -> None:
+@pytest.mark.slow
+async def test_retry_after_is_obeyed(there: fake.Registry) -> None:
     there.add_image(REPO, "v1", LAYER)
-    limits = session.Limits(pause=0.001, longest_pause=1.2)
-    client = registry.Client([], limits=limits)
+    client = registry.Client([], limits=session.Limits(pause=0.001))
     soon = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
     past = soon.strftime("%a, %d %b %Y %H:%M:%S GMT")
     there.on(
@@ -661,12 +664,18 @@ async def test_retry_after_is_obeyed_up_to_a_cap(there: fake.Registry) -> None:
     )
     start = time.monotonic()
     await client.resolve(name(there))
-    assert 1.0 <= time.monotonic() - start < 1.9
+    client.close()
+    assert 1.0 <= time.monotonic() - start < 2
+
+
+async def test_retry_after_is_obeyed_up_to_a_cap(
+    client: registry.Client, there: fake.Registry
+) -> None:
+    there.add_image(REPO, "v1", LAYER)
     there.on(MANIFESTS, Say(429, {"Retry-After": "99999999999999999999"}), Ok())
     start = time.monotonic()
     await client.resolve(name(there))
-    client.close()
-    assert 1.2 <= time.monotonic() - start < 2
+    assert QUICK.longest_pause <= time.monotonic() - start < 1
 
 
 async def test_a_reset_before_the_head_is_tried_again(
@@ -712,12 +721,12 @@ async def test_a_registrys_own_words_are_not_repeated(
 ) -> None:
     said = {"errors": [{"code": "TOOMANYREQUESTS", "message": f"{SECRET}\nFAKE LOG LINE"}]}
     there.on(MANIFESTS, Say(418, body=json.dumps(said).encode()))
-    with pytest.raises(errors.Unknown, match="418 TOOMANYREQUESTS$") as caught:
+    with pytest.raises(errors.Unknown, match=r"418 TOOMANYREQUESTS$") as caught:
         await client.resolve(name(there))
     assert SECRET not in caught.value.message
     said["errors"][0]["code"] = "BAD\nLINE"
     there.on(MANIFESTS, Say(418, body=json.dumps(said).encode()))
-    with pytest.raises(errors.Unknown, match="418$"):
+    with pytest.raises(errors.Unknown, match=r"418$"):
         await client.resolve(name(there))
 
 
@@ -804,7 +813,7 @@ async def test_credentials_never_reach_a_mirror(
     mirror.on("/token", Say(200, body=b'{"token":"anonymous"}'))
     assert (await client.resolve(via_mirror, USER)).source == there.address
     assert "/token" in mirror.paths()
-    assert all(BASIC != each.headers.get("authorization") for each in mirror.requests)
+    assert all(each.headers.get("authorization") != BASIC for each in mirror.requests)
     assert SECRET not in repr(mirror.requests)
 
 
@@ -919,7 +928,7 @@ async def test_a_token_endpoint_in_trouble_is_unavailable(
     there.on("/v2/", Guard("x", f'Bearer realm="http://{there.address}/token?key={SECRET}"'))
     there.on("/token", Say(503))
     with pytest.raises(
-        errors.RegistryUnavailable, match="token endpoint .* answered 503"
+        errors.RegistryUnavailable, match=r"token endpoint .* answered 503"
     ) as caught:
         await client.resolve(name(there), USER)
     assert SECRET not in caught.value.message
@@ -993,7 +1002,7 @@ async def test_a_401_from_elsewhere_is_not_answered(
 ) -> None:
     there.on(MANIFESTS, Say(302, {"Location": f"http://{mirror.address}/a"}))
     mirror.on("/a", Say(401, {"WWW-Authenticate": "Basic"}))
-    with pytest.raises(errors.Unknown, match="unauthorized.*after a redirect"):
+    with pytest.raises(errors.Unknown, match=r"unauthorized.*after a redirect"):
         await client.resolve(name(there), USER)
     assert len(mirror.requests) == 1
 

@@ -581,6 +581,20 @@ def test_the_thread_ahead_ends_with_its_block() -> None:
 # ---- the worker process
 
 
+def test_a_worker_does_job_after_job(tmp_path: Path) -> None:
+    jobs = [job(tmp_path / f"{i}", tars.archive(tars.file(f"{i}"))) for i in range(3)]
+    jobs.insert(1, job(tmp_path / "bad", b"rubbish" * 100))
+    done = subprocess.run(
+        [sys.executable, "-I", "-m", "cri_server.images.worker"],
+        input="".join(json.dumps(j) + "\n" for j in jobs).encode(),
+        capture_output=True,
+        check=True,
+    )
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert ["error" in answer for answer in answers] == [False, True, False, False]
+    assert not done.stderr
+
+
 def run_worker(job: dict[str, Any], **options: Any) -> dict[str, Any]:
     """Run the worker as the server does."""
     command = [sys.executable, "-I", "-m", "cri_server.images.worker"]
