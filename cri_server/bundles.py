@@ -31,6 +31,7 @@ from cri_server import (
     config,
     errors,
     host,
+    names,
     podfiles,
     rootfs,
     snapshots,
@@ -250,6 +251,20 @@ class Bundles:
         """Kill what is in a container's cgroup and have the OCI runtime forget the container."""
         await self._kill(handler, container_id, cgroups_path)
         await self._forget(handler, container_id, cgroups_path)
+
+    def in_runtimes(self) -> list[tuple[str, str]]:
+        """Return handler and id of every container that an OCI runtime has state of."""
+        places = (self._settings.server.state / "runtimes").glob("*/*")
+        return [(p.parent.name, p.name) for p in places if names.is_id(p.name)]
+
+    async def destroy_unrecorded(self, handler: str, container_id: str) -> None:
+        """Do the work of `destroy` for a container of which only the bundle tells."""
+        try:
+            text = (self.directory(container_id) / "config.json").read_bytes()
+            cgroups_path = str(msgspec.json.decode(text)["linux"]["cgroupsPath"])
+        except (OSError, ValueError, TypeError, KeyError):
+            cgroups_path = ""
+        await self.destroy(handler, container_id, cgroups_path)
 
     async def _kill(self, handler: str, container_id: str, cgroups_path: str) -> None:
         """Kill an OCI runtime that is still at work on the container, and what is in its cgroup."""

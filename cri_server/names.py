@@ -13,10 +13,17 @@ from collections.abc import Callable, Collection, Coroutine, Hashable
 
 from cri_server import errors
 
+ID_BYTES = 32
+
 
 def new_id() -> str:
     """Return 64 lower-case hex digits; cAdvisor recognises containers by that shape."""
-    return secrets.token_hex(32)
+    return secrets.token_hex(ID_BYTES)
+
+
+def is_id(text: str) -> bool:
+    """Say whether `text` could have come from `new_id`."""
+    return len(text) == 2 * ID_BYTES and not text.strip("0123456789abcdef")
 
 
 def resolve(wanted: str, ids: Collection[str], kind: str) -> str:

@@ -257,6 +257,13 @@ class Pods:
                 dataclasses.replace(pod, state=now, stopped_at=time.time_ns())
             )
 
+    def unrecorded(self, pod_id: str) -> state.Pod:
+        """Return a record to release a pod by, when its own is lost."""
+        unknown = api.PodSandboxConfig()
+        pod = state.new_pod(unknown, runtime_handler="", handler="", now=0)
+        handler = self._settings.runtime.default
+        return dataclasses.replace(pod, id=pod_id, handler=handler, network={})
+
     async def check_networks(self) -> None:
         """Stop the pods whose network namespace was taken away from outside (hazards R13).
 

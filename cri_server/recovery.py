@@ -8,21 +8,34 @@
     stopped       adopted, for a later removal          its containers dead
 
     container     the shim says
-    created       created: started anew; running, stopped: the start is finished
+    created       created: to be started anew; running, stopped: the start is finished
     running       running: followed; stopped: its exit record; unknown: dead
+    none          ended and forgotten
 
 A dead container has the exit record that its shim left on disk, else 255 with reason Unknown.
-Afterwards what is on no record is swept away. One pod that cannot be recovered does not stop
-another: it stays listed NOTREADY. The server answers UNAVAILABLE until `run` is done.
+Afterwards what is on no record, or on one that cannot be read, is ended and swept away: the kubelet
+cannot see it, so it will make another. One pod that cannot be recovered does not stop another: it
+stays listed NOTREADY. The server answers UNAVAILABLE until `run` is done.
 """
 
 import asyncio
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import structlog
 
-from cri_server import bundles, containers, errors, podfiles, pods, shims, snapshots, state
+from cri_server import (
+    bundles,
+    containers,
+    errors,
+    names,
+    podfiles,
+    pods,
+    shims,
+    snapshots,
+    state,
+)
 from shim.pb import shim_pb2
 
 log = structlog.get_logger()
@@ -58,10 +71,8 @@ class Recovery:
         limit = asyncio.Semaphore(AT_ONCE)
         every = self._store.pods()
         await asyncio.gather(*(self._one(pod, limit) for pod in every))
-        for container in self._store.containers():
-            if container.pod_id not in {p.id for p in every}:
-                await self._containers.remove(container.id)
-        await asyncio.to_thread(self._sweep)
+        await asyncio.gather(*(self._stray(pod_id, limit) for pod_id in self._unrecorded()))
+        await self._sweep()
         log.info("recovered", pods=len(every), ms=round((time.perf_counter() - began) * 1000))
 
     async def _one(self, pod: state.Pod, limit: asyncio.Semaphore) -> None:
@@ -80,16 +91,32 @@ class Recovery:
             await self._pods.release(pod)
             return
         seen = await self._adopt(pod)
-        for container in self._store.containers(pod.id):
-            await self._containers.recover(container, (seen or {}).get(container.id))
+        known = self._store.containers(pod.id)
+        await asyncio.gather(*(self._container(c, (seen or {}).get(c.id)) for c in known))
+        if seen is not None:
+            await self._forget_strays(pod, seen.keys() - {c.id for c in known} - {pod.id})
         if pod.state is state.PodState.READY and seen is None:
             log.warning("pod sandbox did not survive", pod=pod.id)
             await self._pods.give_up(pod.id)
         elif pod.state is state.PodState.READY:
             self._pods.watch(pod)
 
+    async def _container(self, container: state.Container, seen: shim_pb2.Container | None) -> None:
+        try:
+            await self._containers.recover(container, seen)
+        except Exception as e:
+            log.error("container not recovered", container=container.id, error=repr(e))
+
+    async def _forget_strays(self, pod: state.Pod, strays: Iterable[str]) -> None:
+        """End the containers of a pod whose records cannot be read."""
+        for container_id in strays:
+            log.warning("container without a record: ended", pod=pod.id, container=container_id)
+            async with self._shims.asked(pod.id) as shim:
+                await shim.delete(shim_pb2.DeleteRequest(id=container_id))
+
     async def _adopt(self, pod: state.Pod) -> dict[str, shim_pb2.Container] | None:
         """Return what the pod's shim knows of its containers, None when there is no shim."""
+        self._shims.remember(pod)
         if pod.boot_id != state.boot_id() or not self._files.socket(pod.id).exists():
             return None
         try:
@@ -98,20 +125,51 @@ class Recovery:
                 answer = await shim.state(shim_pb2.StateRequest())
         except errors.CriError as e:
             log.warning("shim not adopted", pod=pod.id, error=e.message)
+            self._shims.kill(pod.id)  # what it holds is lost already, and it may wake up
             return None
         return {c.id: c for c in answer.containers}
 
-    def _sweep(self) -> None:
-        """Remove what a killed server left and no record names."""
+    # -- what is on no record ---------------------------------------------------------------------
+
+    def _unrecorded(self) -> set[str]:
+        """Return the ids of pods that left something but no record which can be read."""
+        of_containers = {c.pod_id for c in self._store.containers()}
+        left = _names(self._files.root) | of_containers | self._store.unreadable
+        return {i for i in left if names.is_id(i)} - {p.id for p in self._store.pods()}
+
+    async def _stray(self, pod_id: str, limit: asyncio.Semaphore) -> None:
+        """Release such a pod, as if all that a record may tell were in it."""
+        async with limit:
+            log.warning("pod sandbox without a record: released", pod=pod_id)
+            pod = self._pods.unrecorded(pod_id)
+            try:
+                async with asyncio.timeout(POD_TIMEOUT):
+                    await self._adopt(pod)
+                    await self._pods.release(pod)
+            except Exception as e:
+                log.error("pod sandbox not released", pod=pod_id, error=repr(e))
+
+    async def _sweep(self) -> None:
+        """Remove what a killed server left of containers and no record names."""
         pod_ids = {p.id for p in self._store.pods()}
         container_ids = {c.id for c in self._store.containers()}
+        for handler, container_id in self._bundles.in_runtimes():
+            if container_id not in pod_ids | container_ids:
+                log.warning("swept from runtime", handler=handler, container=container_id)
+                await self._end(handler, container_id)
         for name in _names(self._files.root) - pod_ids:
             log.info("swept pod directory", pod=name)
-            self._files.remove(name)
+            await asyncio.to_thread(self._files.remove, name)
         for name in _names(self._bundles.root) - container_ids:
             log.info("swept bundle", container=name)
-            self._bundles.sweep(name)
-        self._snapshots.sweep(container_ids)
+            await asyncio.to_thread(self._bundles.sweep, name)
+        await asyncio.to_thread(self._snapshots.sweep, container_ids)
+
+    async def _end(self, handler: str, container_id: str) -> None:
+        try:
+            await self._bundles.destroy_unrecorded(handler, container_id)
+        except errors.CriError as e:
+            log.error("container not ended", container=container_id, error=e.message)
 
 
 def _names(directory: Path) -> set[str]:

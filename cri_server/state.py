@@ -139,6 +139,7 @@ class Store:
         self._pods: dict[str, Pod] = {}
         self._containers: dict[str, Container] = {}
         self._of_pod: dict[str, dict[str, None]] = {}
+        self.unreadable: frozenset[str] = frozenset()  # ids of pods whose files were set aside
 
     # -- pods -------------------------------------------------------------------------------------
 
@@ -204,6 +205,7 @@ class Store:
         for directory in (self._pods_dir, self._containers_dir):
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._pods = {p.id: p for p in sorted(_read_all(self._pods_dir, Pod), key=_age)}
+        self.unreadable = frozenset(p.stem for p in self._pods_dir.glob("*.broken"))
         self._of_pod = {i: {} for i in self._pods}
         for container in sorted(_read_all(self._containers_dir, Container), key=_age):
             self._containers[container.id] = container

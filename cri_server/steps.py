@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the time of a recipe goes: every step is timed, and one debug line tells them all."""
+"""Where the time of a recipe goes: every step is timed, and one debug line tells them all.
+
+Each step is an audit event too (sys.audit): tests end the server there to see what recovery does.
+"""
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator
 
@@ -22,6 +26,7 @@ class Steps:
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Time the block under `name`, also when it fails."""
+        sys.audit("cri_server.step", self._operation, name)
         began = time.perf_counter()
         try:
             yield

@@ -128,7 +128,7 @@ class Container:
         async with self._lock:
             self.streams.close()
             self._log.close()
-            for name in (runtimes.PID_FILE, runtimes.LOG_FILE):
+            for name in (runtimes.PID_FILE, runtimes.LOG_FILE, EXIT_FILE):
                 with contextlib.suppress(OSError):
                     os.unlink(os.path.join(self.spec.bundle, name))
         return self.exit

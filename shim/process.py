@@ -127,12 +127,13 @@ def kill_group(child: Child, signum: int = signal.SIGKILL) -> None:
 
 
 def kill_commands(*words: str) -> bool:
-    """Kill the trees of all processes with these words in their command line; say whether there were any.
+    """Kill the trees of all processes with these words in their command line; return whether any.
 
-    For commands that a dead shim has left behind; the words must be such that only they have all of them.
+    For commands that a dead shim has left behind: words that nothing else has all of.
     """
     wanted = {word.encode() for word in words}
-    found = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if wanted <= _words(pid)]
+    pids = map(int, filter(str.isdigit, os.listdir("/proc")))
+    found = [pid for pid in pids if wanted <= _words(pid)]
     for pid in found:
         for victim in (*descendants(pid), pid):
             with contextlib.suppress(ProcessLookupError):

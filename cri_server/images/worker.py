@@ -4,17 +4,17 @@
 Each line of standard input is a job, a JSON object; for each there is one line on standard output:
 
     {"verb": "apply", "blob": PATH, "into": PATH, "limits": {...}, "lowers": [PATH, ...] | null}
-        ──► {"diff_id": ..., "bytes": N, "inodes": N, "opaque_root": B, "pending": "" | "root" | "all"}
+        ──► {"diff_id": ..., "bytes": N, "inodes": N, "opaque_root": BOOL, "pending": WHAT}
     {"verb": "settle", "into": PATH, "lowers": [PATH, ...]}
         ──► {}
     and for a failure
         ──► {"error": TEXT, "kind": "malformed" | "too big" | "host", "errno": N}
 
-`into` is a staging folder with `fs/` in it. With `lowers` null the layers below are not there yet;
-what needs them is kept in `needs.json` for a later "settle", except where it is only the root's
-attributes, which is the usual case and needs no process. This one has bounds on memory and file
-size, ends with its input or its parent, and may be killed at any time: what it has made lies below
-tmp/ and is removed by whoever asked for it.
+`into` is a staging folder with `fs/` in it. With `lowers` null the layers below are not there yet,
+and WHAT is pending: "", "root" for the root's attributes alone, which is the usual case and needs
+no process, or "all", kept in `needs.json` for a later "settle". This process has bounds on memory
+and file size, ends with its input or its parent, and may be killed at any time: what it has made
+lies below tmp/ and is removed by whoever asked for it.
 """
 
 import contextlib

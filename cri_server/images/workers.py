@@ -3,9 +3,10 @@
 
     Workers.run(job) ──► a waiting Worker, or a new one ──► one line of JSON in, one line out
 
-A process per layer would cost more than most layers do (60 ms to start, measured). A worker whose job was
-cancelled, timed out or crashed is killed with its group and reaped, never used again. When the server dies
-its workers die too (PR_SET_PDEATHSIG), so nothing writes below tmp/ when the next server cleans up there.
+A process per layer would cost more than most layers do (60 ms to start, measured). A worker whose
+job was cancelled, timed out or crashed is killed with its group and reaped, never used again. When
+the server dies its workers die too (PR_SET_PDEATHSIG), so nothing writes below tmp/ when the next
+server cleans up there.
 """
 
 import asyncio

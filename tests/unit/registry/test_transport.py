@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proxies, TLS, and what HTTP does not allow."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cri_server import errors
+from cri_server.images import reference, registry, transport, wire
+from tests.fakes import certificates
+from tests.fakes import registry as fake
+from tests.fakes.pulling import (
+    BASIC,
+    LAYER,
+    REPO,
+    SECRET,
+    USER,
+    causes,
+    fetch,
+    framed,
+    name,
+    write_hosts,
+)
+from tests.fakes.registry import Raw, Say
+
+# ---- proxies
+
+
+async def test_a_plain_request_goes_through_the_proxy(
+    client: registry.Client, there: fake.Registry, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", f"http://me:{SECRET}@{there.address}")
+    write_hosts(tmp_path, "far.test", 'server = "http://far.test"\n')
+    top = there.add_image("a", "v1", LAYER)
+    assert (await client.resolve(reference.parse("far.test/a:v1"))).digest == top.digest
+    (asked,) = there.requests
+    assert asked.headers["host"] == "far.test"
+    assert asked.headers["proxy-authorization"] == BASIC
+
+
+async def test_a_tls_request_goes_through_a_tunnel_of_the_proxy(
+    client: registry.Client, there: fake.Registry, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    certificate = certificates.make(tmp_path, "far", "DNS:far.test")
+    there.inside = certificate.server()
+    monkeypatch.setenv("HTTPS_PROXY", f"http://me:{SECRET}@{there.address}")
+    write_hosts(tmp_path, "far.test", f'ca = "{certificate.certificate}"\n')
+    top = there.add_image("a", "v1", LAYER)
+    assert (await client.resolve(reference.parse("far.test/a:v1"))).digest == top.digest
+    outside, inside = there.requests
+    assert (outside.method, outside.path) == ("CONNECT", "far.test:443")
+    assert outside.headers["proxy-authorization"] == BASIC
+    assert "proxy-authorization" not in inside.headers
+
+
+@pytest.mark.parametrize("answer", ["refuse", "nobody"])
+async def test_a_proxy_that_fails_is_named(
+    client: registry.Client, there: fake.Registry, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    address = there.address if answer == "refuse" else "127.0.0.1:1"
+    monkeypatch.setenv("HTTPS_PROXY", f"http://me:{SECRET}@{address}")
+    with pytest.raises(errors.RegistryUnavailable, match=r"proxy 127\.0\.0\.1") as caught:
+        await client.resolve(reference.parse("far.test/a"))
+    assert SECRET not in caught.value.message
+
+
+# ---- TLS
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> certificates.Certificate:
+    """Return a certificate for 127.0.0.1."""
+    return certificates.make(tmp_path_factory.mktemp("tls"), "loopback", "IP:127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("", "certificate not accepted"),
+        ("skip_verify = true\n", ""),
+        ('ca = "{pem}"\n', ""),
+        ('ca = "missing.pem"\n', "certificate files"),
+    ],
+)
+async def test_who_is_trusted(
+    client: registry.Client,
+    certificate: certificates.Certificate,
+    tmp_path: Path,
+    options: str,
+    words: str,
+) -> None:
+    with fake.run(tls=certificate.server()) as secure:
+        top = secure.add_image(REPO, "v1", LAYER)
+        text = options.format(pem=certificate.certificate)
+        write_hosts(tmp_path, secure.address, f'server = "https://{secure.address}"\n{text}')
+        if words:
+            with pytest.raises(errors.Unknown, match=words):
+                await client.resolve(name(secure))
+            assert secure.requests == []
+        else:
+            assert (await client.resolve(name(secure))).digest == top.digest
+            blob = secure.add_blob(REPO, LAYER * 5)
+            assert await fetch(client, name(secure), blob) == LAYER * 5
+        client.close()
+
+
+async def test_a_bad_certificate_on_loopback_is_no_reason_for_plain_http(
+    client: registry.Client, certificate: certificates.Certificate
+) -> None:
+    with fake.run(tls=certificate.server()) as secure:
+        with pytest.raises(errors.RegistryUnavailable, match="certificate not accepted"):
+            await client.resolve(name(secure), USER)
+        assert secure.requests == []
+
+
+async def test_a_client_certificate_is_shown_to_its_host(
+    client: registry.Client, certificate: certificates.Certificate, tmp_path: Path
+) -> None:
+    own = certificates.make(tmp_path, "me", "DNS:me")
+    with fake.run(tls=certificate.server(demand=own.certificate)) as secure:
+        top = secure.add_image(REPO, "v1", LAYER)
+        write_hosts(
+            tmp_path,
+            secure.address,
+            f'ca = "{certificate.certificate}"\nclient = [["{own.certificate}", "{own.key}"]]\n',
+        )
+        assert (await client.resolve(name(secure))).digest == top.digest
+        client.close()
+
+
+async def test_no_redirect_from_https_to_http(
+    client: registry.Client,
+    there: fake.Registry,
+    certificate: certificates.Certificate,
+    tmp_path: Path,
+) -> None:
+    with fake.run(tls=certificate.server()) as secure:
+        write_hosts(tmp_path, secure.address, f'ca = "{certificate.certificate}"\n')
+        secure.on("/v2/", Say(302, {"Location": f"http://{there.address}/"}))
+        with pytest.raises(errors.Unknown, match="from https to http"):
+            await client.resolve(name(secure))
+        client.close()
+    assert there.requests == []
+
+
+async def test_plain_http_on_loopback_is_remembered(
+    client: registry.Client, there: fake.Registry
+) -> None:
+    there.add_image(REPO, "v1", LAYER)
+    await client.resolve(name(there))
+    assert client._shared.plain == {f"https://{there.address}"}
+
+
+# ---- the transport alone
+
+
+async def test_a_request_that_http_forbids_is_refused_without_repeating_it(
+    there: fake.Registry,
+) -> None:
+    http = transport.Transport()
+    request = transport.Request(
+        url=f"http://{there.address}/", headers=(("Authorization", f"{SECRET}\r\nX: y"),)
+    )
+    with pytest.raises(wire.Invalid) as caught:
+        await http.send(request)
+    assert SECRET not in "".join(map(repr, causes(caught.value)))
+    assert there.requests == []
+
+
+async def test_reading_pauses_while_nobody_takes_the_bytes(there: fake.Registry) -> None:
+    body = bytes(30 << 20)
+    there.on("/big", Raw(framed(body, "length")))
+    http = transport.Transport()
+    response = await http.send(transport.Request(url=f"http://{there.address}/big"))
+    most = await settled(lambda: response._wire._size)
+    assert most <= wire.HIGH_WATER + (1 << 20)
+    assert len(await response.read(len(body))) == len(body)
+    response.close()
+
+
+async def settled(value: Callable[[], int]) -> int:
+    """Return a value once it has stayed the same for a while and is not zero."""
+    last, since = value(), time.monotonic()
+    while time.monotonic() - since < 0.2 or not last:
+        await asyncio.sleep(0.01)
+        if value() != last:
+            last, since = value(), time.monotonic()
+    return last
