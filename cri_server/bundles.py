@@ -271,7 +271,7 @@ class Bundles:
         deadline = time.monotonic() + KILL_TIMEOUT
         words = self._runtime_root(handler), container_id
         while await asyncio.to_thread(
-            lambda: process.kill_commands(*words) or self._groups.kill(cgroups_path)
+            lambda: process.kill_orphans(*words) or self._groups.kill(cgroups_path)
         ):
             if time.monotonic() > deadline:
                 raise errors.DeadlineExceeded(f"container {container_id[:13]} cannot be killed")

@@ -36,6 +36,7 @@ from cri_server import (
     snapshots,
     state,
 )
+from shim import process
 from shim.pb import shim_pb2
 
 log = structlog.get_logger()
@@ -85,6 +86,8 @@ class Recovery:
                 await self._pods.give_up(pod.id)
 
     async def _recover(self, pod: state.Pod) -> None:
+        if pod.state is not state.PodState.READY:  # a plugin may be at work, and outlive its DEL
+            await asyncio.to_thread(process.kill_orphans, f"CNI_CONTAINERID={pod.id}")
         if pod.state in (state.PodState.CREATING, state.PodState.FAILED):
             log.info("pod sandbox was half made: released", pod=pod.id)
             await self._adopt(pod)

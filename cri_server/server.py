@@ -152,7 +152,7 @@ class Graph:
         self.network = cni.Network(settings.network)
         stack.push_async_callback(self.network.close)
         self.zygote = client.Zygote()
-        shim_host = shims.Shims(settings, zygote=self.zygote, files=files, facts=facts)
+        shim_host = shims.Shims(settings, zygote=self.zygote, files=files)
         stack.push_async_callback(shim_host.close)
         bundle_host = bundles.Bundles(
             settings, files=files, groups=groups, layers=self.layers, facts=facts

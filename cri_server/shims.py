@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import structlog
 
-from cri_server import config, errors, host, podfiles, state
+from cri_server import config, errors, podfiles, state
 from shim import client, mounts, process
 from shim import errors as shim_errors
 from shim.pb import shim_pb2
@@ -58,10 +58,9 @@ class Shims:
         *,
         zygote: client.Zygote,
         files: podfiles.PodFiles,
-        facts: host.Host,
     ) -> None:
         self._settings, self._zygote = settings, zygote
-        self._files, self._facts = files, facts
+        self._files = files
         self._clients: dict[str, client.ShimClient] = {}
         self._pids: dict[str, tuple[int, int]] = {}  # with the start time: a pid is used again
         self._watchers: dict[str, asyncio.Task[None]] = {}
@@ -103,9 +102,8 @@ class Shims:
         """Start the pod's shim, connect to it and return its pid and start time."""
         path = str(self._files.socket(pod.id))
         handler = self.handler(pod.handler)
-        features = self._facts.runtimes[pod.handler].features
         with translated():
-            await self._zygote.fork(pod.id, path, handler=handler, features=features)
+            await self._zygote.fork(pod.id, path, handler=handler)
             await self._connect(pod.id)
         return self._pids[pod.id]
 
@@ -182,7 +180,7 @@ class Shims:
         watcher = self._watchers.pop(pod.id, None)
         if watcher is not None:
             watcher.cancel()
-        alive = pod.id in self._clients and await self._stop(pod.id, request)
+        alive = await self.reconnect(pod.id) and await self._stop(pod.id, request)
         if not alive:
             self.kill(pod.id)  # it may be there and mute
         self._pids.pop(pod.id, None)
@@ -209,12 +207,13 @@ class Shims:
         configured any more.
         """
         found = self._settings.handler(name)
+        limit = self._settings.runtime.runtime_timeout
         return client.HandlerSpec(
             name=name,
             kind=found.kind,
             path=found.path,
             root=str(self._settings.server.state / "runtimes" / name),
-            options={"timeout": self._settings.runtime.runtime_timeout, **found.options},
+            options={k: str(v) for k, v in {"timeout": limit, **found.options}.items()},
         )
 
     async def close(self) -> None:

@@ -14,9 +14,6 @@ def main() -> int:
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     if root not in sys.path:  # a checkout; an installed package is there already
         sys.path.append(root)
-    # The hook that `threading` registers (protobuf imports it) would copy 0.5 MB in every shim, to
-    # renew locks that nobody here holds: there is one thread.
-    os.register_at_fork = lambda **_: None  # type: ignore[assignment]
     from shim import zygote
 
     if len(sys.argv) != 3 or sys.argv[1] != "zygote":

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A client that joins the standard streams of a running container until either of them goes.
 
-The container never ends because of a client, and a client that leaves takes nothing with it but, where the
-container was made with `stdin_once`, its stdin.
+The container never ends because of a client, and a client that leaves takes nothing with it but,
+where the container was made with `stdin_once`, its stdin.
 """
 
 import contextlib
@@ -13,7 +13,9 @@ from shim.pb import shim_pb2 as pb
 
 
 class Client(Protocol):
-    """Who asked. `recv` gives None when nothing more will come; whoever runs the call cancels it when lost."""
+    """Who asked. `recv` gives None when nothing more will come; whoever runs the call cancels it
+    when lost.
+    """
 
     async def recv(self) -> pb.AttachInput | None:
         """Return the next input."""

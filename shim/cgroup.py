@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cgroup of a container as a shim needs it: kill what is in it, count OOM kills, split off a part for an exec.
+"""The cgroup of a container as a shim needs it: kill what is in it, count OOM kills, split off a
+part for an exec.
 
-The directories are given (one per v1 controller, one for v2); the OCI runtime makes and removes them. A tree is
-killed by `cgroup.kill` (Linux 5.14, v2) or by freezing, killing and thawing (v1), so that nothing can fork its way
-out. Nothing is remembered: after a crash the next owner of the directories can do the same again.
+The directories are given (one per v1 controller, one for v2); the OCI runtime makes and removes
+them. A tree is killed by `cgroup.kill` (Linux 5.14, v2) or by freezing, killing and thawing (v1),
+so that nothing can fork its way out. Nothing is remembered: after a crash the next owner of the
+directories can do the same again.
 """
 
 import contextlib
@@ -31,7 +33,9 @@ class Cgroup:
     def processes(self) -> list[int]:
         """Return the pids in the group and below it. Zombies are not among them."""
         root = self.directories.get(self.controller)
-        return [pid for directory, _, _ in os.walk(root) for pid in _pids(directory)] if root else []
+        return (
+            [pid for directory, _, _ in os.walk(root) for pid in _pids(directory)] if root else []
+        )
 
     def kill(self) -> bool:
         """Kill everything inside, once; return whether there was something to kill."""
@@ -60,7 +64,7 @@ class Cgroup:
             self._write("freezer.state", "THAWED")
 
     def part(self, name: str) -> "Cgroup":
-        """Return the group `name` below this one, in the hierarchy that trees are killed in only."""
+        """Return the group `name` below this one, of the hierarchy that trees are killed in."""
         if self.controller not in self.directories:
             return Cgroup({})
         return Cgroup({self.controller: os.path.join(self.directories[self.controller], name)})
@@ -72,7 +76,9 @@ class Cgroup:
         return self.controller
 
     def remove(self) -> bool:
-        """Remove the directories with all below; return whether they are gone. Processes inside prevent it."""
+        """Remove the directories with all below; return whether they are gone. Processes inside
+        prevent it.
+        """
         for root in self.directories.values():
             for directory, _, _ in os.walk(root, topdown=False):
                 with contextlib.suppress(OSError):
@@ -100,7 +106,9 @@ class Cgroup:
 
 
 def _tree_controller(directories: Mapping[str, str]) -> str:
-    """Choose the hierarchy to kill in: freezer on v1 and hybrid, where v2 may hold nothing of the container."""
+    """Choose the hierarchy to kill in: freezer on v1 and hybrid, where v2 may hold nothing of the
+    container.
+    """
     for name in ("freezer", _UNIFIED, "pids", "memory"):
         if name in directories:
             return name

@@ -12,30 +12,33 @@ the code that the shim gave; Unavailable when it cannot be reached.
 import asyncio
 import contextlib
 import errno
-import json
 import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from shim import bootstrap, errors, process
+from google.protobuf.message import DecodeError
+
+from shim import errors, process
 from shim.pb import shim_pb2 as pb
+from shim.ttrpc import address
 from shim.ttrpc import client as ttrpc
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
 SERVICE = "shim.v1.Shim"
-HandlerSpec = bootstrap.HandlerSpec
+HandlerSpec = pb.Handler
 ShimError = errors.ShimError
 
 _START_SECONDS = 30.0
 _FORK_SECONDS = 10.0
 _STOP_SECONDS = 2.0
 _MESSAGE_LIMIT = 256 << 10
+_BACKLOG = 64
 
 R = TypeVar("R", bound="Message")
 
@@ -63,58 +66,56 @@ class Zygote:
         socket_path: str,
         *,
         handler: HandlerSpec,
-        features: Mapping[str, Any] | None = None,
     ) -> int:
         """Make a shim that serves on `socket_path` and return its pid.
 
         The socket's directory is made when it is missing and is the pod's directory to the shim.
         Asking again for a pod whose shim runs gives that shim's pid. Raises Unavailable.
         """
-        told = bootstrap.Bootstrap(
-            pod_id=pod_id,
-            pod_dir=os.path.dirname(socket_path),
-            handler=handler,
-            features=features or {},
-        )
-        request = {"socket": socket_path, "bootstrap": json.loads(told.to_json())}
-        async with self._lock:
-            reply = await self._ask_healing(json.dumps(request).encode())
-        if reply.get("errno") == errno.EEXIST:
+        told = pb.ForkRequest(pod_id=pod_id, pod_dir=os.path.dirname(socket_path), handler=handler)
+        try:
+            listener = _listen(socket_path)
+        except FileExistsError:
             return await _pid_of(socket_path, pod_id)
-        if "pid" not in reply:
-            raise errors.Unavailable(f"no shim: {reply.get('error')}")
-        return int(reply["pid"])
+        except OSError as error:
+            raise errors.Unavailable(f"no shim: {error}") from error
+        with listener:
+            async with self._lock:
+                return await self._ask_healing(told, listener)
 
     async def close(self) -> None:
         """End the process; its shims live on."""
         async with self._lock:
             await self._stop()
 
-    async def _ask_healing(self, request: bytes) -> dict[str, Any]:
+    async def _ask_healing(self, told: pb.ForkRequest, listener: socket.socket) -> int:
         for last in (False, True):
             try:
                 await self._ensure()
-                return await self._ask(request)
-            except (OSError, ValueError, errors.Unavailable) as error:  # TimeoutError is an OSError
+                return await self._ask(told, listener)
+            except (
+                OSError,
+                DecodeError,
+                errors.Unavailable,
+            ) as error:  # TimeoutError is an OSError
                 await self._stop()
                 if last:
                     raise errors.Unavailable(f"no shim: the zygote failed: {error}") from error
         raise AssertionError  # the loop has returned or raised
 
-    async def _ask(self, request: bytes) -> dict[str, Any]:
-        wanted = json.loads(request)["socket"]
+    async def _ask(self, told: pb.ForkRequest, listener: socket.socket) -> int:
+        socket.send_fds(self._control(), [told.SerializeToString()], [listener.fileno()])
         async with asyncio.timeout(_FORK_SECONDS):
-            await asyncio.get_running_loop().sock_sendall(self._control(), request)
-            while (reply := await self._receive()).get("socket") != wanted:
-                continue  # an answer to somebody who was cancelled meanwhile
-        return reply
+            while True:
+                reply = pb.ForkReply.FromString(await self._receive())
+                if reply.pod_id == told.pod_id:  # else it is for somebody who was cancelled
+                    return reply.pid
 
-    async def _receive(self) -> dict[str, Any]:
+    async def _receive(self) -> bytes:
         data = await asyncio.get_running_loop().sock_recv(self._control(), _MESSAGE_LIMIT)
         if not data:
             raise errors.Unavailable("the zygote has ended")
-        reply: dict[str, Any] = json.loads(data)
-        return reply
+        return data
 
     def _control(self) -> socket.socket:
         if self._socket is None:
@@ -159,6 +160,32 @@ def _argv(fd: int) -> list[str]:
     """Return the zygote's command; by path, so that it is the same code as ours wherever that is."""
     main = os.path.join(os.path.dirname(os.path.abspath(__file__)), "__main__.py")
     return [sys.executable, "-I", main, "zygote", str(fd)]
+
+
+def _listen(path: str) -> socket.socket:
+    """Return a listening socket that only root reaches. Raises FileExistsError: a shim serves it."""
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        with address.usable(path) as name:
+            _remove_stale(name)
+            listener.bind(name)
+            os.chmod(name, 0o600)  # before it listens nobody can connect
+        listener.listen(_BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _remove_stale(name: str) -> None:
+    with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(FileNotFoundError):
+        try:
+            probe.connect(name)
+        except ConnectionRefusedError:
+            os.unlink(name)
+        else:
+            raise FileExistsError(errno.EEXIST, "a shim serves there already", name)
 
 
 async def _pid_of(socket_path: str, pod_id: str) -> int:
@@ -214,19 +241,19 @@ class ShimClient:
         request: "Message",
         response: type[R],
         *,
-        timeout: float | None = None,  # noqa: ASYNC109 - the shim is told
+        timeout: float | None = None,
     ) -> R:
         """Call any unary method."""
         return await self._connection.call(SERVICE, method, request, response, timeout)
 
-    async def ping(self, *, timeout: float | None = None) -> pb.PingResponse:  # noqa: ASYNC109
+    async def ping(self, *, timeout: float | None = None) -> pb.PingResponse:
         return await self.call("Ping", pb.PingRequest(), pb.PingResponse, timeout=timeout)
 
     async def create_sandbox(
         self,
         request: pb.CreateSandboxRequest,
         *,
-        timeout: float | None = None,  # noqa: ASYNC109
+        timeout: float | None = None,
     ) -> pb.CreateSandboxResponse:
         return await self.call("CreateSandbox", request, pb.CreateSandboxResponse, timeout=timeout)
 
@@ -234,11 +261,11 @@ class ShimClient:
         self,
         request: pb.StopSandboxRequest,
         *,
-        timeout: float | None = None,  # noqa: ASYNC109
+        timeout: float | None = None,
     ) -> pb.StopSandboxResponse:
         return await self.call("StopSandbox", request, pb.StopSandboxResponse, timeout=timeout)
 
-    async def shutdown(self, *, timeout: float | None = None) -> pb.ShutdownResponse:  # noqa: ASYNC109
+    async def shutdown(self, *, timeout: float | None = None) -> pb.ShutdownResponse:
         return await self.call(
             "Shutdown", pb.ShutdownRequest(), pb.ShutdownResponse, timeout=timeout
         )
@@ -247,7 +274,7 @@ class ShimClient:
         self,
         request: pb.CreateRequest,
         *,
-        timeout: float | None = None,  # noqa: ASYNC109
+        timeout: float | None = None,
     ) -> pb.CreateResponse:
         return await self.call("Create", request, pb.CreateResponse, timeout=timeout)
 
@@ -255,7 +282,7 @@ class ShimClient:
         self,
         request: pb.StartRequest,
         *,
-        timeout: float | None = None,  # noqa: ASYNC109
+        timeout: float | None = None,
     ) -> pb.StartResponse:
         return await self.call("Start", request, pb.StartResponse, timeout=timeout)
 
@@ -263,7 +290,7 @@ class ShimClient:
         self,
         request: pb.StateRequest,
         *,
-        timeout: float | None = None,  # noqa: ASYNC109
+        timeout: float | None = None,
     ) -> pb.StateResponse:
         return await self.call("State", request, pb.StateResponse, timeout=timeout)
 
@@ -271,7 +298,7 @@ class ShimClient:
         self,
         request: pb.KillRequest,
         *,
-        timeout: float | None = None,  # noqa: ASYNC109
+        timeout: float | None = None,
     ) -> pb.KillResponse:
         return await self.call("Kill", request, pb.KillResponse, timeout=timeout)
 
@@ -279,7 +306,7 @@ class ShimClient:
         self,
         request: pb.WaitRequest,
         *,
-        timeout: float | None = None,  # noqa: ASYNC109
+        timeout: float | None = None,
     ) -> pb.WaitResponse:
         return await self.call("Wait", request, pb.WaitResponse, timeout=timeout)
 
@@ -287,7 +314,7 @@ class ShimClient:
         self,
         request: pb.DeleteRequest,
         *,
-        timeout: float | None = None,  # noqa: ASYNC109
+        timeout: float | None = None,
     ) -> pb.DeleteResponse:
         return await self.call("Delete", request, pb.DeleteResponse, timeout=timeout)
 
@@ -295,7 +322,7 @@ class ShimClient:
         self,
         request: pb.UpdateRequest,
         *,
-        timeout: float | None = None,  # noqa: ASYNC109
+        timeout: float | None = None,
     ) -> pb.UpdateResponse:
         return await self.call("Update", request, pb.UpdateResponse, timeout=timeout)
 
@@ -303,7 +330,7 @@ class ShimClient:
         self,
         request: pb.ReopenLogRequest,
         *,
-        timeout: float | None = None,  # noqa: ASYNC109
+        timeout: float | None = None,
     ) -> pb.ReopenLogResponse:
         return await self.call("ReopenLog", request, pb.ReopenLogResponse, timeout=timeout)
 

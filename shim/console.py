@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pseudo-terminal of a process: the runtime makes it inside the container and sends us the master end.
+"""The pseudo-terminal of a process: the runtime makes it inside the container and sends us the
+master end.
 
-The console socket lives for one launch; its file is in the bundle and is removed with the exec or the container.
+The console socket lives for one launch; its file is in the bundle and is removed with the exec or
+the container.
 """
 
 import fcntl
@@ -18,7 +20,8 @@ _PATH_LIMIT = 107  # sun_path without its zero, see unix(7)
 class ConsoleSocket:
     """A listening socket that takes one descriptor. Use as a context manager.
 
-    `path` is what a runtime is given: where the real path is too long, one that leads through our /proc/self/fd.
+    `path` is what a runtime is given: where the real path is too long, one that leads through our
+    /proc/self/fd.
     """
 
     def __init__(self, directory: str) -> None:
@@ -41,7 +44,9 @@ class ConsoleSocket:
         os.unlink(self._file)
 
     async def receive(self) -> int:
-        """Return the master end, non-blocking; it is the caller's. The runtime sends it while it starts."""
+        """Return the master end, non-blocking; it is the caller's. The runtime sends it while it
+        starts.
+        """
         await loop.readable(self._socket.fileno())
         peer, _ = self._socket.accept()
         with peer:

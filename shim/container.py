@@ -4,10 +4,11 @@
     CREATED ──start──► STARTING ──► RUNNING ──the end──► STOPPED ──delete──► forgotten
                            └────────failure────────────────▲
 
-All that changes the state is in this file. At an exit: what is left of the tree is killed, the output is read to its
-end into the log, OOM kills are counted, `exit.json` is on disk (by rename), and only then anyone is told; the
-runtime's own clean-up follows and `delete` waits for it. If the shim dies before `exit.json` is there, the exit is
-lost (255); what is running then is `cri_server`'s to kill.
+All that changes the state is in this file. At an exit: what is left of the tree is killed, the
+output is read to its end into the log, OOM kills are counted, `exit.json` is on disk (by rename),
+and only then anyone is told; the runtime's own clean-up follows and `delete` waits for it. If the
+shim dies before `exit.json` is there, the exit is lost (255); what is running then is
+`cri_server`'s to kill.
 """
 
 import contextlib
@@ -48,7 +49,7 @@ _WIRE = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spec:
-    """What a container is made from. `silent`: nobody will read its output, so it gets /dev/null."""
+    """What a container is made from. `silent`: nobody reads its output, so it gets /dev/null."""
 
     id: str
     bundle: str
@@ -61,11 +62,9 @@ class Spec:
 
 
 class Container:
-    """A container that the shim answers for. Raises InvalidArgument when its log cannot be opened."""
+    """A container that the shim answers for. Raises InvalidArgument if its log cannot be opened."""
 
-    def __init__(
-        self, spec: Spec, *, runtime: runtimes.Runtime, children: reaper.Reaper
-    ) -> None:
+    def __init__(self, spec: Spec, *, runtime: runtimes.Runtime, children: reaper.Reaper) -> None:
         self.spec = spec
         self.runtime = runtime
         self.children = children
@@ -88,7 +87,9 @@ class Container:
     # ---- the verbs, in the order of a life
 
     async def start(self) -> pb.StartResponse:
-        """Run it. Raises FailedPrecondition out of turn, the runtime's error when it does not start."""
+        """Run it. Raises FailedPrecondition out of turn, the runtime's error when it does not
+        start.
+        """
         async with self._lock:
             self.require(State.CREATED, verb="start")
             self.state = State.STARTING
@@ -104,7 +105,9 @@ class Container:
         )
 
     async def kill(self, signum: int, *, everything: bool = False) -> None:
-        """Signal the init, or kill all. Nothing happens when it has ended; SIGKILL ends a start too."""
+        """Signal the init, or kill all. Nothing happens when it has ended; SIGKILL ends a start
+        too.
+        """
         signum = signal.SIGKILL if everything else signum
         await self._settle_start(abort=signum == signal.SIGKILL)
         if self.state is State.STOPPED:
@@ -123,7 +126,7 @@ class Container:
         return self.exit
 
     async def delete(self) -> pb.ExitRecord | None:
-        """Kill it and remove it from the runtime. Raises DeadlineExceeded when it cannot be killed."""
+        """Kill it and remove it from the runtime. Raises DeadlineExceeded if it does not die."""
         await self.end()
         async with self._lock:
             self.streams.close()
@@ -167,7 +170,7 @@ class Container:
         )
 
     def leave_part(self, part: cgroup.Cgroup) -> None:
-        """Remember a part of the cgroup that an exec could not remove, for a child of it lives on."""
+        """Remember a part of the cgroup that an exec could not remove: a child of it lives on."""
         self._parts = [old for old in self._parts if not old.remove()]
         self._parts.append(part)
 
@@ -227,7 +230,9 @@ class Container:
         self._removal = loop.spawn(self._remove(), name="remove")
 
     def _write(self, record: pb.ExitRecord) -> None:
-        """Put the record beside the bundle; waiters are told even if that fails, for they cannot do better."""
+        """Put the record beside the bundle; waiters are told even if that fails, for they cannot do
+        better.
+        """
         path = os.path.join(self.spec.bundle, EXIT_FILE)
         fields = {field.name: getattr(record, field.name) for field in record.DESCRIPTOR.fields}
         try:
@@ -240,7 +245,8 @@ class Container:
     async def end(self) -> None:
         """Kill it if it runs and wait until the runtime has forgotten it; the record stays.
 
-        Raises DeadlineExceeded when it cannot be killed, the runtime's error when it cannot be removed.
+        Raises DeadlineExceeded when it cannot be killed, the runtime's error when it cannot be
+        removed.
         """
         if self.state in (State.STARTING, State.RUNNING):
             await self.kill(signal.SIGKILL, everything=True)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a shim has to say to people: JSON lines on the stderr that it inherited.
 
-A line is written whole or not at all, and never waited for: the reader may be a server that has just died.
+A line is written whole or not at all, and never waited for: the reader may be a server that has
+just died.
 """
 
 import json
@@ -9,7 +10,9 @@ import os
 import select
 import time
 
-_LIMIT = 4000  # below PIPE_BUF: such a write to a pipe that polls writable does not block, see pipe(7)
+_LIMIT = (
+    4000  # below PIPE_BUF: such a write to a pipe that polls writable does not block, see pipe(7)
+)
 
 _context: dict[str, object] = {}
 

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What can go wrong in a shim, with the gRPC code number that travels in a ttrpc status.
 
-    ShimError
-    ├── InvalidArgument      3
-    ├── DeadlineExceeded     4
-    ├── NotFound             5
-    ├── FailedPrecondition   9
-    ├── Unimplemented       12
-    ├── Internal            13   our bug, or a runtime that failed without saying why
-    └── Unavailable         14   the connection is gone
+ShimError
+├── InvalidArgument      3
+├── DeadlineExceeded     4
+├── NotFound             5
+├── FailedPrecondition   9
+├── Unimplemented       12
+├── Internal            13   our bug, or a runtime that failed without saying why
+└── Unavailable         14   the connection is gone
 """
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A second process in a running container, for as long as one client listens.
 
-The process gets a part of the container's cgroup where the runtime can do that, so that a time-out or a lost client
-ends its whole tree; elsewhere its session and its descendants are killed. Files are below `<bundle>/exec-<n>` and
-gone at the end, whatever the end is. An exec does not survive its client, nor the shim.
+The process gets a part of the container's cgroup where the runtime can do that, so that a time-out
+or a lost client ends its whole tree; elsewhere its session and its descendants are killed. Files
+are below `<bundle>/exec-<n>` and gone at the end, whatever the end is. An exec does not survive its
+client, nor the shim.
 """
 
 import contextlib
@@ -22,7 +23,9 @@ _KILLED_SECONDS = 2.0
 
 
 class Client(Protocol):
-    """Who asked. `recv` gives None when nothing more will come; whoever runs the call cancels it when lost."""
+    """Who asked. `recv` gives None when nothing more will come; whoever runs the call cancels it
+    when lost.
+    """
 
     async def recv(self) -> pb.ExecInput | None:
         """Return the next input."""
@@ -32,7 +35,9 @@ class Client(Protocol):
 
 
 class Exec:
-    """One exec. Raises FailedPrecondition when the container is not running, InvalidArgument for bad JSON."""
+    """One exec. Raises FailedPrecondition when the container is not running, InvalidArgument for
+    bad JSON.
+    """
 
     def __init__(self, owner: container.Container, start: pb.ExecStart, client: Client) -> None:
         owner.require(container.State.RUNNING, verb="exec in")
@@ -80,9 +85,7 @@ class Exec:
             await self._end.join()
 
     async def _launch(self) -> int:
-        os.mkdir(self._directory, 0o700)
-        with open(os.path.join(self._directory, runtimes.PROCESS_FILE), "wb") as file:
-            file.write(self._start.process)
+        self._write_process()
         part = self._make_part()
 
         async def launch(streams: runtimes.Stdio) -> int:
@@ -91,6 +94,11 @@ class Exec:
             )
 
         return await self._streams.connect(self._directory, launch)
+
+    def _write_process(self) -> None:
+        os.mkdir(self._directory, 0o700)
+        with open(os.path.join(self._directory, runtimes.PROCESS_FILE), "wb") as file:
+            file.write(self._start.process)
 
     def _make_part(self) -> str:
         """Make the cgroup; return its name as runtimes want it, "" when there is none to be had."""

@@ -4,9 +4,10 @@
     2026-01-02T03:04:05.678901234Z stdout F a whole line
     2026-01-02T03:04:05.678901234Z stderr P the first 16 KiB of a long one
 
-What was passed to `write` is in the file when `write` returns; nothing but the unfinished last line of a stream
-(16 KiB at most) is held in memory, so a killed shim loses no more than that. A full disk never stops a container:
-what cannot be written is dropped, counted and reported. Rotation is the kubelet's; it renames and calls `reopen`.
+What was passed to `write` is in the file when `write` returns; nothing but the unfinished last line
+of a stream (16 KiB at most) is held in memory, so a killed shim loses no more than that. A full
+disk never stops a container: what cannot be written is dropped, counted and reported. Rotation is
+the kubelet's; it renames and calls `reopen`.
 """
 
 import os
@@ -23,8 +24,8 @@ _OPEN = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 class Splitter:
     """Cuts a byte stream into tagged pieces; one per stream.
 
-    A piece is `(tag, content)`: tag is `b"F"` where a line ends and `b"P"` where it goes on; content is at most
-    16384 bytes, without the newline and without a carriage return before it.
+    A piece is `(tag, content)`: tag is `b"F"` where a line ends and `b"P"` where it goes on;
+    content is at most 16384 bytes, without the newline and without a carriage return before it.
     """
 
     def __init__(self) -> None:
@@ -34,7 +35,7 @@ class Splitter:
         """Take the next bytes and return the pieces that are complete with them."""
         lines = (self._rest + data if self._rest else data).split(b"\n")
         self._rest = lines.pop()
-        if b"\r" in data or lines[:1] and lines[0].endswith(b"\r"):
+        if b"\r" in data or (lines and lines[0].endswith(b"\r")):
             lines = [line[:-1] if line.endswith(b"\r") else line for line in lines]
         if lines and len(max(lines, key=len)) > LINE_LIMIT:
             pieces = [piece for line in lines for piece in _whole(line)]
@@ -79,7 +80,8 @@ def _cut(line: bytes) -> tuple[bytes, bytes]:
 class LogFile:
     """The open log of a container. `path` may be empty: then everything is discarded.
 
-    Raises InvalidArgument where the path names something that is not a plain file, or cannot be opened.
+    Raises InvalidArgument where the path names something that is not a plain file, or cannot be
+    opened.
     """
 
     def __init__(self, path: str) -> None:
@@ -104,7 +106,8 @@ class LogFile:
     def reopen(self) -> None:
         """Write to a new file at the same path from now on; the old one has its last byte.
 
-        When that fails nothing has changed and no file has been made (the kubelet renames the old one back).
+        When that fails nothing has changed and no file has been made (the kubelet renames the old
+        one back).
         """
         if self._fd >= 0:
             new = _open(self.path)
@@ -143,18 +146,25 @@ class LogFile:
             self._heal(out, written)
 
     def _heal(self, out: bytes, written: int) -> None:
-        """Go on after a short write: once more with the rest, and cut off half a record if that fails."""
+        """Go on after a short write: once more with the rest, and cut off half a record if that
+        fails.
+        """
         end = out.rfind(b"\n", 0, written) + 1
         try:
             os.ftruncate(self._fd, os.fstat(self._fd).st_size - (written - end))
-            rest = out[end:]
-            self._write(rest, rest.count(b"\n")) if end else self._lose(rest.count(b"\n"), "disk full")
         except OSError as error:
             self._lose(out.count(b"\n", end), error.strerror)
+            return
+        if end:
+            self._write(out[end:], out.count(b"\n", end))
+        else:
+            self._lose(out.count(b"\n"), "not even one record fits")
 
     def _lose(self, pieces: int, why: str | None) -> None:
         if not self.dropped:
-            diagnostics.report("cannot write to a log; lines are dropped", path=self.path, error=why)
+            diagnostics.report(
+                "cannot write to a log; lines are dropped", path=self.path, error=why
+            )
         self.dropped += pieces
 
     def _now(self) -> str:

@@ -262,6 +262,18 @@ def spawn(coro: Coroutine[Any, Any, T], *, name: str = "task") -> Task[T]:
     return task
 
 
+def after_fork() -> None:
+    """Give the child of a fork an epoll of its own: it goes on with this loop, its parent too.
+
+    Descriptors that a task waits for must be open in the child.
+    """
+    loop = _loop()
+    loop.epoll.close()
+    loop.epoll = select.epoll()
+    for fd, slots in loop.waiters.items():
+        loop.epoll.register(fd, sum(slots))
+
+
 def now() -> float:
     """Return the seconds of the monotonic clock that every deadline here refers to."""
     return time.monotonic()

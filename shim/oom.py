@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether the kernel killed something in a container for want of memory.
 
-The kernel counts before it kills, and a cgroup outlives its processes until the runtime removes it; so the counter
-is read once, after the exit and before `delete`, and a kill in the first milliseconds cannot be missed.
+The kernel counts before it kills, and a cgroup outlives its processes until the runtime removes it;
+so the counter is read once, after the exit and before `delete`, and a kill in the first
+milliseconds cannot be missed.
 """
 
 import os
@@ -13,7 +14,9 @@ _COUNTERS = (("memory", "memory.oom_control"), ("", "memory.events"))
 
 
 def kills(directories: Mapping[str, str]) -> int:
-    """Return how many processes were killed; 0 when there is no memory controller or the group is gone."""
+    """Return how many processes were killed; 0 when there is no memory controller or the group is
+    gone.
+    """
     for controller, name in _COUNTERS:
         if controller in directories:
             found = _read(os.path.join(directories[controller], name))

@@ -126,10 +126,10 @@ def kill_group(child: Child, signum: int = signal.SIGKILL) -> None:
             continue
 
 
-def kill_commands(*words: str) -> bool:
-    """Kill the trees of all processes with these words in their command line; return whether any.
+def kill_orphans(*words: str) -> bool:
+    """Kill the trees of all processes with these arguments or variables; return whether any.
 
-    For commands that a dead shim has left behind: words that nothing else has all of.
+    For helpers that a dead shim or server has left behind: words that nothing else has all of.
     """
     wanted = {word.encode() for word in words}
     pids = map(int, filter(str.isdigit, os.listdir("/proc")))
@@ -143,9 +143,9 @@ def kill_commands(*words: str) -> bool:
 
 def _words(pid: int) -> set[bytes]:
     try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return set(file.read().split(b"\0"))
-    except (FileNotFoundError, ProcessLookupError):
+        with open(f"/proc/{pid}/cmdline", "rb") as one, open(f"/proc/{pid}/environ", "rb") as two:
+            return {*one.read().split(b"\0"), *two.read().split(b"\0")}
+    except OSError:  # it has ended, or it is not for us to look at
         return set()
 
 

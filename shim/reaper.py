@@ -10,7 +10,6 @@ The exits of a shim that died are lost; `cri_server` reports them as 255.
 import contextlib
 import os
 import signal
-import socket
 from collections.abc import Iterator
 
 from shim import errors, linux, loop, process
@@ -73,6 +72,7 @@ class Reaper:
     def __init__(self) -> None:
         self.claimed: dict[int, Process] = {}
         self._launching = 0
+        self._disposition = 0
 
     def claim(self, pid: int) -> Process:
         """Watch a process that a runtime has just started. Raises Internal when it does not exist."""
@@ -99,19 +99,23 @@ class Reaper:
             except ChildProcessError:
                 return
 
+    def prepare(self) -> None:
+        """Install what `run` needs and forks inherit; dead children are the kernel's until then."""
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # the handler only writes to the wakeup pipe
+        self._disposition = linux.signal_ignore(signal.SIGCHLD)
+
     async def run(self) -> None:
-        """Become a subreaper and sweep whenever a child ends, until cancelled."""
+        """Become a subreaper and sweep whenever a child ends, until cancelled. `prepare` comes first."""
         linux.prctl_set_child_subreaper()
-        ours, wakeup = socket.socketpair()
-        with ours, wakeup:
-            ours.setblocking(False)
-            wakeup.setblocking(False)
-            signal.signal(signal.SIGCHLD, lambda *_: None)
-            previous = signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
-            try:
-                while True:
-                    await loop.readable(ours.fileno())
-                    ours.recv(4096)
-                    self.sweep()
-            finally:
-                signal.set_wakeup_fd(previous)
+        ours, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        previous = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+        linux.signal_restore(signal.SIGCHLD, self._disposition)
+        try:
+            while True:
+                await loop.readable(ours)
+                os.read(ours, 4096)
+                self.sweep()
+        finally:
+            signal.set_wakeup_fd(previous)
+            os.close(ours)
+            os.close(wakeup)

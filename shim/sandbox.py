@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The namespaces of a pod: made in a child that ends, kept by bind mounts, released by unmounting.
 
-    shim ──fork──► child: unshare(user) ─► parent writes the mappings ─► unshare(net, ipc, uts), lo up, hostname, sysctls
-      │                                                                                │
-      └─ bind /proc/<child>/ns/* onto the given paths ◄────────── "done" ──────────────┘
+    shim ──fork──► maker: unshare(net, ipc, uts), lo up, hostname, sysctls; bind /proc/self/ns/*
+                     │    onto the given paths; answer; end
+                     └──fork──► with a user namespace: unshare(user) and the rest happen in a child
+                                of the maker, which writes the mappings and binds from outside
 
-Either all paths are namespaces afterwards or none is. The mounts survive a shim and are gone after a reboot;
-`release` may be repeated and takes what it finds. Which sysctls a pod may have is decided by `cri_server`; here only
-those are refused that would not stay inside the pod.
+Either all paths are namespaces afterwards or none is. The mounts survive a shim and are gone after a
+reboot; `release` may be repeated and takes what it finds. Which sysctls a pod may have is decided by
+`cri_server`; here only those are refused that would not stay inside the pod. All the work is done in
+the maker, so that none of its memory stays with the shim.
 """
 
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import signal
 import socket
@@ -41,6 +42,8 @@ _SYSCTL_HOMES = (
     ("kernel/domainname", "uts"),
 )
 _SECONDS = 30.0
+_ANSWER_LIMIT = 4096
+_MADE, _REFUSED, _FAILED = b"+", b"?", b"-"
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 0x1
 
 
@@ -59,23 +62,35 @@ class Namespaces:
 
 
 async def create(wanted: Namespaces, children: reaper.Reaper) -> None:
-    """Make and pin the namespaces. Raises InvalidArgument for a sysctl, Internal for what the kernel refuses."""
-    sysctls = _plan_sysctls(wanted)
-    if not wanted.paths:
+    """Make and pin the namespaces. Raises InvalidArgument for a sysctl, Internal for what the kernel
+    refuses.
+    """
+    if not wanted.paths and not wanted.sysctls:
         return
+    ours, theirs = os.pipe2(os.O_CLOEXEC)
     with children.launching():
-        child = _Child(wanted, sysctls)
+        pid = linux.fork()
+        if pid == 0:
+            _answer(theirs, wanted)
+        os.close(theirs)
         try:
             async with loop.timeout(_SECONDS):
-                await child.answer()
-                if "user" in wanted.paths:
-                    child.map_users(wanted)
-                    await child.answer()
-            _pin(wanted.paths, child.pid)
-        except OSError as error:  # TimeoutError included
-            raise errors.Internal(f"cannot make the pod's namespaces: {error}") from error
+                await loop.readable(ours)
+            _check(os.read(ours, _ANSWER_LIMIT))
+        except TimeoutError as error:
+            raise errors.Internal("cannot make the pod's namespaces in time") from error
         finally:
-            child.end()
+            os.close(ours)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def _check(answer: bytes) -> None:
+    """Raise what the maker met: its answer is a digit for the kind and the text."""
+    if answer != _MADE:
+        kind = errors.InvalidArgument if answer[:1] == _REFUSED else errors.Internal
+        text = answer[1:].decode(errors="replace") or "the process that makes them died"
+        raise kind(f"cannot make the pod's namespaces: {text}")
 
 
 def release(paths: Iterable[str]) -> None:
@@ -91,11 +106,12 @@ def release(paths: Iterable[str]) -> None:
         raise failures[0]
 
 
-def _pin(paths: Mapping[str, str], pid: int) -> None:
+def _pin(paths: Mapping[str, str], process: str) -> None:
+    """Bind the namespaces of a process, "self" or a pid, onto files that are made for it."""
     try:
         for kind, path in paths.items():
             os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o444))
-            linux.mount(f"/proc/{pid}/ns/{kind}", path, flags=linux.MS_BIND)
+            linux.mount(f"/proc/{process}/ns/{kind}", path, flags=linux.MS_BIND)
     except OSError:
         with contextlib.suppress(OSError):  # The first error is the one to tell.
             release(paths.values())
@@ -138,63 +154,75 @@ def sysctl_path(name: str) -> str:
     return name if first == "/" else name.translate(str.maketrans("./", "/."))
 
 
-# ---- the child
+# ---- the maker; it touches neither the loop nor anything that the shim still uses
 
 
-class _Child:
-    """The process that makes the namespaces; it answers "" or what went wrong, and waits to be ended."""
-
-    def __init__(self, wanted: Namespaces, sysctls: Mapping[str, str]) -> None:
-        self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._ours.setblocking(False)
-        self.pid = os.fork()
-        if self.pid == 0:
-            _work(theirs, wanted, sysctls)
-        theirs.close()
-
-    async def answer(self) -> None:
-        """Wait until the next step is done. Raises what the child met."""
-        await loop.readable(self._ours.fileno())
-        failure = json.loads(self._ours.recv(4096) or b'["the process that makes them died"]')
-        if failure:
-            raise errors.Internal(f"cannot make the pod's namespaces: {failure[0]}")
-
-    def map_users(self, wanted: Namespaces) -> None:
-        """Write the mappings, which only its parent may, and let the child go on."""
-        for name, lines in (("uid_map", wanted.uid_map), ("gid_map", wanted.gid_map)):
-            with open(f"/proc/{self.pid}/{name}", "w") as file:
-                file.write(lines)
-        self._ours.send(b"go")
-
-    def end(self) -> None:
-        """Kill and reap it: all that it had is pinned or to be forgotten."""
-        self._ours.close()
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
-
-
-def _work(pipe: socket.socket, wanted: Namespaces, sysctls: Mapping[str, str]) -> NoReturn:
-    """Run in the child; it must touch neither the loop nor anything that the parent still uses."""
+def _answer(pipe: int, wanted: Namespaces) -> NoReturn:
+    """Do the work, write how it went, end."""
+    answer = _MADE
     try:
-        flags = {kind: _FLAGS[kind] for kind in wanted.paths}
-        if user := flags.pop("user", 0):
-            linux.unshare(user)
-            _tell(pipe, None)
-            pipe.recv(16)
-            os.setresgid(0, 0, 0)
-            os.setresuid(0, 0, 0)
-        linux.unshare(sum(flags.values()))
-        _furnish(wanted, sysctls)
-        _tell(pipe, None)
-        pipe.recv(16)
+        _make(wanted)
+    except errors.InvalidArgument as error:
+        answer = _REFUSED + error.message.encode()
     except BaseException as error:
-        _tell(pipe, str(error))
+        answer = _FAILED + str(error).encode()
     finally:
+        os.write(pipe, answer[:_ANSWER_LIMIT])
         os._exit(0)
 
 
-def _tell(pipe: socket.socket, failure: str | None) -> None:
-    pipe.send(json.dumps([failure[:1000]] if failure is not None else None).encode())
+def _make(wanted: Namespaces) -> None:
+    sysctls = _plan_sysctls(wanted)
+    if "user" in wanted.paths:
+        _make_in_child(wanted, sysctls)
+        return
+    linux.unshare(sum(_FLAGS[kind] for kind in wanted.paths))
+    _furnish(wanted, sysctls)
+    _pin(wanted.paths, "self")
+
+
+def _make_in_child(wanted: Namespaces, sysctls: Mapping[str, str]) -> None:
+    """Make them inside a user namespace, whose mappings and mounts only an outsider can make."""
+    ours, theirs = socket.socketpair()
+    pid = linux.fork()
+    if pid == 0:
+        _become_user(theirs, wanted, sysctls)
+    theirs.close()
+    try:
+        _expect(ours)
+        for name, lines in (("uid_map", wanted.uid_map), ("gid_map", wanted.gid_map)):
+            with open(f"/proc/{pid}/{name}", "w") as file:
+                file.write(lines)
+        ours.send(_MADE)
+        _expect(ours)
+        _pin(wanted.paths, str(pid))
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def _expect(peer: socket.socket) -> None:
+    """Wait until the child has done its part. Raises OSError with what it met."""
+    answer = peer.recv(_ANSWER_LIMIT)
+    if answer != _MADE:
+        raise OSError(answer[1:].decode() or "the process that makes them died")
+
+
+def _become_user(peer: socket.socket, wanted: Namespaces, sysctls: Mapping[str, str]) -> NoReturn:
+    try:
+        linux.unshare(linux.CLONE_NEWUSER)
+        peer.send(_MADE)
+        peer.recv(1)
+        os.setresgid(0, 0, 0)
+        os.setresuid(0, 0, 0)
+        linux.unshare(sum(_FLAGS[kind] for kind in wanted.paths if kind != "user"))
+        _furnish(wanted, sysctls)
+        peer.send(_MADE)
+        peer.recv(1)
+    except BaseException as error:
+        peer.send(_FAILED + str(error).encode())
+    finally:
+        os._exit(0)
 
 
 def _furnish(wanted: Namespaces, sysctls: Mapping[str, str]) -> None:
@@ -208,7 +236,8 @@ def _furnish(wanted: Namespaces, sysctls: Mapping[str, str]) -> None:
                 file.write(value)
         except OSError as error:
             name = path.replace("/", ".")
-            raise OSError(error.errno, f"sysctl {name}={value!r}: {error.strerror}") from error
+            what = f"sysctl {name}={value!r}: {error.strerror}"
+            raise errors.InvalidArgument(what) from error
 
 
 def _bring_up(interface: str) -> None:

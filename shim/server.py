@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shim's service: messages in, one call to the supervisor, messages out. No decision is made here.
 
-`serve` is where a forked shim begins and ends. Errors travel by their code; see `shim.ttrpc.server`.
+`Shim.serve` is where a forked shim begins and ends. Errors travel by their code; see `shim.ttrpc.server`.
 """
 
 import os
@@ -11,7 +11,6 @@ from collections.abc import Iterable
 
 from shim import (
     attach,
-    bootstrap,
     container,
     diagnostics,
     errors,
@@ -32,26 +31,46 @@ DEFAULT_TIMEOUT = 120.0  # seconds for one call of an OCI runtime
 _ANSWER_SECONDS = 5.0
 
 
-def serve(listener: socket.socket, told: bootstrap.Bootstrap) -> None:
-    """Be the shim of a pod until it is told to end. The listener stays the caller's."""
-    os.umask(0o022)  # What runtimes and containers inherit is ours to choose.
-    diagnostics.set_context(pod=told.pod_id)
-    loop.set_error_hook(_report)
-    loop.run(_serve(listener, told))
+class Shim:
+    """All of a shim but its pod. The zygote makes one; each fork of it takes a pod over and serves.
+
+    So the making costs memory once, and the forks share it.
+    """
+
+    def __init__(self) -> None:
+        self.children = reaper.Reaper()
+        self._pod = supervisor.Supervisor(self.children)
+        self._service = Service(self._pod)
+        self._ttrpc = ttrpc.Server(SERVICE, self._service.methods())
+
+    async def rehearse(self) -> None:
+        """Run a command and answer harmless calls, so that what Python does once is done."""
+        await loop.run_command(["true"], timeout=10)
+        ours, theirs = socket.socketpair()
+        connection = self._ttrpc.connect(theirs)
+        with ours:
+            ours.setblocking(False)
+            for number, method in enumerate(("Ping", "State", "Delete", "CreateSandbox") * 3):
+                ours.send(ttrpc.call(2 * number + 1, SERVICE, method))
+                await loop.readable(ours.fileno())
+                ours.recv(65536)
+        await connection.join()
+
+    async def serve(self, listener: socket.socket, told: pb.ForkRequest) -> None:
+        """Be the shim of a pod until it is told to end. The listener stays the caller's."""
+        os.umask(0o022)  # What runtimes and containers inherit is ours to choose.
+        diagnostics.set_context(pod=told.pod_id)
+        loop.set_error_hook(_report)
+        self._service.pod_id = told.pod_id
+        self._pod.runtime = make_runtime(told.handler, self.children)
+        loop.spawn(self.children.run(), name="reaper")
+        accepting = loop.spawn(self._ttrpc.serve(listener), name="accept")
+        await self._pod.ending.wait()
+        accepting.cancel()
+        await self._ttrpc.drain(seconds=_ANSWER_SECONDS)
 
 
-async def _serve(listener: socket.socket, told: bootstrap.Bootstrap) -> None:
-    children = reaper.Reaper()
-    pod = supervisor.Supervisor(runtime=make_runtime(told.handler, children), children=children)
-    service = ttrpc.Server(listener, SERVICE, Service(told.pod_id, pod).methods())
-    loop.spawn(children.run(), name="reaper")
-    accepting = loop.spawn(service.serve(), name="accept")
-    await pod.ending.wait()
-    accepting.cancel()
-    await service.drain(seconds=_ANSWER_SECONDS)
-
-
-def make_runtime(handler: bootstrap.HandlerSpec, children: reaper.Reaper) -> runtimes.Runtime:
+def make_runtime(handler: pb.Handler, children: reaper.Reaper) -> runtimes.Runtime:
     """Return the runtime of a handler. Option `timeout`: seconds for one call of it, 120.
 
     Raises InvalidArgument for a kind that this shim does not speak.
@@ -63,15 +82,15 @@ def make_runtime(handler: bootstrap.HandlerSpec, children: reaper.Reaper) -> run
         handler.root,
         dialect=oci.dialect_of(handler.name, handler.path),
         children=children,
-        timeout=float(handler.options.get("timeout", DEFAULT_TIMEOUT)),
+        timeout=float(handler.options.get("timeout", "") or DEFAULT_TIMEOUT),
     )
 
 
 class Service:
     """The methods of shim.v1.Shim, in the order of shim.proto."""
 
-    def __init__(self, pod_id: str, pod: supervisor.Supervisor) -> None:
-        self._pod_id = pod_id
+    def __init__(self, pod: supervisor.Supervisor) -> None:
+        self.pod_id = ""
         self._pod = pod
 
     def methods(self) -> dict[str, ttrpc.Method]:
@@ -95,7 +114,7 @@ class Service:
         }
 
     async def ping(self, _: pb.PingRequest) -> pb.PingResponse:
-        return pb.PingResponse(pod_id=self._pod_id, pid=os.getpid(), version=VERSION)
+        return pb.PingResponse(pod_id=self.pod_id, pid=os.getpid(), version=VERSION)
 
     async def create_sandbox(self, request: pb.CreateSandboxRequest) -> pb.CreateSandboxResponse:
         spec = None

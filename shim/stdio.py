@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The standard streams of one process: read once, written to its log and to everyone who is attached.
+"""The standard streams of one process: read once, written to its log and to all who are attached.
 
     process ──pipe or terminal──► pump ──► log file        (first, and without waiting)
-                                      └──► sink, sink …    (waits for the slowest: that is the back-pressure)
+                                      └──► sink, sink …    (waits for the slowest: back-pressure)
 
-A chunk is in the log before any client sees it. A client that is gone, or that takes nothing for 30 s, is dropped;
-a process never notices who listens. At most one chunk of 64 KiB per stream is in memory. If the shim dies the pipes
-break with it, which is why `cri_server` kills the containers of a dead shim.
+A chunk is in the log before any client sees it. A client that is gone, or that takes nothing for
+half a minute, is dropped; a process never notices who listens. At most one chunk of 64 KiB per
+stream is in memory. If the shim dies the pipes break with it, which is why `cri_server` kills the
+containers of a dead shim.
 """
 
 import contextlib
@@ -29,11 +30,14 @@ class Sink(Protocol):
     """Somebody who wants output."""
 
     async def output(self, stream: str, data: bytes) -> None:
-        """Take bytes of "stdout" or "stderr". Raises OSError or ShimError when it cannot take any more, ever."""
+        """Take bytes of "stdout" or "stderr". Raises OSError or ShimError when it cannot take any
+        more, ever.
+        """
 
 
 class Streams:
-    """The streams of one process. `connect` once, then `drain`, then `close`, which may also come at any time.
+    """The streams of one process. `connect` once, then `drain`, then `close`, which may also come
+    at any time.
 
     `silent`: there is no input and nobody will ever read the output, so all are /dev/null.
     """
@@ -54,11 +58,15 @@ class Streams:
         self._pumps: list[_Pump] = []
         self._input = -1
         self._input_lock = loop.Lock()
+        self._input_ready = loop.Event()  # there is an input, or there will never be one
+        self._size: tuple[int, int] | None = None
 
     async def connect(
         self, directory: str, launch: Callable[[runtimes.Stdio], Awaitable[int]]
     ) -> int:
-        """Let `launch` start the process with our streams; return its pid. Output is read from the start."""
+        """Let `launch` start the process with our streams; return its pid. Output is read from the
+        start.
+        """
         if self._silent:
             return await launch(runtimes.Stdio())
         if self._terminal:
@@ -98,26 +106,33 @@ class Streams:
     async def write_stdin(self, data: bytes) -> None:
         """Pass bytes on; dropped when the process has no stdin (any more)."""
         view = memoryview(data)
+        await self._input_ready.wait()
         async with self._input_lock:
             with contextlib.suppress(OSError):  # EBADF, EPIPE, EIO: the reader is gone.
                 while view and self._input >= 0:
                     view = await _write_some(self._input, view)
 
     async def close_stdin(self) -> None:
-        """Let the process read the end of its stdin, after what has been written. A terminal has no such end."""
+        """Let the process read the end of its stdin, after what has been written.
+
+        A terminal has no such end.
+        """
+        await self._input_ready.wait()
         async with self._input_lock:
             if not self._terminal:
                 self._drop_input()
 
     def resize(self, width: int, height: int) -> None:
-        """Set the size of the terminal, if there is one."""
+        """Set the size of the terminal, if there is one; before `connect`, what it begins with."""
+        self._size = width, height
         if self._terminal and self._input >= 0:
             console.resize(self._input, width, height)
 
     async def drain(self, seconds: float, *, patient: bool) -> None:
         """Read to the end of all output, or for `seconds` where a stranger keeps the pipes open.
 
-        What is in the pipes then is still delivered: if `patient`, to a slow client too; else only to the log.
+        What is in the pipes then is still delivered: if `patient`, to a slow client too; else only
+        to the log.
         """
         with contextlib.suppress(TimeoutError):
             async with loop.timeout(seconds):
@@ -129,6 +144,7 @@ class Streams:
     def close(self) -> None:
         """Let go of everything; the log stays open."""
         self._drop_input()
+        self._input_ready.set()
         for pump in self._pumps:
             pump.task.cancel()
         self._sinks.clear()
@@ -142,6 +158,7 @@ class Streams:
                 stdin, self._input = os.pipe()
                 os.set_blocking(self._input, False)
                 ends.append(stdin)
+            self._input_ready.set()
             for stream in ("stdout", "stderr"):
                 ours, theirs = os.pipe()
                 ends.append(theirs)
@@ -153,6 +170,9 @@ class Streams:
 
     def _use_terminal(self, master: int) -> None:
         self._input = master
+        if self._size:
+            console.resize(master, *self._size)
+        self._input_ready.set()
         self._pump(os.dup(master), "stdout")
 
     def _pump(self, fd: int, stream: str) -> None:
@@ -258,7 +278,9 @@ class _Pump:
 
 
 def _read(fd: int) -> bytes:
-    """Read what is there; b"" at the end or when nothing is. EIO is how a terminal ends, see pty(7)."""
+    """Read what is there; b"" at the end or when nothing is. EIO is how a terminal ends, see
+    pty(7).
+    """
     try:
         return os.read(fd, _CHUNK)
     except BlockingIOError:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One pod: its namespaces, its sandbox container if it has one, its containers.
 
-What the shim knows is here and in the containers, in memory; what must outlive it is in exit records, logs and
-mounts. A verb that fails leaves things as they were, or says in the container's state what became of it.
+What the shim knows is here and in the containers, in memory; what must outlive it is in exit
+records, logs and mounts. A verb that fails leaves things as they were, or says in the container's
+state what became of it.
 """
 
 from collections.abc import Iterator
@@ -13,8 +14,8 @@ from shim import container, diagnostics, errors, loop, reaper, runtimes, sandbox
 class Supervisor:
     """The pod of this shim. Verbs on one object wait for each other; different objects do not."""
 
-    def __init__(self, *, runtime: runtimes.Runtime, children: reaper.Reaper) -> None:
-        self._runtime = runtime
+    def __init__(self, children: reaper.Reaper) -> None:
+        self.runtime: runtimes.Runtime  # set once, before the first verb
         self._children = children
         self._containers: dict[str, container.Container] = {}
         self._sandbox: container.Container | None = None
@@ -34,9 +35,12 @@ class Supervisor:
                 raise
 
     async def stop_sandbox(self, paths: list[str]) -> None:
-        """Kill every process of the pod, then release its namespaces. Raises the first failure, after all."""
+        """Kill every process of the pod, then release its namespaces. Raises the first failure,
+        after all.
+        """
         async with self._lock:
-            failures = [error for one in self._all() if (error := await self._stop(one))]
+            stops = [loop.spawn(self._stop(one), name="stop") for one in self._all()]
+            failures = [error for stop in stops if (error := await stop.join())]
             try:
                 sandbox.release(paths)
             except OSError as error:
@@ -90,7 +94,7 @@ class Supervisor:
         yield from self._containers.values()
 
     def _make(self, spec: container.Spec) -> container.Container:
-        return container.Container(spec, runtime=self._runtime, children=self._children)
+        return container.Container(spec, runtime=self.runtime, children=self._children)
 
     async def _start_sandbox(self, spec: container.Spec) -> int:
         one = self._make(spec)

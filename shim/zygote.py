@@ -1,140 +1,91 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every shim is forked from: it has imported all that a shim needs and does nothing else.
+"""What every shim is forked from: a whole shim, made and warmed up, but without a pod.
 
-    cri_server ── socketpair, one JSON message per fork ──► zygote ──fork──► shim, shim, shim
+    cri_server ── socketpair: a ForkRequest and a listening socket ──► zygote ──fork──► shim
+         ▲                                                                              │
+         └─────────────────────────────────── ForkReply ◄───────────────────────────────┘
 
-A fork takes about a millisecond, and a shim's own memory is only what it changes. The zygote ends when
-the server does (its socket closes); shims are in sessions of their own and live on. When it dies
-early nobody loses anything: `shim.client.Zygote` starts another. It holds no state but the socket.
+A fork takes about a millisecond, and a shim's own memory is only what it changes. Therefore all that
+can be made before a pod is known is made here once, and between two forks the zygote does nothing:
+a page that it wrote would be the last shim's to keep. The child reads the request and answers it.
+
+The zygote ends when the server does (its socket closes); shims are in sessions of their own and live
+on. When it dies early nobody loses anything: `shim.client.Zygote` starts another.
 """
 
 import contextlib
 import gc
-import json
 import os
 import signal
 import socket
-from typing import Any, NoReturn
 
-from shim import bootstrap, diagnostics, linux, loop, server
-from shim.ttrpc import address
+from shim import diagnostics, linux, loop, server
+from shim.pb import shim_pb2 as pb
 
 MESSAGE_LIMIT = 256 << 10
-READY = b"{}"
+READY = b"ready"
 
 _OOM_SCORE_ADJ = b"-998"  # one more than the kubelet's own -999; a shim must outlive its containers
-_BACKLOG = 64
 
 
 def main(control_fd: int) -> None:
     """Serve fork requests on a SOCK_SEQPACKET descriptor until the other end is closed."""
-    control = socket.socket(fileno=control_fd)
     linux.prctl_set_name("cri-zygote")
-    _settle()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps dead shims for us
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by shims
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    control.send(READY)
-    while request := control.recv(MESSAGE_LIMIT):
-        control.send(json.dumps(_answer(json.loads(request), control)).encode())
+    loop.run(_serve(socket.socket(fileno=control_fd)))
 
 
-def _answer(request: dict[str, Any], control: socket.socket) -> dict[str, Any]:
-    """Fork and say how that went; `socket` tells the server which request this answers."""
-    reply = {"socket": request["socket"]}
-    try:
-        return {**reply, "pid": _fork(request, control)}
-    except Exception as error:
-        code = error.errno if isinstance(error, OSError) else 0
-        return {**reply, "error": f"{type(error).__name__}: {error}", "errno": code}
-
-
-def _settle() -> None:
-    """Do once what would otherwise change memory in every shim, then freeze the heap."""
-    loop.run(_warm_up())
+async def _serve(control: socket.socket) -> None:
+    """Be the zygote and, in every child, a shim."""
+    shim = server.Shim()
+    await shim.rehearse()
+    shim.children.prepare()
     gc.collect()
     gc.freeze()
     gc.disable()
+    control.send(READY)
+    while True:
+        request, descriptors, _, _ = socket.recv_fds(control, MESSAGE_LIMIT, 1)
+        if not request:
+            return
+        if linux.fork() == 0:
+            await _be_shim(shim, request, descriptors[0], control)
+        os.close(descriptors[0])
 
 
-async def _warm_up() -> None:
-    await loop.run_command(["true"], timeout=10)
-
-
-def _fork(request: dict[str, Any], control: socket.socket) -> int:
-    told = bootstrap.Bootstrap.from_json(json.dumps(request["bootstrap"]).encode())
-    path = request["socket"]
-    listener = _listen(path)
-    pid = os.fork()
-    if pid == 0:
-        _become_shim(listener, told, control, path)
-    listener.close()
-    return pid
-
-
-def _listen(path: str) -> socket.socket:
-    """Return a listening socket that only root reaches. Raises FileExistsError: a shim serves there."""
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    listener = socket.socket(socket.AF_UNIX)
-    try:
-        with address.usable(path) as name:
-            _remove_stale(name)
-            before = os.umask(0o177)
-            try:
-                listener.bind(name)
-            finally:
-                os.umask(before)
-        listener.listen(_BACKLOG)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
-def _remove_stale(name: str) -> None:
-    with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(FileNotFoundError):
-        try:
-            probe.connect(name)
-        except ConnectionRefusedError:
-            os.unlink(name)
-        else:
-            raise FileExistsError(17, "a shim serves there already", name)
-
-
-def _become_shim(
-    listener: socket.socket, told: bootstrap.Bootstrap, control: socket.socket, path: str
-) -> NoReturn:
+async def _be_shim(
+    shim: server.Shim, request: bytes, descriptor: int, control: socket.socket
+) -> None:
     """Leave everything of the zygote's behind and serve; the process ends here, whatever happens."""
     code = 1
     try:
-        control.detach()
-        kept = _only_descriptor(listener)
-        os.setsid()
-        os.chdir("/")
-        os.umask(0o022)
+        loop.after_fork()
+        told = pb.ForkRequest.FromString(request)
         _reset_process()
+        _answer(control, told)
         gc.enable()
-        server.serve(kept, told)
-        os.unlink(path)
+        os.set_inheritable(descriptor, False)  # received ones are: runtimes would get it
+        listener = socket.socket(fileno=descriptor)
+        await shim.serve(listener, told)
+        os.unlink(os.path.join(told.pod_dir, os.path.basename(listener.getsockname())))
         code = 0
     except BaseException as error:
-        diagnostics.report("shim failed", pod=told.pod_id, error=f"{type(error).__name__}: {error}")
+        diagnostics.report("shim failed", error=f"{type(error).__name__}: {error}")
     finally:
         os._exit(code)
 
 
-def _only_descriptor(listener: socket.socket) -> socket.socket:
-    """Close all but the standard streams and the listener, which becomes descriptor 3."""
-    fd = listener.detach()
-    if fd != 3:
-        os.dup2(fd, 3, inheritable=False)
-    linux.close_range(4)
-    return socket.socket(fileno=3)
+def _answer(control: socket.socket, told: pb.ForkRequest) -> None:
+    """Tell the server who serves the pod, and let go of its socket."""
+    with control, contextlib.suppress(OSError):  # the server is gone: the shim serves the next one
+        control.send(pb.ForkReply(pod_id=told.pod_id, pid=os.getpid()).SerializeToString())
 
 
 def _reset_process() -> None:
-    """Take the identity of a shim. Only raw calls: `signal.signal` and `open` alone would copy 0.4 MB."""
-    linux.signal_default(signal.SIGCHLD)
+    """Take the identity of a shim."""
+    os.setsid()
+    os.chdir("/")
     linux.prctl_set_child_subreaper()
     _write_proc("/proc/self/comm", b"cri-shim")
     _write_proc("/proc/self/oom_score_adj", _OOM_SCORE_ADJ)
@@ -143,9 +94,6 @@ def _reset_process() -> None:
 def _write_proc(path: str, value: bytes) -> None:
     """Write what is nice to have; lowering a score is refused without CAP_SYS_RESOURCE."""
     fd = os.open(path, os.O_WRONLY)
-    try:
+    with contextlib.suppress(OSError):
         os.write(fd, value)
-    except OSError:
-        pass
-    finally:
-        os.close(fd)
+    os.close(fd)

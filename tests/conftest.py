@@ -49,6 +49,18 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the quick tests first, and the ones that stand on running servers last."""
+    order = ("unit", "contract", "", "integration")
+
+    def place(item: pytest.Item) -> int:
+        folder = item.path.relative_to(config.rootpath / "tests").parts[0]
+        return order.index(folder if folder in order else "")
+
+    items.sort(key=place)
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     session.stash[BEFORE] = residue.take()
 
@@ -115,5 +127,5 @@ def crun() -> Iterator[str]:
         mounted = True
     yield "crun"
     if mounted:
-        linux.umount2(os.fspath(HUGETLB), linux.MNT_DETACH)
+        linux.umount2(os.fspath(HUGETLB))
         HUGETLB.rmdir()

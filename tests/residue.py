@@ -133,8 +133,8 @@ def _processes(marks: Set[str]) -> Iterator[str]:
 def _belongings(pid: str) -> Iterator[str]:
     yield Path("/proc", pid, "cgroup").read_text()
     yield os.readlink(f"/proc/{pid}/cwd")
-    for entry in os.scandir(f"/proc/{pid}/fd"):
-        yield os.readlink(entry.path)
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        yield os.readlink(f"/proc/{pid}/fd/{name}")
 
 
 def _sockets(marks: Set[str]) -> Iterator[str]:

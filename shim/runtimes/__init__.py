@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a shim asks of the thing that really makes containers, whatever its protocol.
 
-A runtime keeps its own state below its root and survives a shim; a shim holds nothing of a runtime but this object.
-Every verb ends within the handler's time limit or raises DeadlineExceeded with everything killed that it started.
-Failures carry the runtime's own words, in one line.
+A runtime keeps its own state below its root and survives a shim; a shim holds nothing of a runtime
+but this object. Every verb ends within the handler's time limit or raises DeadlineExceeded with
+everything killed that it started. Failures carry the runtime's own words, in one line.
 """
 
 import json
@@ -23,7 +23,9 @@ LOG_FILE = "runtime.log"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stdio:
-    """What a process gets as standard streams: descriptors (None: /dev/null), or a console socket's path."""
+    """What a process gets as standard streams: descriptors (None: /dev/null), or a console socket's
+    path.
+    """
 
     stdin: int | None = None
     stdout: int | None = None
@@ -32,7 +34,9 @@ class Stdio:
 
 
 class Runtime(Protocol):
-    """The verbs of a container's life. `directory` is where a verb may put its files; the caller removes it."""
+    """The verbs of a container's life. `directory` is where a verb may put its files; the caller
+    removes it.
+    """
 
     async def run(self, container_id: str, bundle: str, *, directory: str, stdio: Stdio) -> int:
         """Create and start a container; return the host pid of its init."""
@@ -40,7 +44,8 @@ class Runtime(Protocol):
     async def exec(self, container_id: str, *, directory: str, cgroup: str, stdio: Stdio) -> int:
         """Start the process in `directory`/process.json inside a container; return its host pid.
 
-        `cgroup` is an existing part of the container's, as "[controller:]name"; empty: the container's own.
+        `cgroup` is an existing part of the container's, as "[controller:]name"; empty: the
+        container's own.
         """
 
     async def update(self, container_id: str, resources: bytes) -> None:
@@ -50,7 +55,7 @@ class Runtime(Protocol):
         """Remove the container, killing what is left. Nothing happens when it does not exist."""
 
     def can_split_cgroups(self, controller: str) -> bool:
-        """Say whether `exec` takes a part of the container's cgroup in this hierarchy ("" for v2)."""
+        """Say whether `exec` takes a part of the cgroup in this hierarchy ("" for v2)."""
 
 
 class Silent(errors.ShimError):
@@ -58,9 +63,11 @@ class Silent(errors.ShimError):
 
 
 def last_error(said: bytes) -> str:
-    """Return the last error of a runtime's log or stderr, in one line of at most 1 KiB; "" when there is none.
+    """Return the last error of a runtime's log or stderr, in one line of at most 1 KiB; "" when
+    there is none.
 
-    Lines are JSON objects with `level` and `msg` (runc, crun, youki with --log-format json) or plain text.
+    Lines are JSON objects with `level` and `msg` (runc, crun, youki with --log-format json) or
+    plain text.
     """
     last = ""
     for line in said.decode(errors="replace").splitlines():

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """runc, crun, runsc and youki by their command line: one method per verb, the differences as data.
 
-A container is made with `run --detach`, one runtime process instead of the two of `create` and `start`. Standard
-streams are handed through: a detached runtime leaves them to the container. What the runtime itself has to say
-comes from its log file, not from those streams.
+A container is made with `run --detach`, one runtime process instead of the two of `create` and
+`start`. Standard streams are handed through: a detached runtime leaves them to the container. What
+the runtime itself has to say comes from its log file, not from those streams.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from shim import errors, loop, process, reaper, runtimes
+from shim import errors, loop, reaper, runtimes
 
 _OUTPUT_LIMIT = 64 << 10
 _LOG_TAIL = 16 << 10
@@ -19,7 +19,9 @@ _LOG_TAIL = 16 << 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dialect:
-    """In what an OCI runtime's command line differs from the others'. `{log}` stands for the log file."""
+    """In what an OCI runtime's command line differs from the others'. `{log}` stands for the log
+    file.
+    """
 
     global_flags: tuple[str, ...] = ()
     log_flags: tuple[str, ...] = ("--log", "{log}", "--log-format", "json")
@@ -30,14 +32,18 @@ class Dialect:
 
 DIALECTS: Mapping[str, Dialect] = {
     "runc": Dialect(exec_cgroups=frozenset({"v1", "v2"})),
-    "crun": Dialect(log_flags=("--log", "file:{log}", "--log-format", "json"), exec_cgroups=frozenset({"v2"})),
+    "crun": Dialect(
+        log_flags=("--log", "file:{log}", "--log-format", "json"), exec_cgroups=frozenset({"v2"})
+    ),
     "runsc": Dialect(global_flags=("--ignore-cgroups=false",)),
     "youki": Dialect(),
 }
 
 
 def dialect_of(name: str, path: str) -> Dialect:
-    """Return the dialect that the program's file name or the handler's name tells; else that of runc."""
+    """Return the dialect that the program's file name or the handler's name tells; else that of
+    runc.
+    """
     return DIALECTS.get(os.path.basename(path)) or DIALECTS.get(name) or DIALECTS["runc"]
 
 
@@ -52,11 +58,14 @@ class Oci:
         self._children = children
         self._timeout = timeout
 
-    async def run(self, container_id: str, bundle: str, *, directory: str, stdio: runtimes.Stdio) -> int:
+    async def run(
+        self, container_id: str, bundle: str, *, directory: str, stdio: runtimes.Stdio
+    ) -> int:
         """Create and start a container; return the host pid of its init."""
         pid_file = os.path.join(directory, runtimes.PID_FILE)
         await self._launch(
-            ("run", "--detach", "--bundle", bundle, "--pid-file", pid_file, *_console(stdio), container_id),
+            ("run", "--detach", "--bundle", bundle, "--pid-file", pid_file,
+             *_console(stdio), container_id),
             directory, stdio,
         )  # fmt: skip
         return _read_pid(pid_file)
@@ -66,9 +75,10 @@ class Oci:
     ) -> int:
         """Start the process in `directory`/process.json inside a container; return its host pid."""
         pid_file = os.path.join(directory, runtimes.PID_FILE)
+        process_file = os.path.join(directory, runtimes.PROCESS_FILE)
         part = ("--cgroup", cgroup) if cgroup else ()
         await self._launch(
-            ("exec", "--detach", "--process", os.path.join(directory, runtimes.PROCESS_FILE), "--pid-file", pid_file,
+            ("exec", "--detach", "--process", process_file, "--pid-file", pid_file,
              *part, *_console(stdio), container_id),
             directory, stdio,
         )  # fmt: skip
@@ -83,7 +93,7 @@ class Oci:
         await self._command(("delete", "--force", container_id))
 
     def can_split_cgroups(self, controller: str) -> bool:
-        """Say whether `exec` takes a part of the container's cgroup in this hierarchy ("" for v2)."""
+        """Say whether `exec` takes a part of the cgroup in this hierarchy ("" for v2)."""
         return ("v1" if controller else "v2") in self._dialect.exec_cgroups
 
     async def _launch(self, verb: Sequence[str], directory: str, stdio: runtimes.Stdio) -> None:
@@ -91,7 +101,8 @@ class Oci:
         flags = [flag.replace("{log}", log) for flag in self._dialect.log_flags]
         with _open_null() as null, self._children.launching():
             done = await self._run(
-                (*self._base, *flags, *verb),
+                verb,
+                flags=flags,
                 stdin=null if stdio.stdin is None else stdio.stdin,
                 stdout=null if stdio.stdout is None else stdio.stdout,
                 stderr=null if stdio.stderr is None else stdio.stderr,
@@ -101,27 +112,28 @@ class Oci:
 
     async def _command(self, verb: Sequence[str], *, stdin: bytes = b"") -> None:
         with self._children.launching():
-            done = await self._run((*self._base, *verb), stdin=stdin)
+            done = await self._run(verb, stdin=stdin)
         if done.returncode:
             raise _failure(verb[0], done, done.stderr)
 
     async def _run(
         self,
-        argv: Sequence[str],
+        verb: Sequence[str],
         *,
+        flags: Sequence[str] = (),
         stdin: bytes | int,
         stdout: int | None = None,
         stderr: int | None = None,
     ) -> loop.Finished:
+        argv = (*self._base, *flags, *verb)
         try:
             return await loop.run_command(
                 argv, stdin=stdin, stdout=stdout, stderr=stderr,
                 timeout=self._timeout, max_output=_OUTPUT_LIMIT,
             )  # fmt: skip
         except TimeoutError as error:
-            verb = next(word for word in argv[3:] if not word.startswith("-"))
             raise errors.DeadlineExceeded(
-                f"{argv[0]} {verb} did not end within {self._timeout:g} s and was killed"
+                f"{argv[0]} {verb[0]} did not end within {self._timeout:g} s and was killed"
             ) from error
         except OSError as error:
             raise errors.FailedPrecondition(f"cannot run {argv[0]}: {error.strerror}") from error

@@ -54,28 +54,29 @@ Method = Unary | Streaming
 class Server:
     """Serves one service on a listening socket."""
 
-    def __init__(
-        self, listener: socket.socket, service: str, methods: Mapping[str, Method]
-    ) -> None:
-        listener.setblocking(False)
+    def __init__(self, service: str, methods: Mapping[str, Method]) -> None:
         self.service = service
         self.methods = methods
-        self._listener = listener
         self._unary = 0
         self._idle = loop.Event()
 
-    async def serve(self) -> None:
+    async def serve(self, listener: socket.socket) -> None:
         """Accept connections until cancelled. The listener stays open; its owner closes it."""
+        listener.setblocking(False)
         while True:
-            await loop.readable(self._listener.fileno())
+            await loop.readable(listener.fileno())
             try:
-                accepted, _ = self._listener.accept()
+                accepted, _ = listener.accept()
             except OSError as error:
                 if error.errno in _EXHAUSTED:
                     await loop.sleep(_ACCEPT_PAUSE)
                 continue  # any other error is of the one client that has gone meanwhile
-            accepted.setblocking(False)
-            loop.spawn(_Connection(self, accepted).serve(), name="ttrpc connection")
+            self.connect(accepted)
+
+    def connect(self, accepted: socket.socket) -> loop.Task[None]:
+        """Serve one connection, beside all others."""
+        accepted.setblocking(False)
+        return loop.spawn(_Connection(self, accepted).serve(), name="ttrpc connection")
 
     async def drain(self, *, seconds: float) -> None:
         """Wait until unary calls in progress are answered: when `serve` has ended, before the loop does."""
@@ -95,6 +96,12 @@ class Server:
             self._unary -= 1
             if not self._unary:
                 self._idle.set()
+
+
+def call(stream: int, service: str, method: str, payload: bytes = b"") -> bytes:
+    """Return the bytes of a unary call."""
+    request = ttrpc_pb2.Request(service=service, method=method, payload=payload)
+    return frames.encode(stream, frames.REQUEST, frames.REMOTE_CLOSED, request.SerializeToString())
 
 
 class Stream:

@@ -274,3 +274,181 @@ def test_a_runtime_that_talks_too_much(broken: tuple[Kubelet, Pod, str]) -> None
     _, text = refusal(lambda: client.start(container))
     assert len(text) < 20_000
     assert len(client.status(container).message) < 20_000
+
+
+# -- odd values ------------------------------------------------------------------------------------
+
+REFUSED = {INVALID, MISSING, grpc.StatusCode.FAILED_PRECONDITION}
+
+
+@pytest.mark.parametrize(
+    "rpc",
+    [
+        method.name
+        for method in api.DESCRIPTOR.services_by_name["RuntimeService"].methods
+        if not method.server_streaming
+    ],
+)
+def test_an_empty_request_is_no_surprise(kubelet: Kubelet, pod: Pod, rpc: str) -> None:
+    """Empty, of an unknown field, and of the wrong wire type: an answer or a clear refusal."""
+    method = api.DESCRIPTOR.services_by_name["RuntimeService"].methods_by_name[rpc]
+    request = getattr(api, method.input_type.name)()
+    try:
+        getattr(kubelet.runtime, rpc)(request)
+    except grpc.RpcError as e:
+        assert e.code() in REFUSED | {grpc.StatusCode.UNIMPLEMENTED}, e  # noqa: PT017
+    assert kubelet.pod_status(pod.id).status.state == api.SANDBOX_READY
+
+
+def test_prefixes_of_ids(kubelet: Kubelet, pulled: str) -> None:
+    pods = [kubelet.run_pod() for _ in range(3)]
+    container = kubelet.run(pods[0], pulled, SLEEP)
+    assert kubelet.pod_status(pods[0].id[:20]).status.id == pods[0].id
+    assert kubelet.status(container[:20]).id == container
+    for wrong in (
+        pods[0].id + "0",
+        pods[0].id[:20] + "-",
+        container,
+        "f" * 4096,
+        pods[0].id.upper(),
+    ):
+        code, text = refusal(lambda: kubelet.pod_status(wrong))  # noqa: B023
+        assert code is MISSING
+        assert len(text) < 300
+    short = [p.id[0] for p in kubelet.pods()]
+    twice = next((c for c in short if short.count(c) > 1), None)
+    if twice:
+        assert refusal(lambda: kubelet.stop_pod(twice))[0] is INVALID
+        assert {p.id for p in kubelet.pods(id=twice)} >= {i.id for i in pods if i.id[0] == twice}
+
+
+BAD_PODS: dict[str, dict[str, Any]] = {
+    "long host name": {"hostname": "h" * 300},
+    "host name with a slash": {"hostname": "a/b"},
+    "search with a line break": {"dns_config": {"searches": ["a\nnameserver 192.0.2.1"]}},
+    "port": {"port_mappings": [{"container_port": 80, "host_port": 70000}]},
+    "negative port": {"port_mappings": [{"container_port": -1, "host_port": 80}]},
+    "host address": {
+        "port_mappings": [{"container_port": 80, "host_port": 80, "host_ip": "; reboot"}]
+    },
+    "protocol": {"port_mappings": [{"protocol": 9, "container_port": 80, "host_port": 80}]},
+    "cgroup parent": {"linux": {"cgroup_parent": "/a/../../b"}},
+    "cgroup parent with a line break": {"linux": {"cgroup_parent": "/a\nb"}},
+    "cgroup parent with a NUL": {"linux": {"cgroup_parent": "/a\0b"}},
+    "namespace mode": {"linux": {"security_context": {"namespace_options": {"pid": 77}}}},
+    "target in a pod": {"linux": {"security_context": {"namespace_options": {"network": 3}}}},
+    "log folder": {"log_directory": "../../etc"},
+    "log folder with a NUL": {"log_directory": "/tmp/a\0b"},
+    "sysctl value": {"linux": {"sysctls": {"net.ipv4.ip_forward": "1\0"}}},
+    "no such sysctl": {"linux": {"sysctls": {"net.ipv4.no_such_thing": "1"}}},
+}
+
+
+@pytest.mark.parametrize("name", BAD_PODS)
+def test_an_odd_pod_is_refused(kubelet: Kubelet, name: str) -> None:
+    config = kubelet.pod_config()
+    wanted = api.PodSandboxConfig(**BAD_PODS[name])
+    for field, _ in wanted.ListFields():
+        if field.name in ("metadata", "log_directory"):
+            config.ClearField(field.name)
+    config.MergeFrom(wanted)
+    request = api.RunPodSandboxRequest(config=config)
+    code, text = refusal(lambda: kubelet.runtime.RunPodSandbox(request))
+    assert code is INVALID, text
+    assert "\n" not in text
+    assert not [p for p in kubelet.pods() if p.metadata == config.metadata]
+
+
+def test_an_unknown_handler(kubelet: Kubelet) -> None:
+    for handler in ("nobody", "../runc", "runc\n", "RUNC"):
+        config = kubelet.pod_config()
+        code, text = refusal(lambda: kubelet.run_pod(config, handler=handler))  # noqa: B023
+        assert code in REFUSED
+        assert "\n" not in text
+
+
+BAD_CONTAINERS: dict[str, dict[str, Any]] = {
+    "log path that escapes": {"log_path": "../../../../etc/cron.d/x"},
+    "log path that escapes and returns": {"log_path": "a/../../x/../../y"},
+    "log path that is the folder": {"log_path": "."},
+    "log path with a line break": {"log_path": "a\nb"},
+    "log path with a NUL": {"log_path": "a\0b"},
+    "command with a NUL": {"command": ["a\0b"]},
+    "environment with a NUL": {"envs": [{"key": "A", "value": b"a\0b"}]},
+    "environment without a name": {"envs": [{"key": "", "value": b"a"}]},
+    "environment with an odd name": {"envs": [{"key": "A=B", "value": b"a"}]},
+    "working folder": {"working_dir": "relative"},
+    "working folder with a NUL": {"working_dir": "/a\0b"},
+    "mount nowhere": {"mounts": [{"host_path": "/tmp", "container_path": ""}]},
+    "mount on the root": {"mounts": [{"host_path": "/tmp", "container_path": "/"}]},
+    "mount that climbs": {"mounts": [{"host_path": "/tmp", "container_path": "/../../x\0"}]},
+    "mount of nothing": {"mounts": [{"host_path": "", "container_path": "/x"}]},
+    "mount of a relative path": {"mounts": [{"host_path": "tmp", "container_path": "/x"}]},
+    "mount with odd propagation": {
+        "mounts": [{"host_path": "/tmp", "container_path": "/x", "propagation": 9}]
+    },
+    "no such device": {"devices": [{"host_path": "/dev/nothing", "container_path": "/dev/x"}]},
+    "device that is a file": {"devices": [{"host_path": "/etc/passwd", "container_path": "/x"}]},
+    "odd device permissions": {
+        "devices": [{"host_path": "/dev/null", "container_path": "/x", "permissions": "rwz"}]
+    },
+    "stop signal": {"stop_signal": 9999},
+    "user": {"linux": {"security_context": {"run_as_user": {"value": -1}}}},
+    "wide user": {"linux": {"security_context": {"run_as_user": {"value": 1 << 40}}}},
+    "unknown user": {"linux": {"security_context": {"run_as_username": "nobody-here"}}},
+    "odd user": {"linux": {"security_context": {"run_as_username": "a:b:c\n"}}},
+    "group alone": {"linux": {"security_context": {"run_as_group": {"value": 1}}}},
+    "group": {"linux": {"security_context": {"supplemental_groups": [-5]}}},
+    "capability": {"linux": {"security_context": {"capabilities": {"add_capabilities": ["FLY"]}}}},
+    "seccomp": {
+        "linux": {"security_context": {"seccomp": {"profile_type": 2, "localhost_ref": "x"}}}
+    },
+    "negative memory": {"linux": {"resources": {"memory_limit_in_bytes": -7}}},
+    "odd processors": {"linux": {"resources": {"cpuset_cpus": "a\nb"}}},
+    "huge pages": {
+        "linux": {"resources": {"hugepage_limits": [{"page_size": "../x", "limit": 1}]}}
+    },
+    "score": {"linux": {"resources": {"oom_score_adj": 5000}}},
+    "unified": {"linux": {"resources": {"unified": {"../x": "1"}}}},
+    "target": {
+        "linux": {"security_context": {"namespace_options": {"pid": 3, "target_id": "f" * 64}}}
+    },
+}
+
+
+@pytest.mark.parametrize("name", BAD_CONTAINERS)
+def test_an_odd_container_is_refused(
+    kubelet: Kubelet, pod: Pod, pulled: str, site: server.Site, name: str
+) -> None:
+    config = kubelet.container_config(pulled, SLEEP)
+    wanted = api.ContainerConfig(**BAD_CONTAINERS[name])
+    for field, _ in wanted.ListFields():
+        if field.name in ("command", "log_path"):
+            config.ClearField(field.name)
+    config.MergeFrom(wanted)
+    request = api.CreateContainerRequest(
+        pod_sandbox_id=pod.id, config=config, sandbox_config=pod.config
+    )
+    code, text = refusal(lambda: kubelet.runtime.CreateContainer(request))
+    assert code in REFUSED, text
+    assert "\n" not in text
+    assert not kubelet.containers(pod_sandbox_id=pod.id)
+    assert not list((site.state / "containers").iterdir())
+
+
+@pytest.mark.parametrize(
+    "resources",
+    [{"memory_limit_in_bytes": 1}, {"cpuset_cpus": "0-9999"}, {"cpu_quota": 1, "cpu_period": 1}],
+    ids=str,
+)
+def test_what_the_kernel_refuses_fails_the_start(
+    kubelet: Kubelet, pod: Pod, pulled: str, resources: dict[str, Any]
+) -> None:
+    linux = api.LinuxContainerConfig(resources=api.LinuxContainerResources(**resources))
+    container = kubelet.create(pod, kubelet.container_config(pulled, SLEEP, linux=linux))
+    _, text = refusal(lambda: kubelet.start(container))
+    assert text
+    assert "\n" not in text
+    status = kubelet.status(container)
+    assert (status.state, status.exit_code) == (api.CONTAINER_EXITED, 128)
+    assert (status.reason, status.message) == ("StartError", text)

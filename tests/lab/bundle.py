@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OCI bundles with a busybox root, made by hand, for tests that talk to a shim or an OCI runtime directly.
+"""OCI bundles with a busybox root, made by hand, for tests that talk to a shim or an OCI runtime
+directly.
 
-A bundle is a folder with config.json and rootfs; its cgroup is below `/cri-test-<pid>` of every hierarchy. The
-maker removes the folder, the runtime removes the cgroup.
+A bundle is a folder with config.json and rootfs; its cgroup is below `/cri-test-<pid>` of every
+hierarchy. The maker removes the folder, the runtime removes the cgroup.
 """
 
 import json
@@ -31,7 +32,9 @@ _MOUNTS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bundle:
-    """A container that can be run. `cgroups`: controller ("" for v2) to directory, as in shim.proto."""
+    """A container that can be run. `cgroups`: controller ("" for v2) to directory, as in
+    shim.proto.
+    """
 
     id: str
     path: Path
@@ -71,7 +74,7 @@ def make(
     namespaces: Sequence[str] = ("pid", "mount", "ipc", "uts"),
     resources: Mapping[str, Any] | None = None,
 ) -> Bundle:
-    """Write a bundle that runs `args` in `root`; missing pid or network namespaces are the host's."""
+    """Write a bundle that runs `args` in `root`; namespaces that are not named are the host's."""
     container_id = uuid.uuid4().hex * 2
     path = where / container_id
     path.mkdir(parents=True)

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,14 @@ from tests.lab import waiting
 
 @dataclass(kw_only=True, slots=True)
 class Site:
-    """The folders of one server below `home`, its settings, and its process while it runs."""
+    """The folders of one server below `home`, its settings, and its process while it runs.
+
+    `program` is what is run in place of `cri-server`, with the same arguments.
+    """
 
     home: Path
     settings: Mapping[str, Mapping[str, Any]]
+    program: Sequence[str] = ()
     process: "subprocess.Popen[bytes] | None" = field(default=None, init=False)
 
     @property
@@ -55,7 +59,7 @@ class Site:
         config.write_text(toml(self._complete()))
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [command(), "serve", "--config", config],
+                [*(self.program or [command()]), "serve", "--config", config],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -71,6 +75,12 @@ class Site:
     def kill(self) -> None:
         """End the server with SIGKILL, as a crash would."""
         self._end(signal.SIGKILL)
+
+    def wait_death(self) -> None:
+        """Return when the server has ended by itself."""
+        process, self.process = self.process, None
+        assert process is not None, "the server is not running"
+        process.wait(timeout=30)
 
     @property
     def pid(self) -> int:

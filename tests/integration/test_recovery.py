@@ -1,0 +1,476 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The server killed at any moment: what was running runs on, what was half made is whole or gone
+(hazards R01, R02, R05, R36).
+"""
+
+import concurrent.futures
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Set
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+
+from cri_server.pb import api_pb2 as api
+from tests import residue
+from tests.conftest import Marks
+from tests.fakes import cni
+from tests.fakes.kubelet import Kubelet, Pod, refusal
+from tests.integration.conftest import SLEEP
+from tests.lab import cgroups, faults, network, server, waiting
+
+pytestmark = [
+    pytest.mark.needs("root", "netns", "overlay", "cni", "runc", "docker-registry"),
+    pytest.mark.ours,
+    pytest.mark.timeout(120),
+]
+MakeSite = Callable[..., server.Site]
+ClientOf = Callable[[server.Site], Kubelet]
+MOST_STEPS = 60
+
+
+@pytest.fixture(autouse=True)
+def traceless(reference: str, net: network.Network, marks: Marks) -> Iterator[None]:
+    """Fail a test after which anything is left of its server or its pods, on any part of the host."""
+    before, known = residue.take(), set(marks.names)
+    yield
+    own = (marks.names - known) | {net.name}
+    assert residue.left(before, marks=own, alone=False) == []
+
+
+@pytest.fixture
+def killable(make_site: MakeSite, client_of: ClientOf, reference: str) -> server.Site:
+    """Return a server of the test's own that has the test image."""
+    site = make_site(runtime={"runtime_timeout": 5.0})
+    client_of(site).pull(reference)
+    return site
+
+
+def addresses(net: network.Network) -> Set[str]:
+    """Return what host-local has given out."""
+    folder = network.LEASES / net.name
+    return {p.name for p in folder.iterdir() if p.name[0].isdigit()} if folder.exists() else set()
+
+
+def start_of(pid: int) -> str:
+    """Return what tells a process from a later one of the same number."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+
+
+def pid_of(client: Kubelet, container: str) -> int:
+    info = client.status_response(container, verbose=True).info["info"]
+    return int(json.loads(info)["pid"])
+
+
+# -- an idle server --------------------------------------------------------------------------------
+
+
+def test_everything_is_as_it_was(
+    killable: server.Site, client_of: ClientOf, reference: str
+) -> None:
+    client = client_of(killable)
+    pods = [client.run_pod() for _ in range(3)]
+    client.stop_pod(pods[2].id)
+    running = client.run(pods[0], reference, SLEEP, name="running")
+    created = client.create(pods[0], client.container_config(reference, SLEEP, name="created"))
+    exited = client.run(pods[1], reference, ["sh", "-c", "exit 3"], name="exited")
+    client.wait_exit(exited)
+    pid = pid_of(client, running)
+    born = start_of(pid)
+    containers = (running, created, exited)
+    before = [client.status(c) for c in containers], [client.pod_status(p.id) for p in pods]
+    killable.kill()
+    begin = time.monotonic()
+    killable.start()
+    assert time.monotonic() - begin < 5
+
+    client = client_of(killable)
+    after = [client.status(c) for c in containers], [client.pod_status(p.id) for p in pods]
+    for answer in (*before[1], *after[1]):
+        answer.ClearField("timestamp")
+    assert after == before
+    assert (pid_of(client, running), start_of(pid)) == (pid, born)
+    assert client.exec_sync(running, ["echo", "yes"]).stdout == b"yes\n"
+    request = api.ContainerStatsRequest(container_id=running)
+    assert client.runtime.ContainerStats(request).stats.memory.working_set_bytes.value > 0
+    client.start(created)
+    assert client.exec_sync(created, ["true"]).exit_code == 0
+    code, _ = refusal(lambda: client.start(exited))
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+
+
+def test_an_end_while_nobody_looked_is_told_as_it_was(
+    killable: server.Site, client_of: ClientOf, reference: str, tmp_path: Path
+) -> None:
+    client = client_of(killable)
+    pod = client.run_pod()
+    gate = api.Mount(host_path=os.fspath(tmp_path), container_path="/gate")
+    script = "until [ -e /gate/open ]; do sleep 0.02; done; exit 42"
+    container = client.run(pod, reference, ["sh", "-c", script], mounts=[gate])
+    pid = pid_of(client, container)
+    killable.kill()
+    opened = time.time_ns()
+    (tmp_path / "open").touch()
+    waiting.until(lambda: not Path(f"/proc/{pid}").exists(), "the container ends")
+    ended = time.time_ns()
+    killable.start()
+    status = client_of(killable).status(container)
+    assert (status.state, status.exit_code) == (api.CONTAINER_EXITED, 42)
+    assert opened <= status.finished_at <= ended + 1_000_000_000
+    assert status.started_at < opened
+
+
+def test_ten_megabytes_of_log_without_a_server(
+    killable: server.Site, client_of: ClientOf, reference: str
+) -> None:
+    client = client_of(killable)
+    pod = client.run_pod()
+    line = "x" * 90
+    count = f"seq 1 100000 | sed 's/$/ {line}/'"
+    script = f"echo ready; sleep 0.5; {count}; echo done; sleep 1000"
+    container = client.run(pod, reference, ["sh", "-c", script])
+    path = Path(client.status(container).log_path)
+    client.wait_log(container, "ready")
+    killable.kill()
+    waiting.until(lambda: path.read_bytes().endswith(b" done\n"), "all is written", seconds=30)
+    killable.start()
+    texts = [entry.text for entry in client_of(killable).log(container)]
+    assert texts[0] == "ready"
+    assert [int(text.split()[0]) for text in texts[1:-1]] == list(range(1, 100_001))
+
+
+# -- killed in the middle --------------------------------------------------------------------------
+
+
+@dataclass
+class Scene:
+    """What a call is made on."""
+
+    client: Kubelet
+    reference: str
+    pod: Pod
+    container: str = ""
+
+
+def run_pod(at: Scene) -> None:
+    at.pod = at.client.run_pod(at.pod.config)
+
+
+def create(at: Scene) -> None:
+    config = at.client.container_config(at.reference, SLEEP)
+    at.container = at.client.create(at.pod, config)
+
+
+def start(at: Scene) -> None:
+    at.client.start(at.container)
+
+
+def stop(at: Scene) -> None:
+    at.client.stop(at.container)
+
+
+def remove(at: Scene) -> None:
+    at.client.remove(at.container)
+
+
+def stop_pod(at: Scene) -> None:
+    at.client.stop_pod(at.pod.id)
+
+
+def remove_pod(at: Scene) -> None:
+    at.client.runtime.RemovePodSandbox(api.RemovePodSandboxRequest(pod_sandbox_id=at.pod.id))
+
+
+STORY = (run_pod, create, start)  # what has been done before each call
+CALLS: dict[Callable[[Scene], None], int] = {
+    run_pod: 0,
+    create: 1,
+    start: 2,
+    stop: 3,
+    remove: 3,
+    stop_pod: 3,
+    remove_pod: 3,
+}
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+@pytest.mark.timeout(300)
+def test_killed_at_every_step(
+    killable: server.Site,
+    client_of: ClientOf,
+    reference: str,
+    net: network.Network,
+    marks: Marks,
+    call: Callable[[Scene], None],
+) -> None:
+    trigger = killable.home / "die-at"
+    killable.kill()
+    killable.program = (sys.executable, "-m", "tests.lab.crashing", os.fspath(trigger))
+    killable.start()
+    steps = 0
+    while killed_at(steps + 1, killable, client_of, reference, call, trigger):
+        steps += 1
+        assert steps < MOST_STEPS
+        assert residue.of_folders(killable.root, killable.state) == []
+    print(f"{call.__name__} was killed at {steps} steps")
+    assert steps
+    assert addresses(net) == set()
+
+
+def killed_at(
+    step: int,
+    site: server.Site,
+    client_of: ClientOf,
+    reference: str,
+    call: Callable[[Scene], None],
+    trigger: Path,
+) -> bool:
+    """Have the server die at this step of a call, and see that the call can be made again and leads
+    to the same; False when it has fewer steps.
+    """
+    client = client_of(site)
+    config = client.pod_config(f"{call.__name__}-{step}".replace("_", "-"))
+    scene = Scene(client, reference, Pod(id="", config=config))
+    for earlier in STORY[: CALLS[call]]:
+        earlier(scene)
+    trigger.write_text(str(step))
+    try:
+        call(scene)
+    except grpc.RpcError as e:
+        assert e.code() is grpc.StatusCode.UNAVAILABLE, site.tail()  # noqa: PT017
+        site.wait_death()
+    trigger.unlink()
+    died = site.process is None
+    if died:
+        site.start()
+        scene.client = client_of(site)
+        check_agreement(scene)
+        again(scene, call)
+    check_result(scene, call)
+    scene.client.remove_pod(scene.pod.id)
+    assert not scene.client.pods()
+    assert not scene.client.containers()
+    return died
+
+
+def check_agreement(at: Scene) -> None:
+    """See that what is listed is true."""
+    for pod in at.client.pods():
+        assert at.client.pod_status(pod.id).status.state == pod.state
+        assert pod.metadata == at.pod.config.metadata
+    for container in at.client.containers():
+        assert at.client.status(container.id).state == container.state
+        if container.state == api.CONTAINER_RUNNING:
+            assert at.client.exec_sync(container.id, ["true"]).exit_code == 0
+
+
+def again(at: Scene, call: Callable[[Scene], None]) -> None:
+    """Make the call again; a start that came through was one."""
+    if call is start and at.client.status(at.container).state == api.CONTAINER_RUNNING:
+        return
+    call(at)
+
+
+def check_result(at: Scene, call: Callable[[Scene], None]) -> None:
+    """See that it is as it is after this call."""
+    pods, containers = at.client.pods(), at.client.containers()
+    states = [c.state for c in containers]
+    if call is remove_pod:
+        assert (pods, containers) == ([], [])
+        return
+    [pod] = pods
+    assert pod.id == at.pod.id
+    assert pod.state == (api.SANDBOX_NOTREADY if call is stop_pod else api.SANDBOX_READY)
+    expected = {
+        create: [api.CONTAINER_CREATED],
+        start: [api.CONTAINER_RUNNING],
+        stop: [api.CONTAINER_EXITED],
+        stop_pod: [api.CONTAINER_EXITED],
+    }
+    assert states == expected.get(call, [])
+    if call is create:
+        start(at)
+    if call in (create, start):
+        assert at.client.exec_sync(at.container, ["true"]).exit_code == 0
+    if call is run_pod:
+        assert at.client.pod_status(at.pod.id).status.network.ip
+
+
+def test_killed_while_the_runtime_is_at_work(
+    make_site: MakeSite, client_of: ClientOf, reference: str, tmp_path: Path
+) -> None:
+    site = make_site(**faults.handler(tmp_path, run="touch $here/busy; sleep 1000"))
+    client = client_of(site)
+    client.pull(reference)
+    pod = client.run_pod(handler="odd")
+    container = client.create(pod, client.container_config(reference, SLEEP))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        starting = pool.submit(client.start, container)
+        waiting.until((tmp_path / "busy").exists, "the runtime is at work")
+        site.kill()
+        assert isinstance(starting.exception(), grpc.RpcError)
+    site.start()
+    client = client_of(site)
+    assert client.status(container).state == api.CONTAINER_CREATED
+    faults.mend(tmp_path)
+    client.start(container)
+    assert client.exec_sync(container, ["true"]).exit_code == 0
+    client.stop(container)
+    assert client.status(container).exit_code == 137
+
+
+def test_killed_while_a_plugin_hangs(
+    make_site: MakeSite, client_of: ClientOf, tmp_path: Path
+) -> None:
+    plugins = cni.Fakes(tmp_path)
+    plugins.install("hanging", ADD=cni.HANG)
+    plugins.configure("hanging")
+    site = make_site(network=faults.network(plugins))
+    client = client_of(site)
+    config = client.pod_config()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        running = pool.submit(client.run_pod, config)
+        pids = waiting.until(plugins.hanging, "the plugin hangs")
+        site.kill()
+        assert isinstance(running.exception(), grpc.RpcError)
+    plugins.install("hanging", ADD=cni.result("10.1.2.3/24"))
+    site.start()
+    assert not [pid for pid in pids if faults.alive(pid)]
+    assert plugins.verbs() == ["hanging ADD", "hanging DEL"]
+    assert plugins.cached() == []
+    client = client_of(site)
+    assert not client.pods()
+    assert client.pod_status(client.run_pod(config).id).status.network.ip == "10.1.2.3"
+
+
+# -- without a shim, or a mute one -----------------------------------------------------------------
+
+
+def test_a_shim_that_died_meanwhile(
+    killable: server.Site, client_of: ClientOf, reference: str
+) -> None:
+    client = client_of(killable)
+    pod, other = client.run_pod(), client.run_pod()
+    lost = client.run(pod, reference, SLEEP, name="lost")
+    spoilt = client.run(pod, reference, SLEEP, name="spoilt")
+    ended = client.run(pod, reference, ["sh", "-c", "exit 5"], name="ended")
+    client.wait_exit(ended)
+    pids = [pid_of(client, lost), pid_of(client, spoilt)]
+    killable.kill()
+    (killable.state / "containers" / spoilt / "exit.json").write_bytes(b'{"exit_code": \xff')
+    os.kill(faults.shim_of(killable, pod.id), signal.SIGKILL)
+    killable.start()
+    client = client_of(killable)
+    assert client.pod_status(pod.id).status.state == api.SANDBOX_NOTREADY
+    for container in (lost, spoilt):
+        status = client.status(container)
+        assert (status.state, status.exit_code) == (api.CONTAINER_EXITED, 255)
+        assert status.reason == "Unknown"
+        assert status.finished_at >= status.started_at
+    assert client.status(ended).exit_code == 5
+    assert not [pid for pid in pids if faults.alive(pid)]
+    assert client.pod_status(other.id).status.state == api.SANDBOX_READY
+    client.run(client.run_pod(client.pod_config("own-next")), reference, SLEEP)
+
+
+def test_a_mute_shim_does_not_keep_the_server_from_starting(
+    killable: server.Site, client_of: ClientOf, reference: str
+) -> None:
+    client = client_of(killable)
+    mute, other = client.run_pod(), client.run_pod()
+    container = client.run(mute, reference, SLEEP)
+    lasting = client.run(other, reference, SLEEP)
+    pid = pid_of(client, container)
+    shim = faults.shim_of(killable, mute.id)
+    killable.kill()
+    os.kill(shim, signal.SIGSTOP)
+    begin = time.monotonic()
+    killable.start()
+    assert time.monotonic() - begin < 10
+    client = client_of(killable)
+    assert client.pod_status(mute.id).status.state == api.SANDBOX_NOTREADY
+    assert client.status(container).state == api.CONTAINER_EXITED
+    assert not faults.alive(pid)
+    assert client.exec_sync(lasting, ["true"]).exit_code == 0
+    client.remove_pod(mute.id)
+    assert not faults.alive(shim)
+
+
+# -- spoilt records --------------------------------------------------------------------------------
+
+SPOILT: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda text: b"",
+    "truncated": lambda text: text[: len(text) // 2],
+    "binary": lambda text: os.urandom(500),
+    "version": lambda text: text.replace(b'"version":1', b'"version":77'),
+    "list": lambda text: b"[" + text + b"]",
+    "deep": lambda text: b"[" * 100_000,
+    "types": lambda text: text.replace(b'"created_at":', b'"created_at":"x","was":'),
+    "other": lambda text: text.replace(b'"id":"', b'"id":"../'),
+}
+
+
+def spoil(file: Path, how: Callable[[bytes], bytes]) -> None:
+    before = file.read_bytes()
+    file.write_bytes(how(before))
+    assert file.read_bytes() != before
+
+
+def test_spoilt_records_harm_nobody_else(
+    killable: server.Site, client_of: ClientOf, reference: str, net: network.Network
+) -> None:
+    client = client_of(killable)
+    whole = client.run_pod()
+    lasting = client.run(whole, reference, SLEEP)
+    pods = {name: client.run_pod(client.pod_config(f"own-{name}")) for name in SPOILT}
+    pids = {name: pid_of(client, client.run(pod, reference, SLEEP)) for name, pod in pods.items()}
+    strays = {name: client.run(whole, reference, SLEEP, name=name) for name in SPOILT}
+    pids |= {f"stray {name}": pid_of(client, stray) for name, stray in strays.items()}
+    killable.kill()
+    for name, how in SPOILT.items():
+        spoil(killable.root / f"pods/{pods[name].id}.json", how)
+        spoil(killable.root / f"containers/{strays[name]}.json", how)
+    killable.start()
+
+    client = client_of(killable)
+    assert [p.id for p in client.pods()] == [whole.id]
+    assert [c.id for c in client.containers()] == [lasting]
+    assert client.exec_sync(lasting, ["true"]).exit_code == 0
+    assert [name for name, pid in pids.items() if faults.alive(pid)] == []
+    assert len(addresses(net)) == 1
+    again = client.run_pod(pods["empty"].config)
+    client.run(again, reference, SLEEP)
+    client.run(whole, reference, SLEEP, name="empty")
+    client.remove_pod(again.id)
+    for file in killable.root.glob("*/*.broken"):
+        file.unlink()
+    for pod in pods.values():  # which of them the kubelet had made is lost with the records
+        cgroups.remove(pod.config.linux.cgroup_parent)
+
+
+def test_spoilt_bundles_can_be_removed(
+    killable: server.Site, client_of: ClientOf, reference: str
+) -> None:
+    client = client_of(killable)
+    pod = client.run_pod()
+    running = client.run(pod, reference, SLEEP, name="running")
+    created = client.create(pod, client.container_config(reference, SLEEP, name="created"))
+    killable.kill()
+    for container in (running, created):
+        (killable.state / "containers" / container / "config.json").unlink()
+    killable.start()
+    client = client_of(killable)
+    assert client.status(running).state == api.CONTAINER_RUNNING
+    code, _ = refusal(lambda: client.exec_sync(running, ["true"]))
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    refusal(lambda: client.start(created))
+    assert client.status(created).reason == "StartError"
+    client.stop(running)
+    client.remove(running)
+    client.remove(created)
+    client.remove_pod(pod.id)

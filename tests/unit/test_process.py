@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starting, identifying, killing and reaping processes."""
+
+import os
+import select
+import signal
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+
+from shim import process
+from tests.lab import waiting
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    ends = os.pipe()
+    yield ends
+    for fd in ends:
+        with suppress(OSError):
+            os.close(fd)
+
+
+def said(pipe: tuple[int, int], *argv: str, **how: object) -> str:
+    """Run a program with its stdout in the pipe and return what it said."""
+    child = process.spawn(argv, stdout=pipe[1], **how)  # type: ignore[arg-type]
+    assert process.reap(child) == 0
+    return os.read(pipe[0], 65536).decode()
+
+
+@pytest.mark.parametrize(("script", "code"), [("exit 3", 3), ("kill -9 $$", -9), ("true", 0)])
+def test_reap_tells_codes_from_signals(script: str, code: int) -> None:
+    assert process.reap(process.spawn(["sh", "-c", script])) == code
+
+
+def test_a_child_has_a_session_of_its_own_or_at_least_a_group(pipe: tuple[int, int]) -> None:
+    fields = ("cut", "-d ", "-f1,5,6", "/proc/self/stat")
+    pid, group, session = map(int, said(pipe, *fields).split())
+    assert pid == group == session
+    pid, group, session = map(int, said(pipe, *fields, new_session=False).split())
+    assert pid == group
+    assert session == os.getsid(0)
+
+
+def test_a_child_gets_exactly_the_given_descriptors(pipe: tuple[int, int]) -> None:
+    os.set_inheritable(pipe[0], True)  # as a careless library may do
+    listing = said(pipe, "sh", "-c", "ls -l /proc/$$/fd | sed 's/.* \\([0-9]* -> .*\\)/\\1/'")
+    numbers = [line.split(" -> ")[0] for line in listing.splitlines()[1:]]
+    assert numbers[:3] == ["0", "1", "2"]
+    assert "0 -> /dev/null" in listing
+    assert "2 -> /dev/null" in listing
+
+
+def test_descriptors_can_trade_places(pipe: tuple[int, int]) -> None:
+    one, two = process.input_file(b"one"), process.input_file(b"two")
+    said_there = said(pipe, "sh", "-c", f"cat <&{one}; cat <&{two}", fds={one: two, two: one})
+    assert said_there == "twoone"
+    os.close(one)
+    os.close(two)
+
+
+def test_the_environment_is_the_given_one(pipe: tuple[int, int]) -> None:
+    assert said(pipe, "env", env={"A": "1", "PATH": "/usr/bin"}).split() == ["A=1", "PATH=/usr/bin"]
+
+
+def test_the_default_environment_is_small(pipe: tuple[int, int]) -> None:
+    names = {line.split("=")[0] for line in said(pipe, "env").splitlines()}
+    assert names == set(process.DEFAULT_ENV)
+
+
+def test_signals_ignored_here_are_not_ignored_there(pipe: tuple[int, int]) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    try:
+        status = said(pipe, "grep", "-E", "SigIgn|SigBlk", "/proc/self/status")
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+        signal.signal(signal.SIGHUP, before)
+    assert [int(line.split()[1], 16) for line in status.splitlines()] == [0, 0]
+
+
+def test_what_cannot_be_started_raises_and_leaves_nothing() -> None:
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(FileNotFoundError):
+        process.spawn(["no-such-program"])
+    with pytest.raises(PermissionError):
+        process.spawn(["/etc/passwd"])
+    assert os.listdir("/proc/self/fd") == before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_the_pidfd_tells_the_end() -> None:
+    child = process.spawn(["sleep", "0.05"])
+    assert select.select([child.pidfd], [], [], 0) == ([], [], [])
+    assert select.select([child.pidfd], [], [], 10)[0]
+    assert process.reap(child) == 0
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(child.pidfd)
+
+
+def test_kill_group_reaches_who_left_the_session(pipe: tuple[int, int]) -> None:
+    script = "setsid sleep 1000 & echo $! ; exec sleep 1000"
+    child = process.spawn(["sh", "-c", script], stdout=pipe[1])
+    stray = int(os.read(pipe[0], 20))
+    started = process.start_time(stray)
+    waiting.until(lambda: os.getsid(stray) == stray, "the stray has left the session")
+    process.kill_group(child)
+    assert process.reap(child) == -signal.SIGKILL
+    waiting.until(lambda: not process.alive(stray, started), "the stray is dead")
+
+
+def test_alive_knows_a_process_by_its_start_and_not_by_its_number() -> None:
+    child = process.spawn(["sleep", "1000"])
+    started = process.start_time(child.pid)
+    assert process.alive(child.pid, started)
+    assert not process.alive(child.pid, started + 1)
+    process.kill_group(child)
+    select.select([child.pidfd], [], [], 10)
+    assert not process.alive(child.pid, started)  # a zombie
+    process.reap(child)
+    assert not process.alive(child.pid, started)
+    with pytest.raises(ProcessLookupError):
+        process.start_time(child.pid)
+
+
+def test_start_time_reads_past_a_name_with_blanks_and_parentheses(pipe: tuple[int, int]) -> None:
+    script = "printf 'a) R (b' > /proc/$$/comm; echo; read x"
+    child = process.spawn(["sh", "-c", script], stdin=pipe[0], stdout=pipe[1])
+    waiting.until(lambda: b") R (" in read(child.pid, "comm"), "the name is set")
+    assert process.alive(child.pid, process.start_time(child.pid))
+    process.kill_group(child)
+    process.reap(child)
+
+
+def read(pid: int, name: str) -> bytes:
+    with open(f"/proc/{pid}/{name}", "rb") as file:
+        return file.read()
