@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Coroutine, Hashable
 from cri_server import errors
 
 ID_BYTES = 32
+CLOSE_TIMEOUT = 10.0
 
 
 def new_id() -> str:
@@ -60,6 +61,13 @@ class Attempts:
             self._tasks[name] = task
             task.add_done_callback(lambda done: self._ended(name, done))
         return await asyncio.shield(task)
+
+    async def close(self) -> None:
+        """Cancel the attempts and wait until they have taken back what they made."""
+        for task in self._tasks.values():
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks.values(), timeout=CLOSE_TIMEOUT)
 
     def _ended(self, name: Hashable, task: asyncio.Task[str]) -> None:
         del self._tasks[name]

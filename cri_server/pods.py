@@ -275,6 +275,10 @@ class Pods:
                 self._ending.add(task)
                 task.add_done_callback(self._ending.discard)
 
+    async def close(self) -> None:
+        """Give up the pods in the making, before that by which they are taken back is closed."""
+        await self._attempts.close()
+
     # -- look -------------------------------------------------------------------------------------
 
     def status(self, wanted: str) -> api.PodSandboxStatus:

@@ -69,8 +69,7 @@ async def running(settings: config.Config) -> AsyncIterator[None]:
         edge = interceptors.Edge()
         server = _listen(settings.server.listen, edge, graph)
         await server.start()
-        stack.push_async_callback(server.stop, STOP_GRACE)
-        stack.push_async_callback(edge.drain)
+        stack.push_async_callback(_end, server, edge)
         log.info("listening", address=settings.server.listen, cgroup_driver=groups.driver)
         await graph.zygote.start()
         await graph.recovery.run()
@@ -111,6 +110,11 @@ def _listen(address: str, edge: interceptors.Edge, graph: "Graph") -> grpc.aio.S
     finally:
         os.umask(umask)
     return server
+
+
+async def _end(server: grpc.aio.Server, edge: interceptors.Edge) -> None:
+    """Take no more calls and give those in progress some time; recovery ends what is cut off."""
+    await asyncio.gather(server.stop(STOP_GRACE), edge.drain())
 
 
 async def _collect_addresses(network: cni.Network) -> None:
@@ -183,6 +187,7 @@ class Graph:
             bundle_host=bundle_host,
             facts=facts,
         )
+        stack.push_async_callback(self.pods.close)
         self.recovery = recovery.Recovery(
             store=records,
             pod_host=self.pods,

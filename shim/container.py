@@ -17,8 +17,8 @@ import os
 import signal
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from shim import cgroup, diagnostics, errors, logfile, loop, oom, process, reaper, runtimes, stdio
 from shim.pb import shim_pb2 as pb
@@ -47,18 +47,17 @@ _WIRE = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Spec:
+class Spec(NamedTuple):
     """What a container is made from. `silent`: nobody reads its output, so it gets /dev/null."""
 
     id: str
     bundle: str
+    cgroups: Mapping[str, str]
     log_path: str = ""
     terminal: bool = False
     stdin: bool = False
     stdin_once: bool = False
     silent: bool = False
-    cgroups: Mapping[str, str]
 
 
 class Container:

@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import json
 import os
-import shutil
 import signal
 from typing import Protocol
 
@@ -146,7 +145,7 @@ class Exec:
 
     def _clean_up(self) -> None:
         self._streams.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        _remove_directory(self._directory)
         if self._part.directories and not self._part.remove():
             self._owner.leave_part(self._part)
 
@@ -175,3 +174,11 @@ def _terminal(process_json: bytes) -> bool:
 
 def _splits(owner: container.Container) -> bool:
     return owner.runtime.can_split_cgroups(owner.cgroup.controller)
+
+
+def _remove_directory(path: str) -> None:
+    """Remove a directory of files, as far as that is possible."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(path):
+            os.unlink(os.path.join(path, name))
+        os.rmdir(path)

@@ -20,11 +20,9 @@ import os
 import select
 import sys
 import time
-import traceback
 import types
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from shim import process
 
@@ -218,8 +216,7 @@ def _loop() -> _Loop:
 
 
 def _print_error(name: str, error: BaseException) -> None:
-    print(f"task {name} failed:", file=sys.stderr)
-    traceback.print_exception(error, file=sys.stderr)
+    print(f"task {name} failed: {error!r}", file=sys.stderr)
 
 
 on_task_error: Callable[[str, BaseException], None] = _print_error
@@ -456,8 +453,7 @@ _KILL_SECONDS = 5.0
 _CHUNK = 65536
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finished:
+class Finished(NamedTuple):
     """How a program ended; `returncode` is -n when signal n killed it. Output is cut at the limit."""
 
     argv: tuple[str, ...]

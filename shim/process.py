@@ -13,7 +13,7 @@ import fcntl
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 DEFAULT_ENV: Mapping[str, str] = {"PATH": DEFAULT_PATH, "LANG": "C.UTF-8", "HOME": "/"}
@@ -22,8 +22,7 @@ DEFAULT_ENV: Mapping[str, str] = {"PATH": DEFAULT_PATH, "LANG": "C.UTF-8", "HOME
 _RESET_SIGNALS = sorted(set(range(1, 32)) - {signal.SIGKILL, signal.SIGSTOP})
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Child:
+class Child(NamedTuple):
     """A started process. Whoever has it must `reap` it, which closes the pidfd."""
 
     pid: int
@@ -42,9 +41,11 @@ def spawn(
 ) -> Child:
     """Start a program and return at once; no shell, and no descriptor but the given ones.
 
-    `env` is the whole environment (None: `DEFAULT_ENV`). A standard stream that is None is /dev/null. `fds` maps
-    numbers in the child to descriptors here. The caller keeps, and closes, what it passed.
-    Raises FileNotFoundError, PermissionError, and OSError when the host has no process or descriptor left.
+    `env` is the whole environment (None: `DEFAULT_ENV`). A standard stream that is None is
+    /dev/null. `fds` maps numbers in the child to descriptors here. The caller keeps, and closes,
+    what it passed. Python's own descriptors are closed on exec; one that this process inherited and
+    did not mark so goes along. Raises FileNotFoundError, PermissionError, and OSError when the host
+    has no process or descriptor left.
     """
     environment = DEFAULT_ENV if env is None else env
     wanted = {0: stdin, 1: stdout, 2: stderr, **(fds or {})}

@@ -20,8 +20,7 @@ import signal
 import socket
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from shim import diagnostics, errors, linux, loop, reaper
 
@@ -47,16 +46,15 @@ _MADE, _REFUSED, _FAILED = b"+", b"?", b"-"
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 0x1
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Namespaces:
+class Namespaces(NamedTuple):
     """What a pod has of its own. `paths`: "net", "ipc", "uts", "user" to the file that keeps it.
 
     Mappings are lines for uid_map and gid_map (user_namespaces(7)); they come with a "user" path and only then.
     """
 
     paths: Mapping[str, str]
-    hostname: str = ""
     sysctls: Mapping[str, str]
+    hostname: str = ""
     uid_map: str = ""
     gid_map: str = ""
 

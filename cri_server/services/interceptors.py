@@ -37,7 +37,7 @@ MUTATIONS = frozenset(
     }
 )
 MESSAGE_LIMIT = 4096
-DRAIN_TIMEOUT = 30.0
+DRAIN_TIMEOUT = 10.0
 
 Behaviour = Callable[[Any, Any], Awaitable[Any]]
 StreamBehaviour = Callable[[Any, Any], AsyncIterator[Any]]

@@ -7,8 +7,7 @@ everything killed that it started. Failures carry the runtime's own words, in on
 """
 
 import json
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from shim import errors
 
@@ -21,8 +20,7 @@ PID_FILE = "pid"
 LOG_FILE = "runtime.log"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Stdio:
+class Stdio(NamedTuple):
     """What a process gets as standard streams: descriptors (None: /dev/null), or a console socket's
     path.
     """

@@ -9,7 +9,7 @@ the runtime itself has to say comes from its log file, not from those streams.
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from shim import errors, loop, reaper, runtimes
 
@@ -17,8 +17,7 @@ _OUTPUT_LIMIT = 64 << 10
 _LOG_TAIL = 16 << 10
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Dialect:
+class Dialect(NamedTuple):
     """In what an OCI runtime's command line differs from the others'. `{log}` stands for the log
     file.
     """

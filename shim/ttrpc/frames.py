@@ -19,7 +19,7 @@ and its payload is thrown away as it arrives, so that one bad message does not c
 """
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 HEADER_LENGTH = 10
 MAX_PAYLOAD = 4 << 20
@@ -35,8 +35,7 @@ NO_DATA = 0x4
 _HEADER = struct.Struct(">IIBB")
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """A whole frame."""
 
     stream: int
@@ -45,8 +44,7 @@ class Frame:
     payload: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Oversized:
+class Oversized(NamedTuple):
     """A frame whose payload of `length` bytes is over the limit and is not kept."""
 
     stream: int

@@ -14,10 +14,10 @@ reconnects begins anew.
 import collections
 import contextlib
 import errno
+import os
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from google.protobuf.message import DecodeError, Message
 
@@ -32,16 +32,14 @@ _RESOURCE_EXHAUSTED = 8
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Unary:
+class Unary(NamedTuple):
     """A method of one request and one response."""
 
     request: type[Message]
     handler: Callable[[Any], Awaitable[Message]]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Streaming:
+class Streaming(NamedTuple):
     """A method that talks both ways until its handler returns."""
 
     request: type[Message]
@@ -66,16 +64,17 @@ class Server:
         while True:
             await loop.readable(listener.fileno())
             try:
-                accepted, _ = listener.accept()
+                # accept() would make a socket object, with enums, for what a descriptor can do.
+                accepted, _ = listener._accept()  # type: ignore[attr-defined]
             except OSError as error:
                 if error.errno in _EXHAUSTED:
                     await loop.sleep(_ACCEPT_PAUSE)
                 continue  # any other error is of the one client that has gone meanwhile
             self.connect(accepted)
 
-    def connect(self, accepted: socket.socket) -> loop.Task[None]:
-        """Serve one connection, beside all others."""
-        accepted.setblocking(False)
+    def connect(self, accepted: int) -> loop.Task[None]:
+        """Serve one connection, beside all others; the descriptor is ours from now on."""
+        os.set_blocking(accepted, False)
         return loop.spawn(_Connection(self, accepted).serve(), name="ttrpc connection")
 
     async def drain(self, *, seconds: float) -> None:
@@ -149,10 +148,10 @@ class Stream:
 
 
 class _Connection:
-    def __init__(self, server: Server, accepted: socket.socket) -> None:
+    def __init__(self, server: Server, accepted: int) -> None:
         self.room = loop.Event()  # set when a handler has taken something from its inbox
         self._server = server
-        self._socket = accepted
+        self._fd = accepted
         self._decoder = frames.Decoder()
         self._streams: dict[int, tuple[Stream, loop.Task[None]]] = {}
         self._last_number = 0
@@ -174,9 +173,9 @@ class _Connection:
     async def _receive(self) -> bytes:
         if self._closed:
             return b""
-        await loop.readable(self._socket.fileno())
+        await loop.readable(self._fd)
         try:
-            return self._socket.recv(_CHUNK)
+            return os.read(self._fd, _CHUNK)
         except ConnectionError:
             return b""
 
@@ -191,7 +190,7 @@ class _Connection:
                 watch.cancel()
 
     async def _watch_hangup(self) -> None:
-        await loop.hung_up(self._socket.fileno())
+        await loop.hung_up(self._fd)
         self._closed = True
         self.room.set()
 
@@ -201,7 +200,8 @@ class _Connection:
         for stream, task in self._streams.values():
             stream.disconnected.set()
             task.cancel()
-        loop.close(self._socket.detach())
+        fd, self._fd = self._fd, -1
+        loop.close(fd)
 
     # ---- in
 
@@ -310,10 +310,10 @@ class _Connection:
         if self._closed:
             raise BrokenPipeError(errno.EPIPE, "connection closed")
         try:
-            sent = self._socket.send(self._unsent, socket.MSG_NOSIGNAL)
+            sent = os.write(self._fd, self._unsent)
             self._unsent = self._unsent[sent:]
         except BlockingIOError:
-            await loop.writable(self._socket.fileno())
+            await loop.writable(self._fd)
 
 
 def _parse(kind: type[Message], payload: bytes) -> Any:

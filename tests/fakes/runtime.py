@@ -82,14 +82,14 @@ class Plain:
         argv = wanted["args"]
         if shutil.which(argv[0]) is None:
             raise errors.ShimError(f'exec: "{argv[0]}": executable file not found in $PATH')
-        with _streams(stdio) as (stdin, stdout, stderr):
+        with streams(stdio) as (stdin, stdout, stderr):
             child = process.spawn(argv, stdin=stdin, stdout=stdout, stderr=stderr)
         self._children.setdefault(container_id, []).append(child)
         return child.pid
 
 
 @contextlib.contextmanager
-def _streams(stdio: runtimes.Stdio) -> Iterator[tuple[int | None, int | None, int | None]]:
+def streams(stdio: runtimes.Stdio) -> Iterator[tuple[int | None, int | None, int | None]]:
     """Yield the three descriptors; those of a new terminal, whose master is sent, with a console."""
     if not stdio.console:
         yield stdio.stdin, stdio.stdout, stdio.stderr

@@ -20,7 +20,7 @@ from cri_server.pb import api_pb2 as api
 from tests import residue
 from tests.conftest import Marks
 from tests.fakes import cni
-from tests.fakes.kubelet import Kubelet, Pod, refusal
+from tests.fakes.kubelet import Kubelet, Pod, is_ready, refusal
 from tests.integration.conftest import SLEEP
 from tests.lab import cgroups, faults, network, server, waiting
 
@@ -142,6 +142,50 @@ def test_ten_megabytes_of_log_without_a_server(
     texts = [entry.text for entry in client_of(killable).log(container)]
     assert texts[0] == "ready"
     assert [int(text.split()[0]) for text in texts[1:-1]] == list(range(1, 100_001))
+
+
+def test_what_was_asked_of_a_killed_server(
+    killable: server.Site, client_of: ClientOf, reference: str
+) -> None:
+    """An exec ends with its caller; a stop can be asked for again, with less patience."""
+    client = client_of(killable)
+    deaf = "trap '' TERM; echo ready; while :; do sleep 0.05; done"
+    container = client.run(client.run_pod(), reference, ["sh", "-c", deaf])
+    client.wait_log(container, "ready")
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        stopping = pool.submit(lambda: client.stop(container, timeout=50))
+        running = pool.submit(lambda: client.exec_sync(container, ["sleep", "9868"]))
+        waiting.until(lambda: faults.processes("sleep", "9868"), "the command runs")
+        killable.kill()
+        for call in (stopping, running):
+            assert isinstance(call.exception(), grpc.RpcError)
+    waiting.until(lambda: not faults.processes("sleep", "9868"), "the command ends")
+    killable.start()
+    client = client_of(killable)
+    assert client.status(container).state == api.CONTAINER_RUNNING
+    client.stop(container)
+    assert client.status(container).exit_code == 137
+
+
+def test_a_server_that_is_asked_to_end_does_not_wait_for_ever(
+    make_site: MakeSite, client_of: ClientOf, tmp_path: Path
+) -> None:
+    plugins = cni.Fakes(tmp_path)
+    plugins.install("hanging", ADD=cni.HANG)
+    plugins.configure("hanging")
+    site = make_site(network=faults.network(plugins))
+    client = client_of(site)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        running = pool.submit(client.run_pod)
+        pids = waiting.until(plugins.hanging, "the plugin hangs")
+        begin = time.monotonic()
+        assert site.stop() == 0
+        assert time.monotonic() - begin < 20
+        assert isinstance(running.exception(), grpc.RpcError)
+    assert not [pid for pid in pids if faults.alive(pid)]
+    site.start()
+    assert plugins.cached() == []
+    assert not client_of(site).pods()
 
 
 # -- killed in the middle --------------------------------------------------------------------------
@@ -390,7 +434,10 @@ def test_a_mute_shim_does_not_keep_the_server_from_starting(
     killable.kill()
     os.kill(shim, signal.SIGSTOP)
     begin = time.monotonic()
-    killable.start()
+    killable.start(wait=False)
+    code = waiting.until(lambda: answer_of(killable), "the server answers")
+    assert code == (grpc.StatusCode.UNAVAILABLE, True)
+    waiting.until(lambda: is_ready(killable.endpoint), "the server is ready")
     assert time.monotonic() - begin < 10
     client = client_of(killable)
     assert client.pod_status(mute.id).status.state == api.SANDBOX_NOTREADY
@@ -399,6 +446,15 @@ def test_a_mute_shim_does_not_keep_the_server_from_starting(
     assert client.exec_sync(lasting, ["true"]).exit_code == 0
     client.remove_pod(mute.id)
     assert not faults.alive(shim)
+
+
+def answer_of(site: server.Site) -> tuple[grpc.StatusCode, bool] | None:
+    """Return how a server answers, and whether it says that it is starting; None when there is
+    none.
+    """
+    with Kubelet(site.endpoint) as client:
+        code, text = refusal(client.pods)
+    return (code, True) if "starting" in text else None
 
 
 # -- spoilt records --------------------------------------------------------------------------------

@@ -290,10 +290,12 @@ def test_timeout_in_time_leaves_no_timer() -> None:
 
 def test_the_outer_limit_passes_through_the_inner_one() -> None:
     async def main() -> None:
+        async def both() -> None:
+            async with loop.timeout(0.02), loop.timeout(100):
+                await forever()
+
         with pytest.raises(TimeoutError, match=r"0\.02"):
-            async with loop.timeout(0.02):
-                async with loop.timeout(100):
-                    await forever()
+            await both()
         assert clean()
 
     loop.run(main())

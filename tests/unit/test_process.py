@@ -43,19 +43,22 @@ def test_a_child_has_a_session_of_its_own_or_at_least_a_group(pipe: tuple[int, i
     assert session == os.getsid(0)
 
 
-def test_a_child_gets_exactly_the_given_descriptors(pipe: tuple[int, int]) -> None:
-    os.set_inheritable(pipe[0], True)  # as a careless library may do
-    listing = said(pipe, "sh", "-c", "ls -l /proc/$$/fd | sed 's/.* \\([0-9]* -> .*\\)/\\1/'")
-    numbers = [line.split(" -> ")[0] for line in listing.splitlines()[1:]]
-    assert numbers[:3] == ["0", "1", "2"]
-    assert "0 -> /dev/null" in listing
-    assert "2 -> /dev/null" in listing
+def test_a_child_gets_the_given_descriptors_and_none_of_ours(pipe: tuple[int, int]) -> None:
+    ours = process.input_file(b"secret")
+    given = process.input_file(b"told")
+    script = "readlink /proc/$$/fd/0 /proc/$$/fd/2; cat /proc/$$/fd/40; ls /proc/$$/fd"
+    words = said(pipe, "sh", "-c", script, fds={40: given}).split()
+    assert words[:2] == ["/dev/null", "/dev/null"]
+    assert words[2].startswith("told0")  # the listing begins with descriptor 0
+    assert str(ours) not in words
+    os.close(ours)
+    os.close(given)
 
 
 def test_descriptors_can_trade_places(pipe: tuple[int, int]) -> None:
     one, two = process.input_file(b"one"), process.input_file(b"two")
-    said_there = said(pipe, "sh", "-c", f"cat <&{one}; cat <&{two}", fds={one: two, two: one})
-    assert said_there == "twoone"
+    names = [f"/proc/self/fd/{fd}" for fd in (one, two)]
+    assert said(pipe, "cat", *names, fds={one: two, two: one}) == "twoone"
     os.close(one)
     os.close(two)
 
@@ -77,7 +80,8 @@ def test_signals_ignored_here_are_not_ignored_there(pipe: tuple[int, int]) -> No
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
         signal.signal(signal.SIGHUP, before)
-    assert [int(line.split()[1], 16) for line in status.splitlines()] == [0, 0]
+    masks = [int(line.split()[1], 16) for line in status.splitlines()]
+    assert [mask & 0x7FFFFFFF for mask in masks] == [0, 0]  # glibc has 32 and 33 for itself
 
 
 def test_what_cannot_be_started_raises_and_leaves_nothing() -> None:
@@ -126,8 +130,8 @@ def test_alive_knows_a_process_by_its_start_and_not_by_its_number() -> None:
 
 
 def test_start_time_reads_past_a_name_with_blanks_and_parentheses(pipe: tuple[int, int]) -> None:
-    script = "printf 'a) R (b' > /proc/$$/comm; echo; read x"
-    child = process.spawn(["sh", "-c", script], stdin=pipe[0], stdout=pipe[1])
+    script = "printf 'a) R (b' > /proc/$$/comm; read x"
+    child = process.spawn(["sh", "-c", script], stdin=pipe[0])
     waiting.until(lambda: b") R (" in read(child.pid, "comm"), "the name is set")
     assert process.alive(child.pid, process.start_time(child.pid))
     process.kill_group(child)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """ttrpc frames: one table for writer and reader, fed in any pieces."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,7 +34,7 @@ def test_a_frame_is_written_as_the_protocol_draws_it(frame: frames.Frame, text: 
 @given(cuts=st.lists(st.integers(0, len(WIRE))))
 def test_frames_are_read_whatever_the_pieces(cuts: list[int]) -> None:
     decoder, found, ends = frames.Decoder(), [], sorted({0, *cuts, len(WIRE)})
-    for start, end in zip(ends, ends[1:], strict=False):
+    for start, end in itertools.pairwise(ends):
         decoder.receive(WIRE[start:end])
         found += drain(decoder)
     assert found == [frame for frame, _ in TABLE]

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exits: each is delivered once, to its owner; strays are buried; nobody is signalled by mistake."""
+
+import os
+import signal
+from collections.abc import Coroutine, Iterator
+from typing import Any
+
+import pytest
+
+from shim import errors, loop, process, reaper
+
+
+@pytest.fixture
+def children() -> reaper.Reaper:
+    return reaper.Reaper()
+
+
+def drive(work: Coroutine[Any, Any, None]) -> None:
+    async def within() -> None:
+        async with loop.timeout(20):
+            await work
+
+    before = set(os.listdir("/proc/self/fd"))
+    loop.run(within())
+    assert set(os.listdir("/proc/self/fd")) <= before
+
+
+def spawn(script: str) -> int:
+    child = process.spawn(["sh", "-c", script])
+    os.close(child.pidfd)
+    return child.pid
+
+
+def zombie(script: str) -> int:
+    pid = spawn(script)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    return pid
+
+
+def exists(pid: int) -> bool:
+    return os.path.exists(f"/proc/{pid}")
+
+
+@pytest.mark.parametrize(
+    ("script", "code"), [("exit 0", 0), ("exit 3", 3), ("kill -9 $$", 137), ("kill -15 $$", 143)]
+)
+def test_the_exit_code(children: reaper.Reaper, script: str, code: int) -> None:
+    async def work() -> None:
+        assert await children.claim(spawn(script)).wait() == code
+
+    drive(work())
+
+
+def test_an_end_before_the_claim_is_not_lost(children: reaper.Reaper) -> None:
+    async def work() -> None:
+        with children.launching():
+            pid = zombie("exit 7")
+            children.sweep()
+            claimed = children.claim(pid)
+        assert await claimed.wait() == 7
+
+    drive(work())
+
+
+def test_strays_are_buried_when_nobody_launches(children: reaper.Reaper) -> None:
+    async def work() -> None:
+        with children.launching():
+            stray = zombie("exit 0")
+            children.sweep()
+            assert exists(stray)
+        assert not exists(stray)
+
+    drive(work())
+
+
+def test_a_claimed_one_is_left_to_its_owner(children: reaper.Reaper) -> None:
+    async def work() -> None:
+        claimed = children.claim(zombie("exit 5"))
+        stray = zombie("exit 0")
+        children.sweep()
+        assert await claimed.wait() == 5
+        assert not exists(stray)
+
+    drive(work())
+
+
+def test_signals_go_to_the_process_and_to_nobody_after_it(children: reaper.Reaper) -> None:
+    async def work() -> None:
+        claimed = children.claim(spawn("exec sleep 60"))
+        claimed.signal(0)
+        claimed.signal(signal.SIGTERM)
+        assert await claimed.wait() == 143
+        claimed.signal(signal.SIGKILL)
+        claimed.kill_tree()
+
+    drive(work())
+
+
+@pytest.mark.parametrize("number", [65, 1000, -1])
+def test_a_number_that_is_no_signal(children: reaper.Reaper, number: int) -> None:
+    async def work() -> None:
+        claimed = children.claim(spawn("exec sleep 60"))
+        with pytest.raises(errors.InvalidArgument):
+            claimed.signal(number)
+        claimed.signal(signal.SIGKILL)
+        await claimed.wait()
+
+    drive(work())
+
+
+def test_a_tree_is_killed(children: reaper.Reaper) -> None:
+    ours, theirs = os.pipe()
+
+    async def work() -> None:
+        script = "sleep 60 & setsid sleep 60 & wait"
+        child = process.spawn(["sh", "-c", script], stdout=theirs)
+        os.close(theirs)
+        os.close(child.pidfd)
+        claimed = children.claim(child.pid)
+        while len(list(process.descendants(child.pid))) < 2:
+            await loop.sleep(0.01)
+        claimed.kill_tree()
+        assert await claimed.wait() == 137
+        await loop.readable(ours)  # the last one has let go of the pipe
+        assert os.read(ours, 1) == b""
+        os.close(ours)
+
+    drive(work())
+
+
+def test_a_process_that_does_not_exist(children: reaper.Reaper) -> None:
+    pid = spawn("exit 0")
+    os.waitpid(pid, 0)
+    with pytest.raises(errors.Internal, match="was gone"):
+        children.claim(pid)
+
+
+def test_a_process_that_is_not_ours_has_no_code(children: reaper.Reaper) -> None:
+    async def work() -> None:
+        ours, theirs = os.pipe()
+        with children.launching():
+            pid = spawn(f"sleep 0.1 & echo $! > /proc/{os.getpid()}/fd/{theirs}")
+            grandchild = int(os.read(ours, 32))
+            claimed = children.claim(grandchild)
+            os.waitpid(pid, 0)
+        assert await claimed.wait() == reaper.LOST
+        os.close(ours)
+        os.close(theirs)
+
+    drive(work())
