@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a program to its end from the event loop: the server's one runner.
 
-Started by `shim.process.spawn` (posix_spawn, a session of its own), watched by pidfd and pipes on the
-loop itself: no thread, no child watcher, half the overhead of asyncio.create_subprocess_exec. When
-time is up or the caller is cancelled the whole process group is killed and reaped. A crash of the
-server leaves a started program to itself; whoever starts something that changes the host writes down
-the intent first.
+Started by `shim.process.spawn` (posix_spawn, a session of its own), watched by pidfd and pipes on
+the loop itself: no thread, no child watcher, half the overhead of asyncio.create_subprocess_exec.
+When time is up or the caller is cancelled the whole process group is killed and reaped. A crash of
+the server leaves a started program to itself; whoever starts something that changes the host writes
+down the intent first.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ _SHOWN = 1024  # bytes of stderr in a message
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finished:
-    """How a program ended; `returncode` is -n when signal n killed it. Output is cut at the limit."""
+    """How a program ended; `returncode` is -n when signal n killed it; output cut at the limit."""
 
     argv: tuple[str, ...]
     returncode: int
@@ -40,7 +40,7 @@ class Finished:
 
 
 class Failed(errors.Internal):
-    """The program could not be started or ended with a code that is not 0; `finished` has it all."""
+    """The program could not be started or ended with a code other than 0; `finished` has it all."""
 
     def __init__(self, finished: Finished) -> None:
         name = os.path.basename(finished.argv[0])
@@ -70,7 +70,7 @@ async def run(
     *,
     env: Mapping[str, str] | None = None,
     stdin: bytes = b"",
-    timeout: float | None,  # noqa: ASYNC109 - the tree must be dead before it is raised
+    timeout: float | None,
     check: bool = True,
     max_output: int = 1 << 20,
 ) -> Finished:

@@ -142,7 +142,7 @@ class Containers:
             await self._store.forget_container(container)
         except Exception as e:
             log.error("container left for a later removal", container=container.id, error=str(e))
-            await self._store.put_container(_ended(container, 128, "StartError", why))
+            await self._store.note_container(_ended(container, 128, "StartError", why))
 
     # -- start ------------------------------------------------------------------------------------
 
@@ -176,10 +176,10 @@ class Containers:
                 if await self._shims.reconnect(container.pod_id):
                     raise  # it is we who end; the next server asks it what became of the start
                 await self._lost(container)
-            await self._store.put_container(_ended(container, 128, "StartError", e.message))
+            await self._store.note_container(_ended(container, 128, "StartError", e.message))
             raise
         with recipe.step("record"):
-            running = await self._store.put_container(_started(container, answer))
+            running = await self._store.note_container(_started(container, answer))
         self.follow(running)
         recipe.done()
 
@@ -228,7 +228,7 @@ class Containers:
             reason=reason,
             message=record.message,
         )
-        await self._store.put_container(ended)
+        await self._store.note_container(ended)
         log.info(
             "container exited",
             pod=container.pod_id,
@@ -247,7 +247,8 @@ class Containers:
         elif container.finished_at:
             return
         elif seen is not None and seen.state in (shim_pb2.RUNNING, shim_pb2.STOPPED):
-            following = self.follow(await self._store.put_container(_started(container, seen)))
+            noted = await self._store.note_container(_started(container, seen))
+            following = self.follow(noted)
             if seen.state == shim_pb2.STOPPED:
                 await asyncio.wait([following], timeout=RECOVERY_PATIENCE)
         elif container.started_at:

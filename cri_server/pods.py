@@ -160,7 +160,7 @@ class Pods:
             await self.release(pod)
         except Exception as e:
             log.error("pod sandbox left for a later removal", pod=pod.id, error=str(e))
-            await self._store.put_pod(dataclasses.replace(pod, state=state.PodState.FAILED))
+            await self._store.note_pod(dataclasses.replace(pod, state=state.PodState.FAILED))
 
     # -- stop and remove --------------------------------------------------------------------------
 
@@ -177,11 +177,11 @@ class Pods:
         if pod.state is state.PodState.STOPPED and pod.network is None and not pod.shim_pid:
             return
         if pod.state is state.PodState.READY:
-            pod = await self._store.put_pod(
+            pod = await self._store.note_pod(
                 dataclasses.replace(pod, state=state.PodState.STOPPED, stopped_at=time.time_ns())
             )
         await self._halt(pod)
-        await self._store.put_pod(dataclasses.replace(pod, network=None, shim_pid=0, pid=0))
+        await self._store.note_pod(dataclasses.replace(pod, network=None, shim_pid=0, pid=0))
 
     async def remove(self, wanted: str) -> None:
         """Stop the pod and remove all that is its own (CRI RemovePodSandbox). OK when unknown."""
@@ -244,7 +244,7 @@ class Pods:
                     stopped = dataclasses.replace(
                         pod, state=state.PodState.STOPPED, stopped_at=time.time_ns()
                     )
-                    await self._store.put_pod(stopped)
+                    await self._store.note_pod(stopped)
                     await self._containers.stop_all(pod_id)
 
     async def give_up(self, pod_id: str) -> None:
@@ -253,7 +253,7 @@ class Pods:
             pod = self._store.pod(pod_id)
             half_made = pod.state is state.PodState.CREATING
             now = state.PodState.FAILED if half_made else state.PodState.STOPPED
-            await self._store.put_pod(
+            await self._store.note_pod(
                 dataclasses.replace(pod, state=now, stopped_at=time.time_ns())
             )
 

@@ -6,6 +6,7 @@
 
 A record is a frozen value; a change is a new record that is on disk (temporary file, then rename)
 before it can be seen in memory, so a kill at any instruction leaves the old record or the new one.
+Only the end of something is believed without: stopping and removing must work on a full disk.
 Intent is recorded first: a record whose making never ended is found by `recovery` and removed.
 Files that cannot be read are set aside as `*.broken` and logged; they never keep the server from
 starting, which then takes away what they told of (`recovery`).
@@ -162,6 +163,15 @@ class Store:
         self._of_pod.setdefault(pod.id, {})
         return pod
 
+    async def note_pod(self, pod: Pod) -> Pod:
+        """Do as `put_pod`, but a full disk does not hinder: for an end, which is found again."""
+        try:
+            return await self.put_pod(pod)
+        except OSError as e:
+            log.error("record not written", pod=pod.id, error=str(e))
+            self._pods[pod.id] = pod
+            return pod
+
     async def forget_pod(self, pod_id: str) -> None:
         """Drop the record; OK when it is not there."""
         await asyncio.to_thread((self._pods_dir / f"{pod_id}.json").unlink, missing_ok=True)
@@ -190,6 +200,15 @@ class Store:
         self._containers[container.id] = container
         self._of_pod.setdefault(container.pod_id, {})[container.id] = None
         return container
+
+    async def note_container(self, container: Container) -> Container:
+        """Do as `put_container`, but a full disk does not hinder."""
+        try:
+            return await self.put_container(container)
+        except OSError as e:
+            log.error("record not written", container=container.id, error=str(e))
+            self._containers[container.id] = container
+            return container
 
     async def forget_container(self, container: Container) -> None:
         """Drop the record; OK when it is not there."""

@@ -58,13 +58,13 @@ class Exec:
         try:
             timed_out = not await self._ends_in_time(main)
             await self._drain(timed_out=timed_out)
-            await self._client.send(pb.ExecOutput(exit=self._result(timed_out=timed_out)))
         except BaseException:
             await self._kill(main)
             raise
         finally:
             listener.cancel()
             self._clean_up()
+        await self._client.send(pb.ExecOutput(exit=self._result(timed_out=timed_out)))
 
     async def output(self, stream: str, data: bytes) -> None:
         """Pass output on to the client, as one of the `stdio.Sink`s."""

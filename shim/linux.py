@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """System calls that the standard library does not have: the only ctypes in the repository.
 
-One typed function per call, constants by their C names, every failure an `OSError` with errno and, where there
-is one, the path. Nothing here remembers anything, so there is nothing to lose in a crash. What a mount, a
-namespace or a capability is *for* is decided by the callers. The numbers of the newer calls are the same on
-every architecture (asm-generic/unistd.h); glibc of Debian 12 wraps some of them and not others, so all of them
-are called by number.
+One typed function per call, constants by their C names, every failure an `OSError` with errno and,
+where there is one, the path. Nothing here remembers anything, so there is nothing to lose in a
+crash. What a mount, a namespace or a capability is *for* is decided by the callers. The numbers of
+the newer calls are the same on every architecture (asm-generic/unistd.h); glibc of Debian 12 wraps
+some of them and not others, so all of them are called by number.
 """
 
 import ctypes
@@ -372,7 +372,7 @@ def has_capability(number: int) -> bool:
 
 
 def bounding_capabilities() -> int:
-    """Return the bounding set of this thread, one bit per capability number that the kernel knows."""
+    """Return the bounding set of this thread, one bit per capability that the kernel knows."""
     bits = number = 0
     while (present := _libc.prctl(PR_CAPBSET_READ, number, 0, 0, 0)) >= 0:
         bits |= present << number
@@ -386,7 +386,8 @@ def bounding_capabilities() -> int:
 def openat2(dirfd: int, path: str, flags: int, *, mode: int = 0, resolve: int = 0) -> int:
     """Open as openat2(2) does, always close-on-exec. ELOOP, EXDEV: `resolve` forbade the path.
 
-    EAGAIN, which RESOLVE_IN_ROOT and RESOLVE_BENEATH give when somebody renames below them, is tried again.
+    EAGAIN, which RESOLVE_IN_ROOT and RESOLVE_BENEATH give when somebody renames below them, is
+    tried again.
     """
     how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
     encoded, size = os.fsencode(path), ctypes.sizeof(how)

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A scheduler for `async def` on one epoll: what a shim has instead of asyncio, at a third of the memory.
+"""A scheduler for `async def` on one epoll: what a shim has instead of asyncio, at a third of the
+memory.
 
     run(main)  ──►  ready queue ──► task runs until it waits ──► fd │ timer │ event │ other task
                         ▲                                          │
                         └──────────────── wake ────────────────────┘
 
-Rules. A task waits for one thing at a time and its registration goes when the wait ends, however it ends.
-Two tasks that wait for the same direction of one descriptor are a bug and get RuntimeError. `cancel` raises
-`Cancelled` once, at the wait the task is in or the next one it comes to; waiting in a `finally` works.
-An error that ends a task goes to whoever joins it, else to `on_task_error`; it never ends the loop.
-There is one loop per process, none in a thread, and nothing of it survives the process.
+Rules. A task waits for one thing at a time and its registration goes when the wait ends, however it
+ends. Two tasks that wait for the same direction of one descriptor are a bug and get RuntimeError.
+`cancel` raises `Cancelled` once, at the wait the task is in or the next one it comes to; waiting in
+a `finally` works. An error that ends a task goes to whoever joins it, else to `on_task_error`; it
+never ends the loop. There is one loop per process, none in a thread, and nothing of it survives the
+process.
 """
 
 import collections
@@ -34,7 +36,7 @@ _HANGUP = select.EPOLLRDHUP
 _BROKEN = select.EPOLLHUP | select.EPOLLERR
 
 
-class Cancelled(BaseException):  # noqa: N818 - not an error
+class Cancelled(BaseException):
     """Raised inside a task that was cancelled. Clean up and let it pass."""
 
     def __init__(self, scope: "timeout | None" = None) -> None:
@@ -223,7 +225,7 @@ on_task_error: Callable[[str, BaseException], None] = _print_error
 
 
 def set_error_hook(hook: Callable[[str, BaseException], None]) -> None:
-    """Choose who is told the name and the error of a task that failed with nobody waiting for it."""
+    """Choose who is told the name and the error of a task that fails with nobody waiting."""
     global on_task_error
     on_task_error = hook
 
@@ -414,7 +416,7 @@ class Lock:
 
 
 class timeout:  # noqa: N801 - reads as a verb at the call
-    """`async with timeout(seconds):` raises TimeoutError when the block takes longer; None: never."""
+    """`async with timeout(seconds):` raises TimeoutError when it takes longer; None: never."""
 
     __slots__ = ("_seconds", "_task", "_timer")
 
@@ -454,7 +456,7 @@ _CHUNK = 65536
 
 
 class Finished(NamedTuple):
-    """How a program ended; `returncode` is -n when signal n killed it. Output is cut at the limit."""
+    """How a program ended; `returncode` is -n when signal n killed it; output cut at the limit."""
 
     argv: tuple[str, ...]
     returncode: int
@@ -468,32 +470,26 @@ async def run_command(
     stdin: bytes | int = b"",
     stdout: int | None = None,
     stderr: int | None = None,
-    timeout: float | None,  # noqa: ASYNC109 - the tree must be killed before it is raised
+    timeout: float | None,
     env: Mapping[str, str] | None = None,
     fds: Mapping[int, int] | None = None,
     max_output: int = 1 << 20,
 ) -> Finished:
-    """Run a program and collect what it says; a stream given as descriptor is passed on, not collected.
+    """Run a program and collect what it says. A stream given as a descriptor is passed on instead.
 
-    Output beyond `max_output` bytes per stream is read and dropped. Seconds after which, or when
-    cancelled, the process group is killed and reaped: `timeout`, then TimeoutError (text: the command).
-    Raises OSError when the program cannot be started; a non-zero code is the caller's business.
+    Output beyond `max_output` bytes per stream is read and dropped. After `timeout` seconds (None:
+    never), or when cancelled, the process group is killed and reaped; the former raises
+    TimeoutError, which names the command. Raises OSError when the program cannot be started; a code
+    other than 0 is the caller's business.
     """
-    given = input_fd = stdin if isinstance(stdin, int) else None
-    if isinstance(stdin, bytes) and stdin:
-        input_fd = process.input_file(stdin)
-    out, err = _Output(stdout, max_output), _Output(stderr, max_output)
-    try:
+    with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+        source = stdin if isinstance(stdin, int) else _input(stdin, theirs)
+        out = _Output(stdout, max_output, ours, theirs)
+        err = _Output(stderr, max_output, ours, theirs)
         child = process.spawn(
-            argv, env=env, stdin=input_fd, stdout=out.child_fd, stderr=err.child_fd, fds=fds
+            argv, env=env, stdin=source, stdout=out.child_fd, stderr=err.child_fd, fds=fds
         )
-    except BaseException:
-        out.abandon()
-        err.abandon()
-        raise
-    finally:
-        if input_fd is not None and given is None:
-            os.close(input_fd)
+        ours.pop_all()  # from here on the outputs close themselves
     out.start()
     err.start()
     try:
@@ -507,26 +503,37 @@ async def run_command(
     )
 
 
-class _Output:
-    """One output stream of a program: a pipe with a reading task, or a descriptor passed through."""
+def _input(data: bytes, owner: contextlib.ExitStack) -> int | None:
+    if not data:
+        return None
+    fd = process.input_file(data)
+    owner.callback(os.close, fd)
+    return fd
 
-    def __init__(self, given: int | None, limit: int) -> None:
+
+class _Output:
+    """One output stream of a program: a pipe with a task that reads, or a descriptor passed on."""
+
+    def __init__(
+        self,
+        given: int | None,
+        limit: int,
+        ours: contextlib.ExitStack,
+        theirs: contextlib.ExitStack,
+    ) -> None:
         self.data = bytearray()
         self.task: Task[None] | None = None
-        self._given = given
         self._limit = limit
-        self._read_fd, self.child_fd = (-1, given) if given is not None else os.pipe()
-
-    def abandon(self) -> None:
-        """Close both ends: there is no child."""
-        if self._given is None:
-            os.close(self.child_fd)
-            os.close(self._read_fd)
+        self._read_fd = -1
+        self.child_fd = given
+        if given is None:
+            self._read_fd, self.child_fd = os.pipe()
+            ours.callback(os.close, self._read_fd)
+            theirs.callback(os.close, self.child_fd)
 
     def start(self) -> None:
-        """Let go of the child's end and begin to read."""
-        if self._given is None:
-            os.close(self.child_fd)
+        """Begin to read."""
+        if self._read_fd >= 0:
             self.task = spawn(self._collect(), name="output")
 
     async def _collect(self) -> None:

@@ -2,12 +2,12 @@
 """Mounts as values, and what makes and removes them.
 
     Mount(type, source, target, options)
-      └─ parse_options ─► Plan ─► a detached mount, all flags set ─► attached at the target in one step
+      └─ parse_options ─► Plan ─► a detached mount with its flags ─► attached in one step
 
-`Mount` reads like an entry of the OCI spec. `overlay` stacks any number of layers with the new mount
-API and falls back to the page-sized option string. A mount appears with its flags or not at all.
-`unmount` is idempotent, it promises "nothing is mounted there", so undo, removal and recovery after
-a crash are one call. Needs Linux 5.12 (mount_setattr).
+`Mount` reads like an entry of the OCI spec. `overlay` stacks any number of layers with the new
+mount API and falls back to the page-sized option string. A mount appears with its flags or not at
+all. `unmount` is idempotent, it promises "nothing is mounted there", so undo, removal and recovery
+after a crash are one call. Needs Linux 5.12 (mount_setattr).
 """
 
 import contextlib
@@ -52,7 +52,7 @@ _PAGE_OPTIONS = os.sysconf("SC_PAGE_SIZE") - 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mount:
-    """One mount: `type` "bind" or a file system, `options` the words of mount(8) and the OCI spec.
+    """One mount: `type` "bind" or a file system, `options` the words of mount(8) and the spec.
 
     The prefix r ("rbind", "rro", "rprivate") means the whole tree. Words that mean nothing to the
     kernel's mount layer go to the file system ("size=64m", "mode=755").
@@ -101,7 +101,7 @@ class Plan:
             linux.mount_setattr(fd, "", flags, attr_set=attr_set, attr_clr=attr_clr)
 
     def set_propagation(self, fd: int) -> None:
-        """Set the propagation of an attached mount; attaching below a shared one would change it."""
+        """Set the propagation of an attached mount; to attach below a shared one changes it."""
         for kind, recursive in self.propagation:
             linux.mount_setattr(fd, "", linux.AT_EMPTY_PATH | recursive, propagation=kind)
 
@@ -134,9 +134,9 @@ def parse_options(options: Iterable[str]) -> Plan:
 def _split_recursive(word: str) -> tuple[str, int]:
     """Take the prefix r off "rbind" and "rro", not off "ro" or "relatime"."""
     base = word[1:]
-    if word.startswith("r") and word not in _ATTRIBUTES:
-        if base == "bind" or base in _ATTRIBUTES or base in _PROPAGATION:
-            return base, linux.AT_RECURSIVE
+    known = base == "bind" or base in _ATTRIBUTES or base in _PROPAGATION
+    if word.startswith("r") and word not in _ATTRIBUTES and known:
+        return base, linux.AT_RECURSIVE
     return word, 0
 
 
@@ -184,7 +184,8 @@ def mount_all(mounts: Sequence[Mount], *, root: str = "") -> None:
     done: list[str] = []
     try:
         for mount in mounts:
-            done.append(_mount_in(mount, root) if root else _mount_here(mount))
+            target = _mount_in(mount, root) if root else _mount_here(mount)
+            done.append(target)  # one by one, for the clean-up
     except BaseException:
         for target in reversed(done):
             with contextlib.suppress(OSError):  # the first error is the one to report
@@ -253,7 +254,8 @@ def overlay(
 ) -> None:
     """Stack layers at `target`, the topmost of `lowerdirs` first; without `upper` it is read-only.
 
-    `options` are words as in `Mount`. Raises OSError, whose text is overlayfs's own where it has one.
+    `options` are words as in `Mount`. Raises OSError, whose text is overlayfs's own where it has
+    one.
     """
     plan = parse_options(options)
     if upper is None and len(lowerdirs) == 1:  # overlayfs wants two; a read-only view is the same

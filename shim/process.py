@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes: started in one place, waited for by pidfd, killed as a tree.
 
-`spawn` uses posix_spawn, which shares no memory with the parent and runs no Python in the child, so it is as safe
-in a threaded gRPC server as in a shim. A child leads a session of its own: it has no terminal, no signal of ours
-reaches it, and its process group can be killed as one. Nothing here outlives this process; children do, and are
-found again by (pid, start time) with `alive`. Waiting without blocking belongs to `shim.loop` and to
-`cri_server.commands`.
+`spawn` uses posix_spawn, which shares no memory with the parent and runs no Python in the child, so
+it is as safe in a threaded gRPC server as in a shim. A child leads a session of its own: it has no
+terminal, no signal of ours reaches it, and its process group can be killed as one. Nothing here
+outlives this process; children do, and are found again by (pid, start time) with `alive`. Waiting
+without blocking belongs to `shim.loop` and to `cri_server.commands`.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from typing import NamedTuple
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 DEFAULT_ENV: Mapping[str, str] = {"PATH": DEFAULT_PATH, "LANG": "C.UTF-8", "HOME": "/"}
 
-# Python ignores SIGPIPE and SIGXFSZ, a shim ignores more; an ignored signal would be inherited through exec.
+# Python ignores SIGPIPE and SIGXFSZ, a shim ignores more; a program would inherit that.
 _RESET_SIGNALS = sorted(set(range(1, 32)) - {signal.SIGKILL, signal.SIGSTOP})
 
 
@@ -67,7 +67,9 @@ def spawn(
 
 
 def _file_actions(wanted: Mapping[int, int | None], duplicates: list[int]) -> list[tuple[int, ...]]:
-    """Plan the child's descriptors; a source that would be overwritten before its turn is duplicated."""
+    """Plan the child's descriptors; a source that would be overwritten before its turn is
+    duplicated.
+    """
     actions: list[tuple[int, ...]] = []
     for target, source in wanted.items():
         if source is None:
@@ -101,7 +103,9 @@ def find(name: str, path: str = DEFAULT_PATH) -> str:
 
 
 def input_file(data: bytes) -> int:
-    """Return a descriptor from which a child reads exactly `data`: no pipe to fill, no writer to wait for."""
+    """Return a descriptor from which a child reads exactly `data`: no pipe to fill, no writer to
+    wait for.
+    """
     fd = os.memfd_create("stdin")
     try:
         view = memoryview(data)
@@ -151,7 +155,7 @@ def _words(pid: int) -> set[bytes]:
 
 
 def descendants(pid: int) -> Iterator[int]:
-    """Yield the live descendants of a process, parents first (orphans have already gone elsewhere)."""
+    """Yield the live descendants of a process, parents first; orphans have gone elsewhere."""
     for child in _children(pid):
         yield child
         yield from descendants(child)
@@ -169,10 +173,11 @@ def _children(pid: int) -> list[int]:
 
 
 def reap(child: Child) -> int:
-    """Wait for the end of a child, release its number and pidfd; return its code, or -n for signal n.
+    """Wait for the end of a child, release its number and pidfd; return its code, or -n for signal
+    n.
 
-    Blocks when the child has not ended: wait until its pidfd is readable first. Raises ChildProcessError when
-    somebody else has waited for it.
+    Blocks when the child has not ended: wait until its pidfd is readable first. Raises
+    ChildProcessError when somebody else has waited for it.
     """
     try:
         result = os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED)
@@ -184,7 +189,8 @@ def reap(child: Child) -> int:
 
 
 def start_time(pid: int) -> int:
-    """Return when a process started, in clock ticks since boot: with the pid its identity until a reboot.
+    """Return when a process started, in clock ticks since boot: with the pid its identity until a
+    reboot.
 
     Field 22 of /proc/<pid>/stat, see proc(5). Raises ProcessLookupError.
     """
@@ -201,7 +207,9 @@ def alive(pid: int, start_time: int) -> bool:
 
 
 def _stat(pid: int) -> list[bytes]:
-    """Return the fields from the third on: the second, the command, may hold spaces and parentheses."""
+    """Return the fields from the third on: the second, the command, may hold spaces and
+    parentheses.
+    """
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             return file.read().rpartition(b")")[2].split()

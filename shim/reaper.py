@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from shim import errors, linux, loop, process
 
 LOST = 255  # the exit code of a process that was never our child
+_ADOPTION_TRIES, _ADOPTION_SECONDS = 1000, 0.002
 
 
 class Process:
@@ -32,7 +33,7 @@ class Process:
     async def wait(self) -> int:
         """Return the exit code, 128+n when signal n ended it, once it has ended; its number is free then."""
         await loop.readable(self._pidfd)
-        code = _exit_code(self._pidfd)
+        code = await _exit_code(self._pidfd)
         self._reaper.claimed.pop(self.pid, None)
         pidfd, self._pidfd = self._pidfd, -1
         os.close(pidfd)
@@ -54,16 +55,32 @@ class Process:
         """Kill it with its process group and its descendants; nothing happens when it has ended."""
         if self._pidfd >= 0:
             process.kill_group(process.Child(pid=self.pid, pidfd=self._pidfd))
+            self.signal(signal.SIGKILL)  # it need not lead a group: crun's exec does not
 
 
-def _exit_code(pidfd: int) -> int:
+async def _exit_code(pidfd: int) -> int:
+    """Return the exit code of an ended process.
+
+    The helper with which crun detaches may end after the container: it is the parent until then.
+    """
+    for _ in range(_ADOPTION_TRIES):
+        with contextlib.suppress(ChildProcessError):
+            end = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+            if end is not None:
+                return end.si_status if end.si_code == os.CLD_EXITED else 128 + end.si_status
+        if not _exists(pidfd):
+            break
+        await loop.sleep(_ADOPTION_SECONDS)
+    return LOST
+
+
+def _exists(pidfd: int) -> bool:
+    """Say whether nobody has waited for a process yet."""
     try:
-        end = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
-    except ChildProcessError:
-        return LOST
-    if end is None:
-        return LOST
-    return end.si_status if end.si_code == os.CLD_EXITED else 128 + end.si_status
+        signal.pidfd_send_signal(pidfd, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 class Reaper:

@@ -52,7 +52,7 @@ class Connection:
         method: str,
         request: Message,
         response: type[R],
-        timeout: float | None = None,  # noqa: ASYNC109 - the peer is told
+        timeout: float | None = None,
     ) -> R:
         """Make a unary call; `timeout` in seconds. Raises ShimError of the code that came back.
 

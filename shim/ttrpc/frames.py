@@ -14,8 +14,9 @@
     DATA      REMOTE_CLOSED: the last one        a message of the method
               NO_DATA: with the former, nothing
 
-`Decoder` takes bytes in any pieces and gives frames. A frame over the limit comes out as `Oversized`
-and its payload is thrown away as it arrives, so that one bad message does not cost the connection.
+`Decoder` takes bytes in any pieces and gives frames. A frame over the limit comes out as
+`Oversized` and its payload is thrown away as it arrives, so that one bad message does not cost the
+connection.
 """
 
 import struct

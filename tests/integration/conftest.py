@@ -140,6 +140,22 @@ def container(kubelet: kubelets.Kubelet, pod: kubelets.Pod, pulled: str) -> str:
 
 
 @pytest.fixture
+def traceless(
+    request: pytest.FixtureRequest, reference: str, net: network.Network, marks: Marks
+) -> Iterator[None]:
+    """Fail a test after which anything is left of its pods or its own servers, anywhere on the
+    host.
+    """
+    site: server.Site | None = None if ELSEWHERE else request.getfixturevalue("site")
+    before, known = residue.take(), set(marks.names)
+    yield
+    if site is not None:
+        marks.add_ids(site.log)
+    own = (marks.names - known) | {net.name}
+    assert residue.left(before, marks=own, alone=False) == []
+
+
+@pytest.fixture
 def make_site(
     settings: dict[str, dict[str, Any]], marks: Marks
 ) -> Iterator[Callable[..., server.Site]]:

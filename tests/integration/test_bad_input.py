@@ -350,7 +350,7 @@ def test_an_odd_pod_is_refused(kubelet: Kubelet, name: str) -> None:
     wanted = api.PodSandboxConfig(**BAD_PODS[name])
     for field, _ in wanted.ListFields():
         if field.name in ("metadata", "log_directory"):
-            config.ClearField(field.name)
+            config.ClearField(field.name)  # type: ignore[arg-type]
     config.MergeFrom(wanted)
     request = api.RunPodSandboxRequest(config=config)
     code, text = refusal(lambda: kubelet.runtime.RunPodSandbox(request))
@@ -424,7 +424,7 @@ def test_an_odd_container_is_refused(
     wanted = api.ContainerConfig(**BAD_CONTAINERS[name])
     for field, _ in wanted.ListFields():
         if field.name in ("command", "log_path"):
-            config.ClearField(field.name)
+            config.ClearField(field.name)  # type: ignore[arg-type]
     config.MergeFrom(wanted)
     request = api.CreateContainerRequest(
         pod_sandbox_id=pod.id, config=config, sandbox_config=pod.config

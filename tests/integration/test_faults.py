@@ -4,6 +4,7 @@ that race each other (hazards R06-R13, R21-R25).
 """
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import signal
@@ -16,8 +17,8 @@ import grpc
 import pytest
 
 from cri_server.pb import api_pb2 as api
+from shim import linux
 from tests import residue
-from tests.conftest import Marks
 from tests.fakes import cni
 from tests.fakes.kubelet import Kubelet, Pod, refusal
 from tests.integration.conftest import SLEEP
@@ -26,6 +27,7 @@ from tests.lab import faults, network, server, waiting
 pytestmark = [
     pytest.mark.needs("root", "netns", "overlay", "cni", "runc", "docker-registry"),
     pytest.mark.ours,
+    pytest.mark.usefixtures("traceless"),
 ]
 MakeSite = Callable[..., server.Site]
 ClientOf = Callable[[server.Site], Kubelet]
@@ -34,23 +36,6 @@ RUNNING, EXITED = api.CONTAINER_RUNNING, api.CONTAINER_EXITED
 DEADLINE = grpc.StatusCode.DEADLINE_EXCEEDED
 ADDRESS = cni.result("10.1.2.3/24")
 HANG = "sleep 1000 & sleep 1000"
-
-
-@pytest.fixture(autouse=True)
-def traceless(pulled: str, net: network.Network, marks: Marks, site: server.Site) -> Iterator[None]:
-    """Fail a test after which anything is left of its server or its pods, on any part of the
-    host.
-    """
-    before, known = residue.take(), set(marks.names)
-    yield
-    marks.add_ids(site.log)
-    own = marks.names - known
-    assert residue.left(before, marks=own, alone=False) == []
-
-
-def pid_of(client: Kubelet, container: str) -> int:
-    info = client.status_response(container, verbose=True).info["info"]
-    return int(json.loads(info)["pid"])
 
 
 def state_of(client: Kubelet, pod: Pod) -> "api.PodSandboxState.ValueType":
@@ -76,7 +61,7 @@ def test_a_killed_shim_takes_its_pod_with_it(
     pod, other = kubelet.run_pod(), kubelet.run_pod()
     tree = kubelet.run(pod, pulled, ["sh", "-c", "sleep 1000 & setsid sleep 1000 & wait"])
     lasting = kubelet.run(other, pulled, SLEEP)
-    pids = [pid_of(kubelet, tree)]
+    pids = [faults.pid_of(kubelet, tree)]
     pids += waiting.until(lambda: faults.children(pids[0]), "the container has children")
     os.kill(faults.shim_of(site, pod.id), signal.SIGKILL)
     status = kubelet.wait_exit(tree, seconds=5)
@@ -94,7 +79,7 @@ def test_a_mute_shim_disturbs_no_other_pod(
 ) -> None:
     pod, other = kubelet.run_pod(), kubelet.run_pod()
     container = kubelet.run(pod, pulled, SLEEP)
-    pid, shim = pid_of(kubelet, container), faults.shim_of(site, pod.id)
+    pid, shim = faults.pid_of(kubelet, container), faults.shim_of(site, pod.id)
     os.kill(shim, signal.SIGSTOP)
     request = api.ExecSyncRequest(container_id=container, cmd=["true"], timeout=1)
     code, _ = refusal(lambda: kubelet.runtime.ExecSync(request, timeout=0.5))
@@ -334,7 +319,7 @@ def test_a_runtime_that_hangs_in_exec(odd: Kubelet, reference: str, tmp_path: Pa
 def test_a_runtime_that_hangs_in_delete(odd: Kubelet, reference: str, tmp_path: Path) -> None:
     pod = odd.run_pod(handler="odd")
     container = odd.run(pod, reference, SLEEP)
-    pid = pid_of(odd, container)
+    pid = faults.pid_of(odd, container)
     faults.break_(tmp_path, delete=HANG)
     odd.stop(container)
     assert not faults.alive(pid)
@@ -560,3 +545,80 @@ def test_out_of_memory_at_once_is_told(kubelet: Kubelet, pod: Pod, pulled: str) 
     containers = [kubelet.run(pod, pulled, command, name=f"c{n}", linux=linux) for n in range(8)]
     statuses = [kubelet.wait_exit(container) for container in containers]
     assert {(s.exit_code, s.reason) for s in statuses} == {(137, "OOMKilled")}
+
+
+# -- want of space and of descriptors --------------------------------------------------------------
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """Return a folder that holds 30 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    linux.mount("tmpfs", os.fspath(folder), "tmpfs", 0, "size=30m")
+    yield folder
+    linux.umount2(os.fspath(folder), linux.MNT_DETACH)
+
+
+def fill(folder: Path) -> Path:
+    """Take all the space that is left; returns the file to remove."""
+    waste = folder / "waste"
+    with waste.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(1 << 16)):
+            continue
+    return waste
+
+
+def test_on_a_full_disk_things_can_still_be_ended(
+    small: Path, make_site: MakeSite, client_of: ClientOf, reference: str
+) -> None:
+    site = make_site(server={"root": os.fspath(small / "root")})
+    client = client_of(site)
+    client.pull(reference)
+    pod, other = client.run_pod(), client.run_pod()
+    stopped = client.run(pod, reference, SLEEP, name="stopped")
+    removed = client.run(pod, reference, SLEEP, name="removed")
+    lasting = client.run(other, reference, SLEEP)
+    waste = fill(small)
+    client.stop(stopped)
+    assert client.status(stopped).exit_code == 137
+    client.remove(removed)
+    refusal(lambda: client.run_pod(client.pod_config("own-late")))
+    assert len(client.pods()) == 2
+    client.remove_pod(pod.id)
+    assert [p.id for p in client.pods()] == [other.id]
+    site.kill()
+    site.start()
+    client = client_of(site)
+    assert [c.id for c in client.containers()] == [lasting]
+    waste.unlink()
+    client.remove_pod(other.id)
+    assert residue.of_folders(small / "root", site.state) == []
+
+
+def test_failures_leak_nothing_in_the_server(
+    make_site: MakeSite, client_of: ClientOf, reference: str, tmp_path: Path
+) -> None:
+    plugins = cni.Fakes(tmp_path)
+    plugins.install("first", ADD=ADDRESS)
+    plugins.configure("first")
+    site = make_site(network=faults.network(plugins), **faults.handler(tmp_path))
+    client = client_of(site)
+    client.pull(reference)
+    for cycle in range(8):
+        if cycle == 2:  # all that is made once has been made
+            before = faults.descriptors(site.pid)
+        plugins.install("first", ADD=cni.fail("no"))
+        refusal(client.run_pod)
+        plugins.install("first", ADD=ADDRESS)
+        pod = client.run_pod(handler="odd")
+        client.run(pod, reference, SLEEP, name="runs")
+        faults.break_(tmp_path, run="exit 1")
+        failing = client.create(pod, client.container_config(reference, SLEEP, name="fails"))
+        refusal(lambda: client.start(failing))  # noqa: B023
+        faults.mend(tmp_path)
+        if cycle % 2:
+            os.kill(faults.shim_of(site, pod.id), signal.SIGKILL)
+        client.remove_pod(pod.id)
+    after = faults.descriptors(site.pid)
+    assert len(after) <= len(before) + 3, (before, after)

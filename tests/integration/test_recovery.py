@@ -4,12 +4,11 @@
 """
 
 import concurrent.futures
-import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,20 +26,12 @@ from tests.lab import cgroups, faults, network, server, waiting
 pytestmark = [
     pytest.mark.needs("root", "netns", "overlay", "cni", "runc", "docker-registry"),
     pytest.mark.ours,
+    pytest.mark.usefixtures("traceless"),
     pytest.mark.timeout(120),
 ]
 MakeSite = Callable[..., server.Site]
 ClientOf = Callable[[server.Site], Kubelet]
 MOST_STEPS = 60
-
-
-@pytest.fixture(autouse=True)
-def traceless(reference: str, net: network.Network, marks: Marks) -> Iterator[None]:
-    """Fail a test after which anything is left of its server or its pods, on any part of the host."""
-    before, known = residue.take(), set(marks.names)
-    yield
-    own = (marks.names - known) | {net.name}
-    assert residue.left(before, marks=own, alone=False) == []
 
 
 @pytest.fixture
@@ -62,11 +53,6 @@ def start_of(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 
-def pid_of(client: Kubelet, container: str) -> int:
-    info = client.status_response(container, verbose=True).info["info"]
-    return int(json.loads(info)["pid"])
-
-
 # -- an idle server --------------------------------------------------------------------------------
 
 
@@ -80,7 +66,7 @@ def test_everything_is_as_it_was(
     created = client.create(pods[0], client.container_config(reference, SLEEP, name="created"))
     exited = client.run(pods[1], reference, ["sh", "-c", "exit 3"], name="exited")
     client.wait_exit(exited)
-    pid = pid_of(client, running)
+    pid = faults.pid_of(client, running)
     born = start_of(pid)
     containers = (running, created, exited)
     before = [client.status(c) for c in containers], [client.pod_status(p.id) for p in pods]
@@ -94,7 +80,7 @@ def test_everything_is_as_it_was(
     for answer in (*before[1], *after[1]):
         answer.ClearField("timestamp")
     assert after == before
-    assert (pid_of(client, running), start_of(pid)) == (pid, born)
+    assert (faults.pid_of(client, running), start_of(pid)) == (pid, born)
     assert client.exec_sync(running, ["echo", "yes"]).stdout == b"yes\n"
     request = api.ContainerStatsRequest(container_id=running)
     assert client.runtime.ContainerStats(request).stats.memory.working_set_bytes.value > 0
@@ -112,7 +98,7 @@ def test_an_end_while_nobody_looked_is_told_as_it_was(
     gate = api.Mount(host_path=os.fspath(tmp_path), container_path="/gate")
     script = "until [ -e /gate/open ]; do sleep 0.02; done; exit 42"
     container = client.run(pod, reference, ["sh", "-c", script], mounts=[gate])
-    pid = pid_of(client, container)
+    pid = faults.pid_of(client, container)
     killable.kill()
     opened = time.time_ns()
     (tmp_path / "open").touch()
@@ -330,7 +316,7 @@ def check_result(at: Scene, call: Callable[[Scene], None]) -> None:
     [pod] = pods
     assert pod.id == at.pod.id
     assert pod.state == (api.SANDBOX_NOTREADY if call is stop_pod else api.SANDBOX_READY)
-    expected = {
+    expected: dict[Callable[[Scene], None], list[int]] = {
         create: [api.CONTAINER_CREATED],
         start: [api.CONTAINER_RUNNING],
         stop: [api.CONTAINER_EXITED],
@@ -404,7 +390,7 @@ def test_a_shim_that_died_meanwhile(
     spoilt = client.run(pod, reference, SLEEP, name="spoilt")
     ended = client.run(pod, reference, ["sh", "-c", "exit 5"], name="ended")
     client.wait_exit(ended)
-    pids = [pid_of(client, lost), pid_of(client, spoilt)]
+    pids = [faults.pid_of(client, lost), faults.pid_of(client, spoilt)]
     killable.kill()
     (killable.state / "containers" / spoilt / "exit.json").write_bytes(b'{"exit_code": \xff')
     os.kill(faults.shim_of(killable, pod.id), signal.SIGKILL)
@@ -429,7 +415,7 @@ def test_a_mute_shim_does_not_keep_the_server_from_starting(
     mute, other = client.run_pod(), client.run_pod()
     container = client.run(mute, reference, SLEEP)
     lasting = client.run(other, reference, SLEEP)
-    pid = pid_of(client, container)
+    pid = faults.pid_of(client, container)
     shim = faults.shim_of(killable, mute.id)
     killable.kill()
     os.kill(shim, signal.SIGSTOP)
@@ -484,9 +470,11 @@ def test_spoilt_records_harm_nobody_else(
     whole = client.run_pod()
     lasting = client.run(whole, reference, SLEEP)
     pods = {name: client.run_pod(client.pod_config(f"own-{name}")) for name in SPOILT}
-    pids = {name: pid_of(client, client.run(pod, reference, SLEEP)) for name, pod in pods.items()}
+    pids = {
+        name: faults.pid_of(client, client.run(pod, reference, SLEEP)) for name, pod in pods.items()
+    }
     strays = {name: client.run(whole, reference, SLEEP, name=name) for name in SPOILT}
-    pids |= {f"stray {name}": pid_of(client, stray) for name, stray in strays.items()}
+    pids |= {f"stray {name}": faults.pid_of(client, stray) for name, stray in strays.items()}
     killable.kill()
     for name, how in SPOILT.items():
         spoil(killable.root / f"pods/{pods[name].id}.json", how)

@@ -3,13 +3,15 @@
 found and ended behind its back.
 """
 
+import contextlib
+import json
 import os
 import stat
 from pathlib import Path
 from typing import Any
 
-from tests.fakes import cni
-from tests.lab import server
+from tests.fakes import cni, kubelet
+from tests.lab import server, waiting
 
 ODD = "odd"
 _WRAPPER = """#!/bin/sh
@@ -70,6 +72,15 @@ def children(pid: int) -> list[int]:
     return [int(word) for word in text.split()]
 
 
+def descriptors(pid: int) -> list[str]:
+    """Return what a process has open."""
+    found = []
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # closed while we look
+            found.append(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return sorted(found)
+
+
 def name_of(pid: int) -> str:
     """Return what a process calls itself."""
     return Path(f"/proc/{pid}/comm").read_text().strip()
@@ -88,6 +99,12 @@ def processes(*words: str) -> list[int]:
     return found
 
 
+def pid_of(client: kubelet.Kubelet, container: str) -> int:
+    """Return the pid of a running container's first process."""
+    info = client.status_response(container, verbose=True).info["info"]
+    return int(json.loads(info)["pid"])
+
+
 def shim_of(site: server.Site, pod_id: str) -> int:
     """Return the pid of a pod's shim: the one that listens on its socket."""
     path = os.fspath(site.state / "pods" / pod_id / "shim.sock")
@@ -95,8 +112,13 @@ def shim_of(site: server.Site, pod_id: str) -> int:
     inodes = {
         f"socket:[{line[6]}]" for line in lines if line[7:] == [path] and line[3] == "00010000"
     }
-    [pid] = [p for p in map(int, filter(str.isdigit, os.listdir("/proc"))) if _has(p, inodes)]
-    return pid
+
+    def only() -> int | None:  # a child of it that is about to become a program has it open too
+        pids = map(int, filter(str.isdigit, os.listdir("/proc")))
+        found = [pid for pid in pids if _has(pid, inodes)]
+        return found[0] if len(found) == 1 else None
+
+    return waiting.until(only, f"one process listens on {path}")
 
 
 def _has(pid: int, files: set[str]) -> bool:

@@ -2,6 +2,7 @@
 """The scheduler of a shim: waiting, cancelling, time limits, running programs."""
 
 import os
+import resource
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -451,3 +452,21 @@ def test_a_hundred_commands_leave_no_descriptor() -> None:
         assert clean()
 
     loop.run(main())
+
+
+def test_without_descriptors_a_command_fails_and_keeps_none() -> None:
+    async def main() -> None:
+        before = os.listdir("/proc/self/fd")
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        for room in range(7):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (len(before) + room, limit[1]))
+            try:
+                with suppress(OSError):
+                    await loop.run_command(["true"], stdin=b"x", timeout=20)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+            assert os.listdir("/proc/self/fd") == before
+
+    loop.run(main())
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
