@@ -79,8 +79,8 @@ def _texts(pid: int, sockets: dict[str, str]) -> Iterator[str]:
     with contextlib.suppress(OSError):
         yield os.readlink(f"/proc/{pid}/cwd")
     with contextlib.suppress(OSError):
-        for entry in os.scandir(f"/proc/{pid}/fd"):
-            target = os.readlink(entry.path)
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            target = os.readlink(f"/proc/{pid}/fd/{name}")
             yield sockets.get(target, target)
 
 

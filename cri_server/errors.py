@@ -16,8 +16,9 @@
         └── SignatureValidationFailed   "SignatureValidationFailed: ..."
 
 The class attribute `code` is the name of a gRPC status code as a string: only `services` knows gRPC
-and turns it into one. Messages are shown to users in Kubernetes events: short, first words first, no
-secrets, no line breaks. The kubelet strips the status of a failed pull only when its code is UNKNOWN.
+and turns it into one. Messages are shown to users in Kubernetes events: short, first words first,
+no secrets, no line breaks. The kubelet strips the status of a failed pull only when its code is
+UNKNOWN.
 """
 
 

@@ -4,9 +4,9 @@
     Zygote.fork(pod_id, socket_path, handler=...) ─► pid        the shim serves on socket_path
     ShimClient.connect(socket_path) ─► typed verbs, exec_sync, exec, attach
 
-Neither holds anything that matters: a shim outlives the server that forked it, and a new server finds
-it by connecting to the socket path and asking `ping`. Every failure is a `shim.errors.ShimError` with
-the code that the shim gave; Unavailable when it cannot be reached.
+Neither holds anything that matters: a shim outlives the server that forked it, and a new server
+finds it by connecting to the socket path and asking `ping`. Every failure is a
+`shim.errors.ShimError` with the code that the shim gave; Unavailable when it cannot be reached.
 """
 
 import asyncio
@@ -47,7 +47,7 @@ class Zygote:
     """Forks shims. Starts its process on demand and again when it has died; one fork at a time."""
 
     def __init__(self, *, stderr: int = 2) -> None:
-        """`stderr` is the descriptor that the zygote and its shims write their JSON log lines to."""
+        """`stderr` is the descriptor that the zygote and its shims write JSON log lines to."""
         self._stderr = stderr
         self._lock = asyncio.Lock()
         self._child: process.Child | None = None
@@ -157,13 +157,13 @@ class Zygote:
 
 
 def _argv(fd: int) -> list[str]:
-    """Return the zygote's command; by path, so that it is the same code as ours wherever that is."""
+    """Return the zygote's command; by path, so that its code is ours wherever that is."""
     main = os.path.join(os.path.dirname(os.path.abspath(__file__)), "__main__.py")
     return [sys.executable, "-I", main, "zygote", str(fd)]
 
 
 def _listen(path: str) -> socket.socket:
-    """Return a listening socket that only root reaches. Raises FileExistsError: a shim serves it."""
+    """Return a listening socket that only root reaches. FileExistsError: a shim serves it."""
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     listener = socket.socket(socket.AF_UNIX)
     try:
@@ -212,9 +212,9 @@ class ExecResult:
 class ShimClient:
     """One shim. The verbs are those of proto/shim/v1/shim.proto, where they are explained.
 
-    All share one connection, whose loss sets `closed` and ends what is in progress with Unavailable;
-    a new client must be connected then. `timeout` is in seconds, None waits for ever; a call that is
-    late or cancelled goes on in the shim.
+    All share one connection, whose loss sets `closed` and ends what is in progress with
+    Unavailable; a new client must be connected then. `timeout` is in seconds, None waits for ever;
+    a call that is late or cancelled goes on in the shim.
     """
 
     def __init__(self, socket_path: str, connection: ttrpc.Connection) -> None:
@@ -336,13 +336,17 @@ class ShimClient:
 
     @contextlib.asynccontextmanager
     async def exec(self) -> AsyncIterator[ttrpc.Stream[pb.ExecOutput]]:
-        """Open an exec of its own connection; send ExecInput, `start` first. Leaving the block kills it."""
+        """Open an exec of its own connection; send ExecInput, `start` first. Leaving the block
+        kills it.
+        """
         async with self._stream("Exec", pb.ExecOutput) as stream:
             yield stream
 
     @contextlib.asynccontextmanager
     async def attach(self) -> AsyncIterator[ttrpc.Stream[pb.AttachOutput]]:
-        """Open an attach of its own connection; send AttachInput, `start` first. Leaving it detaches."""
+        """Open an attach of its own connection; send AttachInput, `start` first. Leaving it
+        detaches.
+        """
         async with self._stream("Attach", pb.AttachOutput) as stream:
             yield stream
 

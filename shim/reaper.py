@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ends of processes that an OCI runtime left to us: each exit is delivered once, by pidfd, never by number.
+"""The ends of processes that an OCI runtime left to us: each exit is delivered once, by pidfd,
+never by number.
 
-A shim is a child subreaper, so a container's init, an exec's process and, where a container shares the host's pid
-namespace, their orphans become its children. The first two are claimed by number as soon as the runtime has told
-it; while a runtime is at work nobody knows which zombie is to be claimed, so strays are reaped only between.
-The exits of a shim that died are lost; `cri_server` reports them as 255.
+A shim is a child subreaper, so a container's init, an exec's process and, where a container shares
+the host's pid namespace, their orphans become its children. The first two are claimed by number as
+soon as the runtime has told it; while a runtime is at work nobody knows which zombie is to be
+claimed, so strays are reaped only between. The exits of a shim that died are lost; `cri_server`
+reports them as 255.
 """
 
 import contextlib
@@ -19,7 +21,9 @@ _ADOPTION_TRIES, _ADOPTION_SECONDS = 1000, 0.002
 
 
 class Process:
-    """A claimed process. `wait` once; it ends the claim. `signal` is harmless when the process has ended."""
+    """A claimed process. `wait` once; it ends the claim. `signal` is harmless when the process has
+    ended.
+    """
 
     def __init__(self, reaper: "Reaper", pid: int) -> None:
         try:
@@ -31,7 +35,9 @@ class Process:
         reaper.claimed[pid] = self
 
     async def wait(self) -> int:
-        """Return the exit code, 128+n when signal n ended it, once it has ended; its number is free then."""
+        """Return the exit code, 128+n when signal n ended it, once it has ended; its number is free
+        then.
+        """
         await loop.readable(self._pidfd)
         code = await _exit_code(self._pidfd)
         self._reaper.claimed.pop(self.pid, None)
@@ -65,7 +71,7 @@ async def _exit_code(pidfd: int) -> int:
     """
     for _ in range(_ADOPTION_TRIES):
         with contextlib.suppress(ChildProcessError):
-            end = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+            end = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)  # noqa: ASYNC222 - it returns at once
             if end is not None:
                 return end.si_status if end.si_code == os.CLD_EXITED else 128 + end.si_status
         if not _exists(pidfd):
@@ -92,7 +98,7 @@ class Reaper:
         self._disposition = 0
 
     def claim(self, pid: int) -> Process:
-        """Watch a process that a runtime has just started. Raises Internal when it does not exist."""
+        """Watch a process that a runtime has just started. Raises Internal if it does not exist."""
         return Process(self, pid)
 
     @contextlib.contextmanager
@@ -122,7 +128,9 @@ class Reaper:
         self._disposition = linux.signal_ignore(signal.SIGCHLD)
 
     async def run(self) -> None:
-        """Become a subreaper and sweep whenever a child ends, until cancelled. `prepare` comes first."""
+        """Become a subreaper and sweep whenever a child ends, until cancelled. `prepare` comes
+        first.
+        """
         linux.prctl_set_child_subreaper()
         ours, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         previous = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)

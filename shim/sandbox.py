@@ -6,10 +6,10 @@
                      └──fork──► with a user namespace: unshare(user) and the rest happen in a child
                                 of the maker, which writes the mappings and binds from outside
 
-Either all paths are namespaces afterwards or none is. The mounts survive a shim and are gone after a
-reboot; `release` may be repeated and takes what it finds. Which sysctls a pod may have is decided by
-`cri_server`; here only those are refused that would not stay inside the pod. All the work is done in
-the maker, so that none of its memory stays with the shim.
+Either all paths are namespaces afterwards or none is. The mounts survive a shim and are gone after
+a reboot; `release` may be repeated and takes what it finds. Which sysctls a pod may have is decided
+by `cri_server`; here only those are refused that would not stay inside the pod. All the work is
+done in the maker, so that none of its memory stays with the shim.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ _FLAGS = {
     "ipc": linux.CLONE_NEWIPC,
     "uts": linux.CLONE_NEWUTS,
 }
-# Which namespace confines a sysctl, by the beginning of its name; see namespaces(7), ipc_namespaces(7).
+# Which namespace confines a sysctl, by the beginning of its name: namespaces(7).
 _SYSCTL_HOMES = (
     ("net/", "net"),
     ("kernel/shm", "ipc"),
@@ -49,7 +49,8 @@ _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 0x1
 class Namespaces(NamedTuple):
     """What a pod has of its own. `paths`: "net", "ipc", "uts", "user" to the file that keeps it.
 
-    Mappings are lines for uid_map and gid_map (user_namespaces(7)); they come with a "user" path and only then.
+    Mappings are lines for uid_map and gid_map (user_namespaces(7)); they come with a "user" path
+    and only then.
     """
 
     paths: Mapping[str, str]
@@ -60,8 +61,8 @@ class Namespaces(NamedTuple):
 
 
 async def create(wanted: Namespaces, children: reaper.Reaper) -> None:
-    """Make and pin the namespaces. Raises InvalidArgument for a sysctl, Internal for what the kernel
-    refuses.
+    """Make and pin the namespaces. Raises InvalidArgument for a sysctl, Internal for what the
+    kernel refuses.
     """
     if not wanted.paths and not wanted.sysctls:
         return
@@ -80,7 +81,7 @@ async def create(wanted: Namespaces, children: reaper.Reaper) -> None:
         finally:
             os.close(ours)
             os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            os.waitpid(pid, 0)  # noqa: ASYNC222 - killed: it ends at once
 
 
 def _check(answer: bytes) -> None:
@@ -92,7 +93,7 @@ def _check(answer: bytes) -> None:
 
 
 def release(paths: Iterable[str]) -> None:
-    """Unmount and remove the files that keep namespaces; each is tried. Raises the first OSError."""
+    """Unmount and remove the files that keep namespaces, each; raises the first OSError."""
     failures = []
     for path in paths:
         try:
@@ -132,7 +133,9 @@ def _unpin(path: str) -> None:
 
 
 def _plan_sysctls(wanted: Namespaces) -> dict[str, str]:
-    """Return paths below /proc/sys to values. Raises InvalidArgument, naming what would reach the host."""
+    """Return paths below /proc/sys to values. Raises InvalidArgument, naming what would reach the
+    host.
+    """
     plan = {}
     for name, value in wanted.sysctls.items():
         path = sysctl_path(name)

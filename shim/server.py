@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shim's service: messages in, one call to the supervisor, messages out. No decision is made here.
+"""The shim's service: messages in, one call to the supervisor, messages out. No decision is made
+here.
 
-`Shim.serve` is where a forked shim begins and ends. Errors travel by their code; see `shim.ttrpc.server`.
+`Shim.serve` is where a forked shim begins and ends. Errors travel by their code; see
+`shim.ttrpc.server`.
 """
 
 import os
@@ -47,10 +49,10 @@ class Shim:
         self._ttrpc = ttrpc.Server(SERVICE, self._service.methods())
 
     async def rehearse(self) -> None:
-        """Live through the life of a container that does nothing, so that what Python does once is
-        done: it halves what each call changes in a shim's memory.
+        """Live through the life of a container that does nothing, so that what Python does once
+        (caches, specialised code) is done here and shared: 0.1 MB less for every shim.
         """
-        directory = f"/tmp/cri-zygote-{os.urandom(8).hex()}"
+        directory = f"/tmp/cri-zygote-{os.urandom(8).hex()}"  # noqa: S108 - mkdir makes or fails
         os.mkdir(directory, 0o700)
         ours, theirs = socket.socketpair()
         connection = self._ttrpc.connect(theirs.detach())
@@ -229,8 +231,8 @@ def _paths(request: pb.CreateSandboxRequest) -> dict[str, str]:
 
 
 def _namespaces(request: pb.CreateSandboxRequest) -> sandbox.Namespaces:
-    mapped = bool(request.uid_mappings and request.gid_mappings)
-    if mapped != bool(request.user_path):
+    given = {bool(m) for m in (request.user_path, request.uid_mappings, request.gid_mappings)}
+    if len(given) > 1:
         raise errors.InvalidArgument("user_path, uid_mappings, gid_mappings: all or none")
     return sandbox.Namespaces(
         paths=_paths(request),

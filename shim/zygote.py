@@ -5,12 +5,13 @@
          ▲                                                                              │
          └─────────────────────────────────── ForkReply ◄───────────────────────────────┘
 
-A fork takes about a millisecond, and a shim's own memory is only what it changes. Therefore all that
-can be made before a pod is known is made here once, and between two forks the zygote does nothing:
-a page that it wrote would be the last shim's to keep. The child reads the request and answers it.
+A fork takes about a millisecond, and a shim's own memory is only what it changes. Therefore all
+that can be made before a pod is known is made here once, and between two forks the zygote does
+nothing: a page that it wrote would be the last shim's to keep. The child reads the request and
+answers it.
 
-The zygote ends when the server does (its socket closes); shims are in sessions of their own and live
-on. When it dies early nobody loses anything: `shim.client.Zygote` starts another.
+The zygote ends when the server does (its socket closes); shims are in sessions of their own and
+live on. When it dies early nobody loses anything: `shim.client.Zygote` starts another.
 """
 
 import contextlib
@@ -57,7 +58,7 @@ async def _serve(control: socket.socket) -> None:
 async def _be_shim(
     shim: server.Shim, request: bytes, descriptor: int, control: socket.socket
 ) -> None:
-    """Leave everything of the zygote's behind and serve; the process ends here, whatever happens."""
+    """Leave all of the zygote's behind and serve; the process ends here, whatever happens."""
     code = 1
     try:
         loop.after_fork()

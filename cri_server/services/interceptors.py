@@ -125,7 +125,7 @@ class Edge(grpc.aio.ServerInterceptor):
             task.exception()  # for whoever still waits; nobody may be left
 
     async def drain(self) -> None:
-        """Wait for the mutations that were accepted, but not for ever: recovery finishes the rest."""
+        """Wait for accepted mutations, but not for ever: recovery finishes the rest."""
         if self._accepted:
             await asyncio.wait(self._accepted, timeout=DRAIN_TIMEOUT)
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A ttrpc server on `shim.loop`: one task per connection and one per call.
 
-    serve ── accept ──► _Connection.serve ── REQUEST ──► unary task   runs to its end, whoever leaves
-                             │                    └────► stream task  cancelled when the connection goes
+    serve ── accept ──► _Connection.serve ── REQUEST ──► unary task  runs to its end, alone too
+                             │                    └────► stream task cancelled with the connection
                              └─ DATA ──► Stream.recv
 
 Back-pressure is the socket's, both ways: `Stream.send` returns when the socket has taken the frame,
-and a connection is not read while a stream's inbox is full. ttrpc has no flow control of its own, so
-a streaming call should have a connection of its own. Nothing survives the process; a client that
+and a connection is not read while a stream's inbox is full. ttrpc has no flow control of its own,
+so a streaming call should have a connection of its own. Nothing survives the process; a client that
 reconnects begins anew.
 """
 
@@ -78,7 +78,9 @@ class Server:
         return loop.spawn(_Connection(self, accepted).serve(), name="ttrpc connection")
 
     async def drain(self, *, seconds: float) -> None:
-        """Wait until unary calls in progress are answered: when `serve` has ended, before the loop does."""
+        """Wait until unary calls in progress are answered: when `serve` has ended, before the loop
+        does.
+        """
         with contextlib.suppress(TimeoutError):
             async with loop.timeout(seconds):
                 while self._unary:
@@ -130,7 +132,7 @@ class Stream:
         return _parse(self._request, payload)
 
     async def send(self, message: Message) -> None:
-        """Send a message; returns when the socket has it. Raises Unavailable: the client has gone."""
+        """Send a message; returns when the socket has it. Unavailable: the client has gone."""
         payload = message.SerializeToString()
         await self._connection.send(frames.encode(self._number, frames.DATA, 0, payload))
 

@@ -174,7 +174,7 @@ def test_an_end_before_run_returns_is_not_lost(lab: Lab) -> None:
 def test_a_missing_program_is_named(lab: Lab) -> None:
     async def work() -> None:
         made = lab.prepare("no-such-program")
-        with pytest.raises(errors.ShimError, match="no-such-program.*not found") as caught:
+        with pytest.raises(errors.ShimError, match=r"no-such-program.*not found") as caught:
             await lab.run(made)
         assert "\n" not in caught.value.message
         await lab.runtime.delete(made.id)
@@ -185,7 +185,7 @@ def test_a_missing_program_is_named(lab: Lab) -> None:
 def test_an_id_is_used_once(lab: Lab) -> None:
     async def work() -> None:
         async with lab.running() as (made, _):
-            with pytest.raises(errors.ShimError, match="exist"):
+            with pytest.raises(errors.ShimError, match=r"exist"):
                 await lab.run(made)
 
     lab.drive(work())
@@ -207,7 +207,7 @@ def test_exec_is_a_process_in_the_container(lab: Lab) -> None:
 
 def test_exec_joins_the_namespaces(real: Lab) -> None:
     async def work() -> None:
-        async with real.running("sh", "-c", "hostname inside; exec sleep 60") as (made, init):
+        async with real.running("sh", "-c", "hostname inside; exec sleep 60") as (made, _):
             await loop.sleep(0.1)
             with pipe() as (out, stdout):
                 await real.exec(made, "hostname", stdout=stdout)
@@ -219,7 +219,7 @@ def test_exec_joins_the_namespaces(real: Lab) -> None:
 def test_exec_of_a_missing_program_is_named(lab: Lab) -> None:
     async def work() -> None:
         async with lab.running() as (made, _):
-            with pytest.raises(errors.ShimError, match="no-such-program.*not found"):
+            with pytest.raises(errors.ShimError, match=r"no-such-program.*not found"):
                 await lab.exec(made, "no-such-program")
 
     lab.drive(work())
@@ -228,7 +228,7 @@ def test_exec_of_a_missing_program_is_named(lab: Lab) -> None:
 def test_exec_in_what_does_not_run_is_an_error(lab: Lab) -> None:
     async def work() -> None:
         made = lab.prepare("true")
-        with pytest.raises(errors.ShimError, match="does not exist|No such file"):
+        with pytest.raises(errors.ShimError, match=r"does not exist|No such file"):
             await lab.exec(made, "true")
 
     lab.drive(work())
@@ -258,7 +258,7 @@ def test_update_sets_resources(lab: Lab) -> None:
         async with lab.running() as (made, _):
             await lab.runtime.update(made.id, b'{"pids": {"limit": 33}}')
             if lab.name != "plain":
-                assert limit(made) == "33"
+                assert made.pids_limit() == "33"
 
     lab.drive(work())
 
@@ -311,14 +311,13 @@ def test_a_runtime_that_hangs_is_killed_with_its_children(
 
     async def work() -> None:
         made = lab.prepare(*FOREVER)
+        verbs: dict[str, Callable[[], Coroutine[Any, Any, object]]] = {
+            "run": lambda: lab.run(made),
+            "exec": lambda: lab.exec(made, "true"),
+            "delete": lambda: lab.runtime.delete(made.id),
+        }
         with pytest.raises(errors.DeadlineExceeded, match=f"{verb} did not end within 0.5 s"):
-            match verb:
-                case "run":
-                    await lab.run(made)
-                case "exec":
-                    await lab.exec(made, "true")
-                case "delete":
-                    await lab.runtime.delete(made.id)
+            await verbs[verb]()
 
     lab.drive(work())
     waiting.until(lambda: not faults.processes("sleep", "321"), "its children are dead")
@@ -381,9 +380,3 @@ def test_a_runtime_that_is_not_there(tmp_path: Path, root: Path) -> None:
 )
 def test_the_last_error_of_what_a_runtime_said(said: bytes, message: str) -> None:
     assert runtimes.last_error(said) == message
-
-
-def limit(made: bundle.Bundle) -> str:
-    """Return the pids limit of a container."""
-    directory = made.cgroups.get("pids") or made.cgroups[""]
-    return Path(directory, "pids.max").read_text().strip()

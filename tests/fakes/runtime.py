@@ -38,8 +38,7 @@ class Plain:
         await self._begin("run", container_id)
         if container_id in self._children:
             raise errors.ShimError(f"container with id exists: {container_id}")
-        config = json.loads(Path(bundle, "config.json").read_text())
-        return self._spawn(container_id, config["process"], stdio)
+        return self._spawn(container_id, _load(bundle, "config.json")["process"], stdio)
 
     async def exec(
         self, container_id: str, *, directory: str, cgroup: str, stdio: runtimes.Stdio
@@ -48,8 +47,7 @@ class Plain:
         await self._begin("exec", container_id)
         if container_id not in self._children:
             raise errors.ShimError("container does not exist")
-        wanted = json.loads(Path(directory, runtimes.PROCESS_FILE).read_text())
-        return self._spawn(container_id, wanted, stdio)
+        return self._spawn(container_id, _load(directory, runtimes.PROCESS_FILE), stdio)
 
     async def update(self, container_id: str, resources: bytes) -> None:
         """Remember the resources."""
@@ -88,9 +86,14 @@ class Plain:
         return child.pid
 
 
+def _load(folder: str, name: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(Path(folder, name).read_text())
+    return loaded
+
+
 @contextlib.contextmanager
 def streams(stdio: runtimes.Stdio) -> Iterator[tuple[int | None, int | None, int | None]]:
-    """Yield the three descriptors; those of a new terminal, whose master is sent, with a console."""
+    """Yield the three descriptors: with a console those of a new terminal, whose master is sent."""
     if not stdio.console:
         yield stdio.stdin, stdio.stdout, stdio.stderr
         return

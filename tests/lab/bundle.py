@@ -45,6 +45,16 @@ class Bundle:
         """Where tests let the container log."""
         return self.path / "logs" / "0.log"
 
+    def pids_limit(self) -> str:
+        """Return the limit that its cgroup has."""
+        directory = self.cgroups.get("pids") or self.cgroups[""]
+        return Path(directory, "pids.max").read_text().strip()
+
+    def parts(self) -> list[str]:
+        """Return what execs have of its cgroup."""
+        paths = (os.path.join(d, n) for d in self.cgroups.values() for n in os.listdir(d))
+        return [path for path in paths if os.path.basename(path).startswith("exec-")]
+
     def lines(self) -> list[tuple[str, str, str]]:
         """Return the log as (stream, tag, content)."""
         records = [line.split(" ", 3)[1:] for line in self.log.read_text().splitlines()]

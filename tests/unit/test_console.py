@@ -68,9 +68,7 @@ def test_a_message_without_a_terminal_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("width", "height", "seen"), [(80, 25, (25, 80)), (1 << 20, 0, (0, 65535))]
 )
-def test_resize(
-    terminal: tuple[int, int], width: int, height: int, seen: tuple[int, int]
-) -> None:
+def test_resize(terminal: tuple[int, int], width: int, height: int, seen: tuple[int, int]) -> None:
     master, slave = terminal
     console.resize(master, width, height)
     size = fcntl.ioctl(slave, termios.TIOCGWINSZ, bytes(8))

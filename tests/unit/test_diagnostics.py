@@ -55,7 +55,7 @@ def test_a_line_fits_into_one_write(pipe: tuple[int, int]) -> None:
 
 def test_a_full_pipe_is_not_waited_for(pipe: tuple[int, int]) -> None:
     os.set_blocking(pipe[1], False)
-    with pytest.raises(BlockingIOError):
+    with suppress(BlockingIOError):
         while True:
             os.write(pipe[1], b"x" * 4096)
     os.set_blocking(pipe[1], True)

@@ -101,9 +101,9 @@ def test_a_sysctl_of_the_host_is_refused(paths: dict[str, str], tmp_path: Path, 
 
 @ROOT
 def test_a_sysctl_needs_its_namespace(paths: dict[str, str]) -> None:
-    with pytest.raises(errors.InvalidArgument, match="kernel.shmmni"):
+    with pytest.raises(errors.InvalidArgument, match=r"kernel.shmmni"):
         create({"net": paths["net"]}, sysctls={"kernel.shmmni": "77"})
-    with pytest.raises(errors.InvalidArgument, match="kernel.shmmni"):
+    with pytest.raises(errors.InvalidArgument, match=r"kernel.shmmni"):
         create({}, sysctls={"kernel.shmmni": "77"})
 
 

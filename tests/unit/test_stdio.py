@@ -12,6 +12,7 @@ import pytest
 from shim import errors, logfile, loop, process, runtimes, stdio
 from tests.fakes import runtime
 
+SIZED = 'until [ "$(stty size 2>&1)" = "40 120" ]; do sleep 0.01; done; echo sized'
 HOLD = "sleep 60 & echo $!; exec 2>&-"  # a background child keeps stdout open
 
 
@@ -205,15 +206,14 @@ def test_a_patient_drain_waits_for_a_slow_client(tmp_path: Path) -> None:
 
     async def work() -> None:
         job.sink.gate = loop.Event()
-        await job.start("head -c 100000 /dev/zero")
-        loop.spawn(open_later(job.sink.gate))
-        await job.sink.arrived.wait()
-        await job.streams.drain(0.05, patient=True)
+        await job.start("echo; sleep 0.1; head -c 60000 /dev/zero")
         await job.wait()
+        loop.spawn(open_later(job.sink.gate))
+        await job.streams.drain(0.05, patient=True)
         job.streams.close()
 
     drive(work())
-    assert len(job.sink.data["stdout"]) == 100_000
+    assert len(job.sink.data["stdout"]) == 60_001
 
 
 def test_an_impatient_drain_leaves_a_slow_client_behind_but_not_the_log(tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_a_terminal_has_one_stream_and_a_size(tmp_path: Path) -> None:
 
     async def work() -> None:
         job.streams.resize(120, 40)
-        await job.start("stty size; echo err >&2; read x; stty size; echo got $x")
+        await job.start(f"{SIZED}; echo err >&2; read x; stty size; echo got $x")
         while b"err" not in job.sink.data["stdout"]:
             await loop.sleep(0.01)
         job.streams.resize(100, 30)
@@ -321,7 +321,7 @@ def test_a_terminal_has_one_stream_and_a_size(tmp_path: Path) -> None:
 
     drive(work())
     seen = job.sink.data["stdout"].decode().split("\r\n")
-    assert seen == ["40 120", "err", "word", "30 100", "got word", ""]
+    assert seen == ["sized", "err", "word", "30 100", "got word", ""]
     assert job.logged() == [f"stdout F {line}" for line in seen[:-1]]
 
 
@@ -355,7 +355,7 @@ def test_the_last_words_of_a_runtime_that_logged_nothing(tmp_path: Path) -> None
         raise runtimes.Silent("said nothing")
 
     async def work() -> None:
-        with pytest.raises(errors.ShimError, match="^the reason$"):
+        with pytest.raises(errors.ShimError, match=r"^the reason$"):
             await job.streams.connect(os.fspath(tmp_path), launch)
         job.streams.close()
 
@@ -369,7 +369,7 @@ def test_silence_is_told_as_silence(tmp_path: Path) -> None:
         raise runtimes.Silent("said nothing")
 
     async def work() -> None:
-        with pytest.raises(errors.ShimError, match="^said nothing$"):
+        with pytest.raises(errors.ShimError, match=r"^said nothing$"):
             await job.streams.connect(os.fspath(tmp_path), launch)
         job.streams.close()
 
