@@ -234,8 +234,8 @@ class CreateSandboxRequest(_message.Message):
     hostname: _builtins.str
     """Set in the new UTS namespace; empty leaves the host's name."""
     bundle: _builtins.str
-    """The bundle of the sandbox container (config.json written), empty where none is needed. Its namespaces name the
-    paths above, so it is started after they exist.
+    """The bundle of the sandbox container (config.json written), for a runtime whose sandbox is one piece with it (a VM).
+    The init of a runc pod with a shared PID namespace is started by Create and Start, while the network is attached.
     """
     id: _builtins.str
     """Its id for the OCI runtime."""
