@@ -103,8 +103,12 @@ class Shims:
         path = str(self._files.socket(pod.id))
         handler = self.handler(pod.handler)
         with translated():
-            await self._zygote.fork(pod.id, path, handler=handler)
-            await self._connect(pod.id)
+            pid = await self._zygote.fork(pod.id, path, handler=handler)
+            self._clients[pod.id] = await client.ShimClient.connect(path)
+        try:
+            self._pids[pod.id] = (pid, process.start_time(pid))
+        except ProcessLookupError as e:
+            raise errors.Unavailable(f"shim of pod sandbox {pod.id[:13]} ended at once") from e
         return self._pids[pod.id]
 
     def remember(self, pod: state.Pod) -> None:

@@ -120,7 +120,10 @@ class Container:
             await self.cgroup.kill_all()
 
     async def wait(self) -> pb.ExitRecord | None:
-        """Return how it ended, once its output and the record are on disk."""
+        """Return how it ended, once its output and the record are on disk.
+
+        None: it was deleted without ever having run.
+        """
         await self._stopped.wait()
         return self.exit
 
@@ -130,6 +133,7 @@ class Container:
         async with self._lock:
             self.streams.close()
             self._log.close()
+            self._stopped.set()  # for who waits for one that never ran
             for name in (runtimes.PID_FILE, runtimes.LOG_FILE, EXIT_FILE):
                 with contextlib.suppress(OSError):
                     os.unlink(os.path.join(self.spec.bundle, name))
@@ -217,16 +221,23 @@ class Container:
         await self._finish(pb.ExitRecord(exit_code=code, finished_at=time.time_ns()))
 
     async def _finish(self, record: pb.ExitRecord) -> None:
-        await self.cgroup.kill_all()
-        await self.streams.drain(_DRAIN_SECONDS, patient=False)
-        self.streams.close()
-        self._log.close()
+        try:
+            await self._settle()
+        except Exception as error:  # An end must be told, whatever went wrong with the rest.
+            diagnostics.report("cannot settle an end", container=self.spec.id, error=error)
         record.oom_killed = oom.kills(self.spec.cgroups) > 0
         self._write(record)
         self.exit = record
         self.state = State.STOPPED
         self._stopped.set()
         self._removal = loop.spawn(self._remove(), name="remove")
+
+    async def _settle(self) -> None:
+        """Kill what the init has left and bring the last output into the log."""
+        await self.cgroup.kill_all()
+        await self.streams.drain(_DRAIN_SECONDS, patient=False)
+        self.streams.close()
+        self._log.close()
 
     def _write(self, record: pb.ExitRecord) -> None:
         """Put the record beside the bundle; waiters are told even if that fails, for they cannot do

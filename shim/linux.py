@@ -122,8 +122,6 @@ CAP_BPF = 39
 
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522
 
-_SIG_ERR = ctypes.c_void_p(-1).value
-_SIG_IGN = 1
 
 _NR_OPEN_TREE = 428
 _NR_MOVE_MOUNT = 429
@@ -151,8 +149,6 @@ _libc.setns.argtypes = (ctypes.c_int, ctypes.c_int)
 _libc.prctl.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
 _libc.syncfs.argtypes = (ctypes.c_int,)
 _libc.sethostname.argtypes = (ctypes.c_char_p, ctypes.c_size_t)
-_libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
-_libc.signal.restype = ctypes.c_void_p
 _libc.capget.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
 
 
@@ -339,23 +335,6 @@ def prctl_set_name(name: str) -> None:
 def set_pdeathsig(signal: int) -> None:
     """Ask for this signal when the *thread* that made this process ends."""
     _check(_libc.prctl(PR_SET_PDEATHSIG, signal, 0, 0, 0))
-
-
-def signal_ignore(number: int) -> int:
-    """Ignore a signal behind Python's back; return what `signal_restore` takes to undo that."""
-    return _signal(number, _SIG_IGN)
-
-
-def signal_restore(number: int, disposition: int) -> None:
-    """Set a disposition that `signal_ignore` returned: Python's own handler works again."""
-    _signal(number, disposition)
-
-
-def _signal(number: int, disposition: int) -> int:
-    previous = _libc.signal(number, disposition)
-    if previous == _SIG_ERR:
-        _check(-1)
-    return int(previous or 0)
 
 
 def effective_capabilities() -> int:

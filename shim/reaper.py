@@ -95,7 +95,6 @@ class Reaper:
     def __init__(self) -> None:
         self.claimed: dict[int, Process] = {}
         self._launching = 0
-        self._disposition = 0
 
     def claim(self, pid: int) -> Process:
         """Watch a process that a runtime has just started. Raises Internal if it does not exist."""
@@ -122,19 +121,14 @@ class Reaper:
             except ChildProcessError:
                 return
 
-    def prepare(self) -> None:
-        """Install what `run` needs and forks inherit; dead children are the kernel's until then."""
-        signal.signal(signal.SIGCHLD, lambda *_: None)  # the handler only writes to the wakeup pipe
-        self._disposition = linux.signal_ignore(signal.SIGCHLD)
-
     async def run(self) -> None:
-        """Become a subreaper and sweep whenever a child ends, until cancelled. `prepare` comes
-        first.
+        """Become a subreaper and sweep whenever a child ends, until cancelled.
+
+        SIGCHLD must have a handler (the zygote's), for without one nothing is written to the pipe.
         """
         linux.prctl_set_child_subreaper()
         ours, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         previous = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-        linux.signal_restore(signal.SIGCHLD, self._disposition)
         try:
             while True:
                 await loop.readable(ours)

@@ -68,6 +68,7 @@ class Streams:
         start.
         """
         if self._silent:
+            self._input_ready.set()
             return await launch(runtimes.Stdio())
         if self._terminal:
             return await self._connect_terminal(directory, launch)

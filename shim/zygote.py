@@ -19,6 +19,7 @@ import gc
 import os
 import signal
 import socket
+from collections.abc import Callable
 
 from shim import diagnostics, linux, loop, server
 from shim.pb import shim_pb2 as pb
@@ -41,7 +42,7 @@ async def _serve(control: socket.socket) -> None:
     """Be the zygote and, in every child, a shim."""
     shim = server.Shim()
     await shim.rehearse()
-    shim.children.prepare()
+    signal.signal(signal.SIGCHLD, _bury(os.getpid()))
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -53,6 +54,17 @@ async def _serve(control: socket.socket) -> None:
         if linux.fork() == 0:
             await _be_shim(shim, request, descriptors[0], control)
         os.close(descriptors[0])
+
+
+def _bury(zygote: int) -> Callable[[int, object], None]:
+    """Return the handler that reaps dead shims; a shim inherits it, and has a reaper of its own."""
+
+    def bury(_: int, __: object) -> None:
+        with contextlib.suppress(ChildProcessError):
+            while os.getpid() == zygote and os.waitpid(-1, os.WNOHANG)[0]:
+                continue
+
+    return bury
 
 
 async def _be_shim(
@@ -84,10 +96,9 @@ def _answer(control: socket.socket, told: pb.ForkRequest) -> None:
 
 
 def _reset_process() -> None:
-    """Take the identity of a shim."""
+    """Take the identity of a shim; becoming a subreaper is the reaper's."""
     os.setsid()
     os.chdir("/")
-    linux.prctl_set_child_subreaper()
     _write_proc("/proc/self/comm", b"cri-shim")
     _write_proc("/proc/self/oom_score_adj", _OOM_SCORE_ADJ)
 

@@ -22,7 +22,6 @@ class Dialect(NamedTuple):
     file.
     """
 
-    global_flags: tuple[str, ...] = ()
     log_flags: tuple[str, ...] = ("--log", "{log}", "--log-format", "json")
     # The hierarchies ("v1", "v2") in which `exec --cgroup` takes "[controller:]name".
     exec_cgroups: frozenset[str] = frozenset()
@@ -34,7 +33,7 @@ DIALECTS: Mapping[str, Dialect] = {
     "crun": Dialect(
         log_flags=("--log", "file:{log}", "--log-format", "json"), exec_cgroups=frozenset({"v2"})
     ),
-    "runsc": Dialect(global_flags=("--ignore-cgroups=false",)),
+    "runsc": Dialect(),
     "youki": Dialect(),
 }
 
@@ -52,7 +51,7 @@ class Oci:
     def __init__(
         self, path: str, root: str, *, dialect: Dialect, children: reaper.Reaper, timeout: float
     ) -> None:
-        self._base = (path, "--root", root, *dialect.global_flags)
+        self._base = (path, "--root", root)
         self._dialect = dialect
         self._children = children
         self._timeout = timeout

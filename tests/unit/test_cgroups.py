@@ -7,6 +7,7 @@ from typing import Literal
 import pytest
 
 from cri_server import cgroups, errors
+from shim import process
 
 V1 = """\
 1 0 0:1 / /sys/fs/cgroup/cpu,cpuacct rw,nosuid shared:1 - cgroup cgroup rw,cpu,cpuacct
@@ -89,3 +90,16 @@ def test_a_parent_in_use_is_removed_with_its_last_user(tmp_path: Path) -> None:
     assert (tmp_path / "root").is_dir()
     g.remove(("/root/p2",))
     assert not (tmp_path / "root").exists()
+
+
+def test_no_path_is_not_the_root(tmp_path: Path) -> None:
+    child = process.spawn(["sleep", "1000"])
+    (tmp_path / "cgroup.procs").write_text(f"{child.pid}\n")
+    hierarchy = cgroups.Hierarchy(mode="v2", v1={}, unified=tmp_path)
+    groups = cgroups.Cgroups(hierarchy, "cgroupfs")
+    for nowhere in ("", "/", "//"):
+        assert not groups.kill(nowhere)
+        groups.remove_all(nowhere)
+    assert process.alive(child.pid, process.start_time(child.pid))
+    process.kill_group(child)
+    process.reap(child)

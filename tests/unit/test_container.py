@@ -236,6 +236,38 @@ def test_before_the_start(tmp_path: Path) -> None:
     assert case.runtime.calls == []
 
 
+def test_who_waits_for_one_that_never_runs_is_told_of_its_deletion(tmp_path: Path) -> None:
+    case = Case(tmp_path)
+
+    async def work() -> None:
+        waiting = loop.spawn(case.it.wait())
+        await loop.sleep(0)
+        await case.it.delete()
+        assert await waiting.join() is None
+
+    drive(work())
+
+
+def test_an_end_is_told_even_if_its_clean_up_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(tmp_path, "exit 3")
+
+    async def fail() -> bool:
+        raise PermissionError(1, "not this one")
+
+    monkeypatch.setattr(case.it.cgroup, "kill_all", fail)
+
+    async def work() -> None:
+        await case.it.start()
+        record = await case.it.wait()
+        assert record is not None
+        assert record.exit_code == 3
+        await case.end()
+
+    drive(work())
+
+
 def test_while_it_runs(tmp_path: Path) -> None:
     case = Case(tmp_path)
 

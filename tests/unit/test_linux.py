@@ -192,20 +192,6 @@ def test_capabilities_are_those_that_the_kernel_shows() -> None:
     assert linux.has_capability(linux.CAP_SYS_ADMIN) is expected
 
 
-def test_an_ignored_signal_is_python_s_again_when_restored() -> None:
-    def work() -> tuple[int, int]:
-        heard: list[int] = []
-        signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
-        before = linux.signal_ignore(signal.SIGUSR1)
-        os.kill(os.getpid(), signal.SIGUSR1)
-        ignored = len(heard)
-        linux.signal_restore(signal.SIGUSR1, before)
-        os.kill(os.getpid(), signal.SIGUSR1)
-        return ignored, len(heard)
-
-    assert in_child(work) == "(0, 1)"
-
-
 def test_fork_makes_a_child_that_can_go_on() -> None:
     r, w = os.pipe()
     pid = linux.fork()

@@ -59,3 +59,29 @@ async def test_a_failed_attempt_leaves_the_name_free() -> None:
     with pytest.raises(ValueError, match="no"):
         await attempts.join("n", fail)
     assert await attempts.join("n", make) == "id"
+
+
+async def test_closing_cancels_attempts_and_waits_for_their_undo() -> None:
+    attempts, begun, undone = names.Attempts(), asyncio.Event(), []
+
+    async def make() -> str:
+        try:
+            begun.set()
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            undone.append("it")
+        return "never"
+
+    waiter = asyncio.create_task(attempts.join("n", make))
+    await begun.wait()
+    await attempts.close()
+    assert undone == ["it"]
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
+
+
+def test_ids_are_told_from_other_names() -> None:
+    assert names.is_id(names.new_id())
+    for other in ("", "ab" * 31, "AB" * 32, "g" * 64, "../" + "a" * 61):
+        assert not names.is_id(other)

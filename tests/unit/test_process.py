@@ -141,3 +141,20 @@ def test_start_time_reads_past_a_name_with_blanks_and_parentheses(pipe: tuple[in
 def read(pid: int, name: str) -> bytes:
     with open(f"/proc/{pid}/{name}", "rb") as file:
         return file.read()
+
+
+def test_orphans_are_found_by_arguments_and_variables() -> None:
+    mark = os.urandom(8).hex()
+    by_words = process.spawn(["sh", "-c", "sleep 1000 & wait", "sh", mark, "two"])
+    by_variable = process.spawn(["sleep", "1000"], env={**process.DEFAULT_ENV, "MARK": mark})
+    other = process.spawn(["sh", "-c", "sleep 1000", "sh", mark])
+    waiting.until(lambda: list(process.descendants(by_words.pid)), "the child has a child")
+    below = list(process.descendants(by_words.pid))
+    assert process.kill_orphans(mark, "two")
+    assert process.reap(by_words) == -signal.SIGKILL
+    waiting.until(lambda: not any(map(os.path.exists, map("/proc/{}".format, below))), "gone")
+    assert process.kill_orphans(f"MARK={mark}")
+    assert process.reap(by_variable) == -signal.SIGKILL
+    assert not process.kill_orphans(mark, "two")
+    process.kill_group(other)
+    process.reap(other)

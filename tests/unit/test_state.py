@@ -2,6 +2,7 @@
 """Records: what is written is what is read, and a broken file harms nobody."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,13 @@ async def test_a_broken_record_is_set_aside(store: state.Store, tmp_path: Path) 
     good = await store.put_pod(pod())
     (tmp_path / "pods/bad.json").write_text('{"version": 1, "config"')
     (tmp_path / "pods/old.json").write_text('{"version": 99, "config": {}}')
+    text = (tmp_path / f"pods/{good.id}.json").read_text()
+    (tmp_path / "pods/copy.json").write_text(text)
+    (tmp_path / "pods/types.json").write_text(
+        text.replace(good.id, "types").replace('"created_at":', '"created_at":"x","was":')
+    )
+    (tmp_path / "pods/deep.json").write_text("[" * 100_000)
+    (tmp_path / "pods/folder.json").mkdir()
     (tmp_path / "pods/half.tmp").write_text("{")
 
     again = state.Store(tmp_path)
@@ -79,7 +87,22 @@ async def test_a_broken_record_is_set_aside(store: state.Store, tmp_path: Path) 
 
     assert [p.id for p in again.pods()] == [good.id]
     left = sorted(p.name for p in (tmp_path / "pods").iterdir())
-    assert left == sorted(["bad.broken", "old.broken", f"{good.id}.json"])
+    broken = {"bad", "old", "copy", "types", "deep", "folder"}
+    assert left == sorted([*(f"{name}.broken" for name in broken), f"{good.id}.json"])
+    assert again.unreadable == broken
+
+
+async def test_an_end_is_believed_without_a_disk(store: state.Store, tmp_path: Path) -> None:
+    made = await store.put_pod(pod())
+    inside = await store.put_container(container(made))
+    for folder in ("pods", "containers"):
+        shutil.rmtree(tmp_path / folder)
+    with pytest.raises(OSError, match="No such file"):
+        await store.put_pod(made)
+    await store.note_pod(dataclasses.replace(made, stopped_at=5))
+    await store.note_container(dataclasses.replace(inside, finished_at=6))
+    assert store.pod(made.id).stopped_at == 5
+    assert store.container(inside.id).finished_at == 6
 
 
 async def test_unknown_fields_of_a_newer_server_are_ignored(
