@@ -296,7 +296,7 @@ async def test_a_hanging_add_is_killed_with_its_children_and_undone(host: fakes.
     assert host.verbs() == ["main ADD", "extra ADD", "extra DEL", "main DEL"]
     assert host.cached() == []
     pid = int((host.bin / "calls" / "hanging").read_text())
-    assert gone(pid)
+    await fakes.until(lambda: gone(pid), "the plugin to be gone")
 
 
 async def test_a_hanging_del_leaves_time_for_the_others(host: fakes.Fakes) -> None:
@@ -325,7 +325,7 @@ async def test_a_cancelled_attach_ends_the_plugin_and_is_undone_without_the_call
     await network.detach(attachment())  # waits for the undo, then has nothing to do
     assert host.verbs() == ["main ADD", "extra ADD", "extra DEL", "main DEL"]
     assert host.cached() == []
-    assert gone(*pids)
+    await fakes.until(lambda: gone(*pids), "the plugin to be gone")
 
 
 async def test_a_caller_at_its_deadline_does_not_wait_for_the_undo(host: fakes.Fakes) -> None:
@@ -454,7 +454,7 @@ async def test_close_ends_a_status_that_hangs(host: fakes.Fakes) -> None:
     network.status()
     await fakes.until(host.hanging, "STATUS to hang")
     await network.close()
-    assert gone(*host.hanging())
+    await fakes.until(lambda: gone(*host.hanging()), "the plugin to be gone")
 
 
 async def test_a_new_configuration_stands_on_the_old_verdict_until_it_is_asked(
