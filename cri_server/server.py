@@ -134,7 +134,10 @@ async def _check_networks(pod_host: pods.Pods) -> None:
 async def _measure(layers: snapshots.Snapshots) -> None:
     """Keep the sizes of writable layers fresh, so that no request has to look."""
     while True:
-        await layers.refresh()
+        try:
+            await layers.refresh()
+        except OSError as e:  # the next look may go well; the old sizes stand until then
+            log.warning("sizes of writable layers not measured", error=str(e))
         await asyncio.sleep(MEASURE_EVERY)
 
 
