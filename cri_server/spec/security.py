@@ -10,7 +10,7 @@ from typing import Literal
 
 from cri_server import errors
 from cri_server.pb import api_pb2 as api
-from cri_server.spec import checks, oci, seccomp, types
+from cri_server.spec import checks, oci, seccomp, seccompfile, types
 
 # In the kernel's order: the position is the number (capabilities(7)).
 CAPABILITIES = tuple(
@@ -256,7 +256,7 @@ def seccomp_profile(
         raise errors.InvalidArgument("seccomp: this host's kernel has none")
     if kind == "default":
         return seccomp.default(frozenset(held), host.machine)
-    return seccomp.localhost(localhost, path)
+    return seccompfile.checked(localhost, path)
 
 
 def apparmor(context: _Context, host: types.HostFacts) -> str:

@@ -314,6 +314,9 @@ def test_the_default_seccomp_profile_denies_what_it_should_by_every_entry(
         syscalls.Call(165, (0, 0)): errno.EPERM,  # mount
         syscalls.Call(135, (0x40000,)): errno.EPERM,  # personality(ADDR_NO_RANDOMIZE)
         syscalls.Call(135, (0xFFFFFFFF,)): "ok",
+        syscalls.Call(318, (0, 0)): "ok",  # getrandom
+        syscalls.Call(101, (16, 0)): errno.ESRCH,  # ptrace(ATTACH, 0): allowed, and nobody there
+        syscalls.Call(439, (100, 0)): errno.EFAULT,  # faccessat2: let through, the path is none
         syscalls.Call(39): "ok",  # getpid
     }
     program = root / "bin/calls"

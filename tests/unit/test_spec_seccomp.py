@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import pytest
 
+from cri_server import spec
 from cri_server.spec import oci, seccomp
 
 ADMIN = frozenset({"CAP_SYS_ADMIN"})
@@ -23,12 +24,32 @@ DENIED = """
 io_uring_setup io_uring_enter io_uring_register keyctl add_key request_key kexec_load mount umount2
 unshare setns bpf perf_event_open init_module clone3 socketcall socket personality pivot_root
 nfsservctl open_by_handle_at userfaultfd reboot syslog chroot fsopen move_mount settimeofday acct
-iopl mbind
+iopl mbind move_pages pidfd_getfd kcmp process_madvise swapon kexec_file_load vhangup
+"""
+NEEDED = """
+getrandom cachestat map_shadow_stack fchmodat2 mseal futex_wait futex_wake futex_requeue futex_waitv
+setxattrat getxattrat statmount listmount lsm_get_self_attr lsm_list_modules file_getattr rseq
+epoll_pwait2 ptrace process_vm_readv landlock_restrict_self seccomp memfd_create close_range
+"""
+NEVER = """
+io_uring_setup io_uring_enter io_uring_register keyctl add_key request_key kexec_load pivot_root
+kexec_file_load swapon swapoff userfaultfd socketcall move_pages nfsservctl create_module sysfs
+uselib ustat vm86 get_kernel_syms query_module
 """
 
 
 def test_without_capabilities_these_are_not_simply_allowed() -> None:
     assert allowed(seccomp.default(frozenset(), "x86_64")) & set(DENIED.split()) == set()
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64", "riscv64"])
+def test_what_libraries_and_languages_live_on_is_allowed(machine: str) -> None:
+    assert set(NEEDED.split()) <= allowed(seccomp.default(frozenset(), machine))
+
+
+def test_no_capability_brings_these() -> None:
+    everything = seccomp.default(frozenset(spec.CAPABILITIES), "x86_64")
+    assert allowed(everything) & set(NEVER.split()) == set()
 
 
 @pytest.mark.parametrize(
@@ -40,7 +61,11 @@ def test_without_capabilities_these_are_not_simply_allowed() -> None:
         ("CAP_SYS_TIME", ["settimeofday", "clock_settime"]),
         ("CAP_DAC_READ_SEARCH", ["open_by_handle_at"]),
         ("CAP_SYS_NICE", ["mbind", "set_mempolicy_home_node"]),
+        ("CAP_SYS_PTRACE", ["kcmp", "pidfd_getfd", "process_madvise"]),
         ("CAP_BPF", ["bpf"]),
+        ("CAP_PERFMON", ["perf_event_open"]),
+        ("CAP_SYSLOG", ["syslog"]),
+        ("CAP_SYS_BOOT", ["reboot"]),
     ],
 )
 def test_calls_come_with_their_capability(capability: str, names: Iterable[str]) -> None:
