@@ -21,7 +21,19 @@ from collections.abc import Sequence
 import structlog
 from google.protobuf import json_format
 
-from cri_server import bundles, config, errors, host, locks, names, shims, spec, state, steps
+from cri_server import (
+    bundles,
+    config,
+    errors,
+    events,
+    host,
+    locks,
+    names,
+    shims,
+    spec,
+    state,
+    steps,
+)
 from cri_server.images import store as images
 from cri_server.pb import api_pb2 as api
 from shim import errors as shim_errors
@@ -51,8 +63,10 @@ class Containers:
         bundle_host: bundles.Bundles,
         shim_host: shims.Shims,
         facts: host.Host,
+        event_host: events.Events,
     ) -> None:
         self._settings, self._store, self._images = settings, store, image_store
+        self._events = event_host
         self._bundles, self._shims, self._facts = bundle_host, shim_host, facts
         self._attempts, self._locks = names.Attempts(), locks.Locks()
         self._running: dict[str, asyncio.Event] = {}  # set when the container has ended
@@ -119,6 +133,7 @@ class Containers:
             await self._undo(container, str(e))
             raise
         recipe.done()
+        self._publish(events.CREATED, container)
         return container.id
 
     def _target(self, pod: state.Pod, wanted: api.ContainerConfig) -> int:
@@ -177,11 +192,16 @@ class Containers:
                     raise  # it is we who end; the next server asks it what became of the start
                 await self._lost(container)
             await self._store.note_container(_ended(container, 128, "StartError", e.message))
+            self._publish(events.STOPPED, container)
             raise
         with recipe.step("record"):
             running = await self._store.note_container(_started(container, answer))
+        self._publish(events.STARTED, running)
         self.follow(running)
         recipe.done()
+
+    def _publish(self, kind: events.Kind, container: state.Container) -> None:
+        self._events.publish(kind, container.id, pod=container.pod_id)
 
     def follow(self, container: state.Container) -> "asyncio.Task[None]":
         """Record the container's end when the shim tells it. Used at start, and by recovery for
@@ -236,6 +256,7 @@ class Containers:
             code=record.exit_code,
             reason=reason,
         )
+        self._publish(events.STOPPED, ended)
         self._running.pop(container_id).set()
 
     async def recover(self, container: state.Container, seen: shim_pb2.Container | None) -> None:
@@ -306,6 +327,7 @@ class Containers:
             await self._forget_in_shim(container)
             await self._bundles.remove(container)
             await self._store.forget_container(container)
+            self._publish(events.DELETED, container)
             return True
 
     async def _forget_in_shim(self, container: state.Container) -> None:

@@ -26,6 +26,7 @@ from cri_server import (
     config,
     containers,
     errors,
+    events,
     host,
     locks,
     names,
@@ -59,8 +60,10 @@ class Pods:
         container_host: containers.Containers,
         bundle_host: bundles.Bundles,
         facts: host.Host,
+        event_host: events.Events,
     ) -> None:
         self._settings, self._store, self._files = settings, store, files
+        self._events = event_host
         self._groups, self._network, self._shims = groups, network, shim_host
         self._containers, self._bundles, self._facts = container_host, bundle_host, facts
         self._attempts, self._locks = names.Attempts(), locks.Locks()
@@ -94,6 +97,8 @@ class Pods:
             log.warning("pod sandbox failed", pod=pod.id, error=str(e))
             await self._undo(pod)
             raise
+        for kind in (events.CREATED, events.STARTED):  # for a sandbox they are one moment
+            self._events.publish(kind, pod.id, pod=pod.id)
         return pod.id
 
     async def _begin(self, wanted: api.PodSandboxConfig, handler: str) -> state.Pod:
@@ -177,11 +182,16 @@ class Pods:
         if pod.state is state.PodState.STOPPED and pod.network is None and not pod.shim_pid:
             return
         if pod.state is state.PodState.READY:
-            pod = await self._store.note_pod(
-                dataclasses.replace(pod, state=state.PodState.STOPPED, stopped_at=time.time_ns())
-            )
+            pod = await self._note_stopped(pod)
         await self._halt(pod)
         await self._store.note_pod(dataclasses.replace(pod, network=None, shim_pid=0, pid=0))
+
+    async def _note_stopped(self, pod: state.Pod) -> state.Pod:
+        noted = await self._store.note_pod(
+            dataclasses.replace(pod, state=state.PodState.STOPPED, stopped_at=time.time_ns())
+        )
+        self._events.publish(events.STOPPED, pod.id, pod=pod.id)
+        return noted
 
     async def remove(self, wanted: str) -> None:
         """Stop the pod and remove all that is its own (CRI RemovePodSandbox). OK when unknown."""
@@ -190,7 +200,9 @@ class Pods:
             async with self._locks.held(pod.id):
                 pod = self._store.pod(pod.id)
                 await self._stop(pod)
+                last = self.status(pod.id)
                 await self.release(self._store.pod(pod.id))
+                self._events.publish(events.DELETED, pod.id, pod=pod.id, status=last)
 
     async def _halt(self, pod: state.Pod) -> None:
         """End what runs; containers first, then the network, then the shim with the namespaces."""
@@ -241,10 +253,7 @@ class Pods:
                 pod = self._store.pod(pod_id)
                 if pod.state is state.PodState.READY:
                     log.warning("pod sandbox ended by itself", pod=pod_id)
-                    stopped = dataclasses.replace(
-                        pod, state=state.PodState.STOPPED, stopped_at=time.time_ns()
-                    )
-                    await self._store.note_pod(stopped)
+                    await self._note_stopped(pod)
                     await self._containers.stop_all(pod_id)
 
     async def give_up(self, pod_id: str) -> None:

@@ -21,6 +21,7 @@ from cri_server import (
     config,
     containers,
     errors,
+    events,
     exec,
     host,
     imagehost,
@@ -44,6 +45,7 @@ log = structlog.get_logger()
 MESSAGE_LIMIT = 32 << 20  # peers accept 16 and 80 MiB; a kubelet receives 16
 NETWORK_CHECK = 2.0  # seconds between looks at the pinned network namespaces
 STOP_GRACE = 10.0
+STREAM_GRACE = 1.0
 MEASURE_EVERY = 10.0
 
 
@@ -70,6 +72,7 @@ async def running(settings: config.Config) -> AsyncIterator[None]:
         server = _listen(settings.server.listen, edge, graph)
         await server.start()
         stack.push_async_callback(_end, server, edge)
+        stack.callback(graph.events.close)
         log.info("listening", address=settings.server.listen, cgroup_driver=groups.driver)
         await graph.zygote.start()
         await graph.recovery.run()
@@ -113,8 +116,15 @@ def _listen(address: str, edge: interceptors.Edge, graph: "Graph") -> grpc.aio.S
 
 
 async def _end(server: grpc.aio.Server, edge: interceptors.Edge) -> None:
-    """Take no more calls and give those in progress some time; recovery ends what is cut off."""
-    await asyncio.gather(server.stop(STOP_GRACE), edge.drain())
+    """Take no more calls and give those in progress some time; recovery ends what is cut off.
+
+    A stream whose reader does not read cannot be ended, only cut: it holds nothing up for long.
+    """
+    stopping = asyncio.create_task(server.stop(STOP_GRACE))
+    await edge.drain()
+    await asyncio.wait([stopping], timeout=STREAM_GRACE)
+    await server.stop(None)
+    await stopping
 
 
 async def _collect_addresses(network: cni.Network) -> None:
@@ -170,6 +180,9 @@ class Graph:
             self.layers,
             in_use=lambda: {layer for c in records.containers() for layer in c.layers},
         )
+        self.events = events.Events(
+            lambda pod_id: (self.pods.status(pod_id), container_host.statuses(pod_id))
+        )
         container_host = containers.Containers(
             settings=settings,
             store=records,
@@ -177,6 +190,7 @@ class Graph:
             bundle_host=bundle_host,
             shim_host=shim_host,
             facts=facts,
+            event_host=self.events,
         )
         stack.push_async_callback(container_host.close)
         self.pods = pods.Pods(
@@ -189,6 +203,7 @@ class Graph:
             container_host=container_host,
             bundle_host=bundle_host,
             facts=facts,
+            event_host=self.events,
         )
         stack.push_async_callback(self.pods.close)
         self.recovery = recovery.Recovery(
@@ -225,6 +240,7 @@ class Graph:
             stats_host=stats_host,
             metrics_host=metrics.Metrics(stats_host),
             info_host=info_host,
+            event_host=self.events,
         )
         registry_client = registry.Client(
             settings.images.registry_config_dirs,

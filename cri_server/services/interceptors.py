@@ -50,6 +50,7 @@ class Edge(grpc.aio.ServerInterceptor):
         self.ready = False
         self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         self._accepted: set[asyncio.Task[Any]] = set()
+        self._calls: set[asyncio.Task[Any]] = set()
 
     async def intercept_service(
         self,
@@ -80,6 +81,7 @@ class Edge(grpc.aio.ServerInterceptor):
     def _unary(self, name: str, behaviour: Behaviour) -> Behaviour:
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             began = time.perf_counter()
+            self._note_call()
             with structlog.contextvars.bound_contextvars(rpc=name, **_ids(request)):
                 try:
                     self._check_ready()
@@ -107,6 +109,12 @@ class Edge(grpc.aio.ServerInterceptor):
 
         return call
 
+    def _note_call(self) -> None:
+        task = asyncio.current_task()
+        if task is not None:
+            self._calls.add(task)
+            task.add_done_callback(self._calls.discard)
+
     def _check_ready(self) -> None:
         if not self.ready:
             raise errors.Unavailable(
@@ -125,9 +133,11 @@ class Edge(grpc.aio.ServerInterceptor):
             task.exception()  # for whoever still waits; nobody may be left
 
     async def drain(self) -> None:
-        """Wait for accepted mutations, but not for ever: recovery finishes the rest."""
-        if self._accepted:
-            await asyncio.wait(self._accepted, timeout=DRAIN_TIMEOUT)
+        """Wait for calls in progress and for accepted mutations, but not for ever: recovery
+        finishes the rest. Streams are not waited for.
+        """
+        if busy := self._accepted | self._calls:
+            await asyncio.wait(busy, timeout=DRAIN_TIMEOUT)
 
 
 def _ids(request: Any) -> dict[str, str]:

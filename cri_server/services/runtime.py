@@ -4,7 +4,7 @@
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from cri_server import containers, errors, exec, info, metrics, pods, stats
+from cri_server import containers, errors, events, exec, info, metrics, pods, stats
 from cri_server.pb import api_pb2 as api
 from cri_server.pb import api_pb2_grpc
 from cri_server.services import parts
@@ -27,7 +27,9 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
         stats_host: stats.Stats,
         metrics_host: metrics.Metrics,
         info_host: info.Info,
+        event_host: events.Events,
     ) -> None:
+        self._events = event_host
         self._pods, self._containers, self._exec = pod_host, container_host, exec_host
         self._stats, self._metrics, self._info = stats_host, metrics_host, info_host
 
@@ -197,8 +199,10 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
     async def GetContainerEvents(
         self, request: api.GetEventsRequest, context: Context
     ) -> AsyncIterator[api.ContainerEventResponse]:
-        raise _not_yet("GetContainerEvents")
-        yield  # makes this an async generator, as the stub expects
+        with self._events.reader() as reader:
+            await context.send_initial_metadata(())  # to a caller that waits to miss nothing
+            async for event in reader:
+                yield event
 
     async def ListMetricDescriptors(
         self, request: api.ListMetricDescriptorsRequest, context: Context
