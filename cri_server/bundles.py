@@ -3,6 +3,7 @@
 
     <state>/containers/<container id>/
         config.json   rootfs/      what the OCI runtime reads
+        origins.json               why config.json is as it is: for `cri-server explain`
         exit.json                  what the shim writes when the container has ended
 
 A hostile image must not steer us or the OCI runtime (hazards.md §3): the user is resolved and the
@@ -17,7 +18,7 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -32,6 +33,7 @@ from cri_server import (
     errors,
     host,
     names,
+    origins,
     podfiles,
     rootfs,
     snapshots,
@@ -42,6 +44,7 @@ from cri_server import (
 )
 from cri_server.images import store as images
 from cri_server.pb import api_pb2 as api
+from cri_server.spec import why
 from shim import mounts, process
 from shim.pb import shim_pb2
 
@@ -117,6 +120,13 @@ class Bundles:
         self._snapshots.mount(container.id, container.layers, root)
 
     def _prepare(self, wanted: Request, found: _Host) -> state.Container:
+        """Make config.json and origins.json."""
+        with why.recorded() as found_out:
+            container = self._write(wanted, found)
+        origins.write(self.directory(wanted.container.id), found_out)
+        return container
+
+    def _write(self, wanted: Request, found: _Host) -> state.Container:
         """Resolve the user, write config.json, make what the runtime will mount on."""
         root = str(self.directory(wanted.container.id) / "rootfs")
         user = rootfs.resolve_user(root, spec.user_request(wanted.config, wanted.image.config))
@@ -167,10 +177,11 @@ class Bundles:
     def _annotations(self, wanted: Request) -> dict[str, str]:
         """Return the annotations that the handler's configuration lets through to the runtime."""
         handler = self._settings.handler(wanted.pod.handler)
-        return {
-            **handler.allowed(handler.pod_annotations, wanted.pod.config.annotations),
-            **handler.allowed(handler.container_annotations, wanted.config.annotations),
-        }
+        of_pod = handler.allowed(handler.pod_annotations, wanted.pod.config.annotations)
+        own = handler.allowed(handler.container_annotations, wanted.config.annotations)
+        note_annotations(of_pod, wanted.pod.handler, "pod_annotations")
+        note_annotations(own, wanted.pod.handler, "container_annotations")
+        return {**of_pod, **own}
 
     def _namespaces(self, wanted: Request) -> dict[str, str]:
         """Return the namespaces to join; "pid" with "" is a new one of the container's own."""
@@ -293,6 +304,11 @@ class Bundles:
 
     def _runtime_root(self, handler: str) -> str:
         return str(self._settings.server.state / "runtimes" / handler)
+
+
+def note_annotations(allowed: Iterable[str], handler: str, key: str) -> None:
+    for name in allowed:
+        why.handler(f"annotations[{name}]", f"[runtimes.{handler}] {key}", "let through")
 
 
 async def _looked(wanted: api.ContainerConfig) -> _Host:

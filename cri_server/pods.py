@@ -30,6 +30,7 @@ from cri_server import (
     host,
     locks,
     names,
+    origins,
     podfiles,
     shims,
     spec,
@@ -39,6 +40,7 @@ from cri_server import (
 )
 from cri_server.network import cni, netns
 from cri_server.pb import api_pb2 as api
+from cri_server.spec import why
 from shim.pb import shim_pb2
 
 log = structlog.get_logger()
@@ -376,20 +378,25 @@ class Pods:
         for name in ("proc", "dev", "sys"):
             (bundle / "rootfs" / name).mkdir()
         (bundle / "rootfs/catatonit").touch()
-        handler = self._settings.handler(pod.handler)
-        document = spec.sandbox(
-            spec.SandboxInput(
-                id=pod.id,
-                config=pod.config,
-                rootfs=str(bundle / "rootfs"),
-                init=_init_binary(),
-                namespaces=self._files.namespaces(pod),
-                cgroups_path=cgroups_path,
-                host=self._facts.facts(pod.handler),
-                annotations=handler.allowed(handler.pod_annotations, pod.config.annotations),
-            )
-        )
+        with why.recorded() as found:
+            document = spec.sandbox(self._init_input(pod, cgroups_path))
         (bundle / "config.json").write_bytes(msgspec.json.encode(document))
+        origins.write(bundle, found)
+
+    def _init_input(self, pod: state.Pod, cgroups_path: str) -> spec.SandboxInput:
+        handler = self._settings.handler(pod.handler)
+        allowed = handler.allowed(handler.pod_annotations, pod.config.annotations)
+        bundles.note_annotations(allowed, pod.handler, "pod_annotations")
+        return spec.SandboxInput(
+            id=pod.id,
+            config=pod.config,
+            rootfs=str(self._files.bundle(pod.id) / "rootfs"),
+            init=_init_binary(),
+            namespaces=self._files.namespaces(pod),
+            cgroups_path=cgroups_path,
+            host=self._facts.facts(pod.handler),
+            annotations=allowed,
+        )
 
 
 def _init_binary() -> str:

@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 
 from cri_server import errors, spec
-from cri_server.spec import checks, oci, processes
+from cri_server.spec import checks, oci, processes, why
 from shim import linux
 
 PASSWD, GROUP = "/etc/passwd", "/etc/group"
@@ -45,8 +45,13 @@ def resolve_user(root: str, wanted: spec.UserRequest) -> spec.User:
         groups = _records(top, GROUP)
     entry = _passwd_entry(passwd, wanted)
     uid = wanted.uid if wanted.uid is not None else _number(entry[2], PASSWD)
+    if wanted.uid is None:
+        why.image("process.user.uid", PASSWD, wanted.name)
     gid = _primary_group(groups, wanted, entry)
     extra = () if wanted.strict or not entry else _memberships(groups, entry[0])
+    for number in extra:
+        why.image(f"process.user.additionalGids[{number}]", GROUP, f"{entry[0]} is a member")
+    why.default(f"process.user.additionalGids[{gid}]", "the primary group too (CVE-2022-36109)")
     return spec.User(
         uid=uid,
         gid=gid,
@@ -72,12 +77,14 @@ def _primary_group(
     if wanted.gid is not None:
         return wanted.gid
     if not wanted.group:
+        why.image("process.user.gid", PASSWD, "the user's group there, else 0")
         return _number(entry[3], PASSWD) if entry else 0
     found = next((e for e in groups if len(e) >= 3 and e[0] == wanted.group), None)
     if found is None:
         raise errors.InvalidArgument(
             f"group {wanted.group[:80]!r} is not in the image's /etc/group"
         )
+    why.image("process.user.gid", GROUP, wanted.group)
     return _number(found[2], GROUP)
 
 
@@ -160,6 +167,7 @@ def _mountpoint(tree: "_Tree", mount: oci.Mount, files: AbstractSet[str]) -> oci
         raise errors.InvalidArgument(f"mount {wanted!r}: the image leads it to {target[:200]!r}")
     tree.make(target, directory=mount["type"] != "bind" or mount["source"] not in files)
     tree.covered.add(target)
+    why.moved(f"mounts[{wanted}]", f"mounts[{target}]", "without the image's symlinks")
     return oci.Mount(
         destination=target, type=mount["type"], source=mount["source"], options=mount["options"]
     )

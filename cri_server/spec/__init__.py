@@ -27,6 +27,7 @@ from cri_server.spec import (
     security,
     signals,
     types,
+    why,
 )
 from cri_server.spec.types import (
     ContainerInput,
@@ -71,6 +72,7 @@ __all__ = [
     "user_request",
     "validate_container",
     "validate_sandbox",
+    "why",
 ]
 
 CAPABILITIES = security.CAPABILITIES
@@ -96,6 +98,11 @@ def container(wanted: types.ContainerInput) -> oci.Spec:
     no profile.
     """
     main = processes.container(wanted)
+    why.default(
+        "ociVersion", "the oldest that has all we use: crun 1.8 of Debian 12 knows no newer"
+    )
+    why.image("root.path", "rootfs.diff_ids", "its layers, below a writable one")
+    why.cri("root.readonly", "linux.security_context.readonly_rootfs")
     return oci.Spec(
         ociVersion=oci.VERSION,
         process=main,
@@ -111,8 +118,12 @@ def _annotations(wanted: types.ContainerInput) -> dict[str, str]:
     return {
         **wanted.annotations,
         **pod.annotations("container", wanted.pod_id, wanted.sandbox),
-        "io.kubernetes.cri.container-name": wanted.config.metadata.name,
-        "io.kubernetes.cri.image-name": image.user_specified_image or image.image,
+        **pod.noted_annotations(
+            {
+                "io.kubernetes.cri.container-name": wanted.config.metadata.name,
+                "io.kubernetes.cri.image-name": image.user_specified_image or image.image,
+            }
+        ),
     }
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from cri_server import errors
 from cri_server.pb import api_pb2 as api
-from cri_server.spec import checks, oci, types
+from cri_server.spec import checks, oci, types, why
 
 CDI_PREFIX = "cdi.k8s.io/"
 
@@ -65,7 +65,12 @@ def _request(device: api.Device) -> Request:
 
 def nodes(wanted: types.ContainerInput) -> list[oci.Device]:
     """Return the nodes to make beyond the default ones; at one path the request beats the host."""
+    why.cri("linux.devices", "devices")
     host = wanted.host_devices if wanted.security.privileged else ()
+    for node in host:
+        why.cri(f"linux.devices[{node.path}]", "linux.security_context.privileged", "the host's")
+    for node in wanted.devices:
+        why.cri(f"linux.devices[{node.path}]", "devices")
     by_path = {node.path: node for node in (*host, *wanted.devices)}
     return [_node(node) for node in by_path.values()]
 
@@ -85,11 +90,15 @@ def _node(node: types.DeviceNode) -> oci.Device:
 def rules(listed: Iterable[types.DeviceNode], *, privileged: bool) -> list[oci.DeviceRule]:
     """Return the device cgroup's rules: deny all, the defaults, what is listed; or allow all."""
     if privileged:
+        why.cri("linux.resources.devices", "linux.security_context.privileged", "all are allowed")
         return [*_ALL]
+    why.default("linux.resources.devices", "nothing but what every container has in /dev")
     return [*_ALWAYS, *(_rule(node) for node in listed)]
 
 
 def _rule(node: types.DeviceNode) -> oci.DeviceRule:
+    part = f"linux.resources.devices[{node.kind} {node.major}:{node.minor} {node.access}]"
+    why.cri(part, "devices", node.path)
     return oci.DeviceRule(
         allow=True, type=node.kind, major=node.major, minor=node.minor, access=node.access
     )

@@ -9,16 +9,18 @@ from collections.abc import Iterable, Mapping
 
 from cri_server import errors
 from cri_server.pb import api_pb2 as api
-from cri_server.spec import checks, devices, mounts, oci, security, types
+from cri_server.spec import checks, devices, mounts, oci, security, types, why
 
 _SET = re.compile(r"[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*")
 _UNIFIED_KEY = re.compile(r"(?!cgroup\.)[a-z0-9_]+(\.[a-zA-Z0-9_]+)+")
 _JOINED = ("network", "ipc", "uts", "pid", "user")
+_POD_FIELDS = {"network": "network", "ipc": "ipc", "uts": "network", "user": "userns_options"}
 
 
 def linux(wanted: types.ContainerInput, held: Iterable[str]) -> oci.Linux:
     """Return the whole part; `held` are the capabilities, which the seccomp profile follows."""
     context = wanted.security
+    why_cgroup(wanted.sandbox)
     result = oci.Linux(
         namespaces=namespaces(wanted),
         devices=devices.nodes(wanted),
@@ -36,6 +38,13 @@ def linux(wanted: types.ContainerInput, held: Iterable[str]) -> oci.Linux:
     return result
 
 
+def why_cgroup(sandbox: api.PodSandboxConfig) -> None:
+    if sandbox.linux.cgroup_parent:
+        why.pod("linux.cgroupsPath", "linux.cgroup_parent", "a cgroup of its own in the pod's")
+    else:
+        why.default("linux.cgroupsPath", "the pod names no cgroup_parent: it gets one of ours")
+
+
 # -- namespaces ------------------------------------------------------------------------------------
 
 
@@ -44,8 +53,14 @@ def namespaces(wanted: types.ContainerInput) -> list[oci.Namespace]:
 
     The cgroup namespace is a new one on v2, unless privileged.
     """
+    why.default("linux.namespaces[mount]", "new: a container has a root of its own")
     result = [oci.Namespace(type="mount"), *joined(wanted.namespaces)]
-    if wanted.host.cgroup_v2 and not wanted.security.privileged:
+    if wanted.security.privileged:
+        why.cri("linux.namespaces[cgroup]", "linux.security_context.privileged", "the host's")
+    elif not wanted.host.cgroup_v2:
+        why.host("linux.namespaces[cgroup]", "the host's: there is no cgroup v2")
+    else:
+        why.default("linux.namespaces[cgroup]", "new: a container sees its own cgroup as the root")
         result.append(oci.Namespace(type="cgroup"))
     return result
 
@@ -54,20 +69,32 @@ def joined(paths: Mapping[str, str]) -> Iterable[oci.Namespace]:
     """Yield an entry for each kind in `paths`; an empty path means a new one."""
     for kind in _JOINED:
         path = paths.get(kind)
+        if kind in _POD_FIELDS:  # "pid" is explained by who chose it
+            field = f"linux.security_context.namespace_options.{_POD_FIELDS[kind]}"
+            whose = "the host's" if path is None else "the pod's"
+            why.pod(f"linux.namespaces[{kind}]", field, whose)
         if path is not None:
             yield oci.Namespace(type=kind, path=path) if path else oci.Namespace(type=kind)
 
 
 def paths(context: api.LinuxContainerSecurityContext) -> tuple[list[str], list[str]]:
     """Return masked and read-only paths as CRI lists them; none when privileged (critest)."""
-    masked = [_path(p, "masked_paths") for p in context.masked_paths]
-    readonly = [_path(p, "readonly_paths") for p in context.readonly_paths]
-    return ([], []) if context.privileged else (masked, readonly)
+    masked = _paths(context.masked_paths, "linux.maskedPaths", "masked_paths")
+    readonly = _paths(context.readonly_paths, "linux.readonlyPaths", "readonly_paths")
+    if not context.privileged:
+        return masked, readonly
+    for part, asked in (("linux.maskedPaths", masked), ("linux.readonlyPaths", readonly)):
+        why.cri(
+            part, "linux.security_context.privileged", "nothing is hidden", asked=" ".join(asked)
+        )
+    return [], []
 
 
-def _path(path: str, field: str) -> str:
-    checks.absolute(path, field)
-    return path
+def _paths(paths: Iterable[str], part: str, field: str) -> list[str]:
+    why.cri(part, f"linux.security_context.{field}")
+    for path in paths:
+        checks.absolute(path, field)
+    return list(paths)
 
 
 # -- resources -------------------------------------------------------------------------------------
@@ -103,14 +130,19 @@ def _cpu(asked: api.LinuxContainerResources) -> oci.Cpu:
     _at_least(asked.cpu_period, 0, "cpu_period")
     cpu = oci.Cpu()
     if asked.cpu_shares:
+        why.cri("linux.resources.cpu.shares", "linux.resources.cpu_shares")
         cpu["shares"] = asked.cpu_shares
     if asked.cpu_quota:
+        why.cri("linux.resources.cpu.quota", "linux.resources.cpu_quota")
         cpu["quota"] = asked.cpu_quota
     if asked.cpu_period:
+        why.cri("linux.resources.cpu.period", "linux.resources.cpu_period")
         cpu["period"] = asked.cpu_period
     if asked.cpuset_cpus:
+        why.cri("linux.resources.cpu.cpus", "linux.resources.cpuset_cpus")
         cpu["cpus"] = _set(asked.cpuset_cpus, "cpuset_cpus")
     if asked.cpuset_mems:
+        why.cri("linux.resources.cpu.mems", "linux.resources.cpuset_mems")
         cpu["mems"] = _set(asked.cpuset_mems, "cpuset_mems")
     return cpu
 
@@ -141,9 +173,17 @@ def _memory(asked: api.LinuxContainerResources, host: types.HostFacts) -> oci.Me
         )
     memory = oci.Memory()
     if limit:
+        why.cri("linux.resources.memory.limit", "linux.resources.memory_limit_in_bytes")
         memory["limit"] = limit
+        why.default("linux.resources.memory.swap", "as the memory limit: no swap unless asked for")
+    if swap:
+        why.cri("linux.resources.memory.swap", "linux.resources.memory_swap_limit_in_bytes")
     if host.swap_accounting and (swap or limit):
         memory["swap"] = swap or limit
+    elif swap:
+        why.host("linux.resources.memory.swap", "the kernel does not account swap", asked=swap)
+    elif limit:
+        why.host("linux.resources.memory.swap", "the kernel does not account swap")
     return memory
 
 
@@ -155,13 +195,17 @@ def _hugepages(
     The kubelet lists every size of the host, with 0 for those not asked for.
     """
     result = []
-    for page in asked.hugepage_limits:
+    for n, page in enumerate(asked.hugepage_limits):
+        part = f"linux.resources.hugepageLimits[{page.page_size}]"
+        why.cri(part, f"linux.resources.hugepage_limits[{n}]")
         if page.page_size in host.hugepage_sizes:
             result.append(oci.HugepageLimit(pageSize=page.page_size, limit=page.limit))
         elif page.limit:
             raise errors.InvalidArgument(
                 f"hugepage_limits: this host cannot limit pages of {page.page_size[:20]!r}"
             )
+        else:
+            why.host(part, "nothing limits pages of this size here", asked=0)
     return result
 
 
@@ -171,6 +215,7 @@ def _unified(asked: api.LinuxContainerResources, host: types.HostFacts) -> dict[
         if not _UNIFIED_KEY.fullmatch(key):
             raise errors.InvalidArgument(f"unified: {key[:80]!r} is not a controller's file")
         checks.text(value, f"unified[{key}]")
+        why.cri(f"linux.resources.unified[{key}]", "linux.resources.unified")
     return dict(asked.unified)
 
 
@@ -179,4 +224,7 @@ def oom_score_adj(asked: api.LinuxContainerResources, host: types.HostFacts) -> 
     value = asked.oom_score_adj
     if not -1000 <= value <= 1000:
         raise errors.InvalidArgument(f"oom_score_adj: {value} is not between -1000 and 1000")
+    why.cri("process.oomScoreAdj", "linux.resources.oom_score_adj")
+    if value < host.oom_score_adj_floor:
+        why.host("process.oomScoreAdj", "CAP_SYS_RESOURCE is missing to go lower", asked=value)
     return max(value, host.oom_score_adj_floor)

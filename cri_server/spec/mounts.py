@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 
 from cri_server import errors
 from cri_server.pb import api_pb2 as api
-from cri_server.spec import checks, oci, types
+from cri_server.spec import checks, oci, types, why
 
 SHM = "/dev/shm"
 _Propagation = api.MountPropagation
@@ -26,17 +26,28 @@ def mounts(wanted: types.ContainerInput) -> list[oci.Mount]:
     A CRI mount replaces a default with the same target, one on /dev replaces every default below it
     too.
     """
-    requested = [bind(m, wanted.sources) for m in wanted.config.mounts]
+    base, shared = _defaults(wanted), list(_pod_files(wanted))
+    requested = [_requested(n, m, wanted.sources) for n, m in enumerate(wanted.config.mounts)]
     taken = {m["destination"] for m in requested}
-    base = [m for m in _defaults(wanted) if not _replaced(m["destination"], taken)]
-    shared = [m for m in _pod_files(wanted) if m["destination"] not in taken]
+    base = [m for m in base if not _replaced(m["destination"], taken)]
+    shared = [m for m in shared if m["destination"] not in taken]
     targets = {m["destination"] for m in shared}
     base = [m for m in base if m["destination"] not in targets]
     return sorted([*base, *shared, *requested], key=_depth)
 
 
+def _requested(n: int, mount: api.Mount, sources: Mapping[str, str]) -> oci.Mount:
+    made = bind(mount, sources)
+    links = "" if made["source"] == mount.host_path else "the source without its symlinks"
+    why.cri(f"mounts[{made['destination']}]", f"mounts[{n}]", links)
+    return made
+
+
 def _replaced(destination: str, taken: set[str]) -> bool:
-    return destination in taken or ("/dev" in taken and destination.startswith("/dev/"))
+    below = "/dev" in taken and destination.startswith("/dev/")
+    if below:
+        why.cri(f"mounts[{destination}]", "mounts", "left out: /dev is mounted over")
+    return below or destination in taken
 
 
 def _depth(mount: oci.Mount) -> int:
@@ -69,6 +80,7 @@ def _defaults(wanted: types.ContainerInput) -> list[oci.Mount]:
 
 
 def _mount(destination: str, kind: str, *options: str) -> oci.Mount:
+    why.default(f"mounts[{destination}]", f"every container has it ({kind})")
     return oci.Mount(destination=destination, type=kind, source=kind, options=list(options))
 
 
@@ -89,13 +101,11 @@ def _pod_files(wanted: types.ContainerInput) -> Iterable[oci.Mount]:
         ("/etc/hosts", files.hosts, mode),
         (SHM, files.shm, "rw"),
     )
-    return [
-        oci.Mount(
-            destination=target, type="bind", source=source, options=["rbind", "rprivate", access]
-        )
-        for target, source, access in shared
-        if source
-    ]
+    for target, source, access in shared:
+        if source:
+            why.default(f"mounts[{target}]", "a file that the pod's containers share")
+            options = ["rbind", "rprivate", access]
+            yield oci.Mount(destination=target, type="bind", source=source, options=options)
 
 
 # -- what CRI asks for -----------------------------------------------------------------------------
@@ -172,6 +182,7 @@ def _access(mount: api.Mount) -> str:
 def rootfs_propagation(config: api.ContainerConfig) -> str:
     """Return what the root needs so that mounts pass it: "rshared", "rslave", "" for default."""
     asked = {m.propagation for m in config.mounts}
+    why.cri("linux.rootfsPropagation", "mounts", "the most that a mount's propagation needs")
     if _Propagation.PROPAGATION_BIDIRECTIONAL in asked:
         return "rshared"
     return "rslave" if _Propagation.PROPAGATION_HOST_TO_CONTAINER in asked else ""

@@ -12,14 +12,32 @@ from typing import Literal
 
 from cri_server import errors
 from cri_server.pb import api_pb2 as api
-from cri_server.spec import checks, linux, mounts, oci, processes, security, types
+from cri_server.spec import checks, linux, mounts, oci, processes, security, types, why
 
 NOBODY = 65534
 INIT = "/catatonit"
 # The last to be killed and the first to yield, as for a pause container.
 _OOM_SCORE_ADJ, _CPU_SHARES = -998, 2
+_REASONS = {
+    "ociVersion": "the oldest that has all we use: crun 1.8 of Debian 12 knows no newer",
+    "process.args": "catatonit holds the PID namespace and reaps",
+    "process.terminal": "nobody speaks with it",
+    "process.env": "it reads no other",
+    "process.cwd": "it opens nothing",
+    "process.capabilities": "it needs none",
+    "process.noNewPrivileges": "it needs none",
+    "process.oomScoreAdj": "the last to be killed: the pod ends with it",
+    "root": "a folder that holds nothing but what is mounted",
+    f"mounts[{INIT}]": "the host's catatonit",
+    "linux.namespaces[mount]": "new: it has a root of its own",
+    "linux.namespaces[pid]": "new: this is what it is for",
+    "linux.resources.cpu.shares": "the first to yield: it only waits",
+    "linux.resources.devices": "it opens none",
+}
 
 _Mode = api.NamespaceMode
+_OPTIONS = "linux.security_context.namespace_options"
+_WHOSE = {_Mode.POD: "the pod's", _Mode.CONTAINER: "its own", _Mode.NODE: "the host's"}
 _HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
 _SYSCTL = re.compile(r"[\w@:-]+(/[\w@:-]+)*(\.[\w@:-]+(/[\w@:-]+)*)+", re.ASCII)
 _IPC_SYSCTLS = re.compile(r"kernel\.(shm|msg)\w+|kernel\.sem|fs\.mqueue\.\w+", re.ASCII)
@@ -146,6 +164,7 @@ def pid_mode(
         checks.unsupported(
             not options.target_id, "namespace_options.target_id", "is missing for pid TARGET"
         )
+        why.cri("linux.namespaces[pid]", f"{_OPTIONS}.target_id", "that container's")
         return "target"
     checks.unsupported(
         bool(options.target_id), "namespace_options.target_id", "is for pid TARGET only"
@@ -155,6 +174,9 @@ def pid_mode(
         raise errors.InvalidArgument(
             "namespace_options.pid: NODE in a pod that is not in the host's namespace"
         )
+    why.pod("linux.namespaces[pid]", f"{_OPTIONS}.pid", _WHOSE[of_pod])
+    if options.pid == _Mode.CONTAINER:
+        why.cri("linux.namespaces[pid]", f"{_OPTIONS}.pid", "its own")
     if options.pid == _Mode.CONTAINER or of_pod == _Mode.CONTAINER:
         return "own"
     return "host" if of_pod == _Mode.NODE else "pod"
@@ -214,6 +236,9 @@ def _namespaced(name: str, config: api.PodSandboxConfig) -> bool:
 
 def init_user(context: api.LinuxSandboxSecurityContext) -> types.User:
     """Return who the pod's init runs as: the sandbox's run_as_user, else nobody."""
+    why.default("process.user", "nobody: the init needs no rights")
+    if context.HasField("run_as_user"):
+        why.pod("process.user", "linux.security_context.run_as_user")
     uid = context.run_as_user.value if context.HasField("run_as_user") else NOBODY
     gid = context.run_as_group.value if context.HasField("run_as_group") else uid
     groups = tuple(checks.identity(g, "supplemental_groups") for g in context.supplemental_groups)
@@ -226,6 +251,7 @@ def init_user(context: api.LinuxSandboxSecurityContext) -> types.User:
 
 def sandbox(wanted: types.SandboxInput) -> oci.Spec:
     """Return the spec of the pod's init: holds the PID namespace, reaps, can do nothing else."""
+    _explain(wanted)
     nothing = oci.Capabilities(bounding=[], effective=[], permitted=[], inheritable=[], ambient=[])
     bound = oci.Mount(
         destination=INIT, type="bind", source=wanted.init, options=["bind", "ro", "nosuid", "nodev"]
@@ -249,6 +275,15 @@ def sandbox(wanted: types.SandboxInput) -> oci.Spec:
     )
 
 
+def _explain(wanted: types.SandboxInput) -> None:
+    """Note the origin of what is the same for each pod's init."""
+    for part, because in _REASONS.items():
+        why.default(part, because)
+    if wanted.host.oom_score_adj_floor > _OOM_SCORE_ADJ:
+        why.host("process.oomScoreAdj", "CAP_SYS_RESOURCE is missing to go lower")
+    linux.why_cgroup(wanted.config)
+
+
 def _linux(wanted: types.SandboxInput) -> oci.Linux:
     paths = {kind: path for kind, path in wanted.namespaces.items() if kind != "pid"}
     return oci.Linux(
@@ -263,10 +298,18 @@ def _linux(wanted: types.SandboxInput) -> oci.Linux:
 def annotations(kind: str, pod_id: str, config: api.PodSandboxConfig) -> Mapping[str, str]:
     """Return containerd's annotations, which VM runtimes and hooks read (behaviour.md §6)."""
     prefix, metadata = "io.kubernetes.cri.", config.metadata
-    return {
-        f"{prefix}container-type": kind,
-        f"{prefix}sandbox-id": pod_id,
-        f"{prefix}sandbox-name": metadata.name,
-        f"{prefix}sandbox-namespace": metadata.namespace,
-        f"{prefix}sandbox-uid": metadata.uid,
-    }
+    return noted_annotations(
+        {
+            f"{prefix}container-type": kind,
+            f"{prefix}sandbox-id": pod_id,
+            f"{prefix}sandbox-name": metadata.name,
+            f"{prefix}sandbox-namespace": metadata.namespace,
+            f"{prefix}sandbox-uid": metadata.uid,
+        }
+    )
+
+
+def noted_annotations(ours: Mapping[str, str]) -> Mapping[str, str]:
+    for key in ours:
+        why.default(f"annotations[{key}]", "for hooks and VM runtimes, as containerd names it")
+    return ours

@@ -11,7 +11,7 @@ from typing import cast
 
 from cri_server import errors
 from cri_server.pb import api_pb2 as api
-from cri_server.spec import checks, linux, oci, security, types
+from cri_server.spec import checks, linux, oci, security, types, why
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 UMASK = 0o022  # explicit, so that ours does not leak into containers
@@ -23,6 +23,8 @@ def container(wanted: types.ContainerInput) -> oci.Process:
     """Return the container's process."""
     context = wanted.security
     host = wanted.host
+    why.cri("process.terminal", "tty")
+    why.cri("process.noNewPrivileges", "linux.security_context.no_new_privs")
     process = oci.Process(
         terminal=wanted.config.tty,
         user=user(wanted.user),
@@ -40,32 +42,45 @@ def container(wanted: types.ContainerInput) -> oci.Process:
 
 
 def user(who: types.User) -> oci.User:
+    why.default("process.user.umask", "the usual one, so that the server's own does not leak in")
     return oci.User(uid=who.uid, gid=who.gid, umask=UMASK, additionalGids=list(who.additional_gids))
 
 
 def args(config: api.ContainerConfig, image: types.ImageConfig) -> list[str]:
     """Return the arguments: command replaces ENTRYPOINT and clears CMD, args replaces CMD."""
-    command = list(config.command) or list(image.entrypoint)
-    arguments = list(config.args)
-    if not arguments and not config.command:
-        arguments = list(image.cmd)
-    vector = [checks.text(a, "command") for a in (*command, *arguments)]
+    vector: list[str] = []
+    _add(vector, config.command, why.cri, "command")
+    if not vector:
+        _add(vector, image.entrypoint, why.image, "config.Entrypoint")
+    _add(vector, config.args, why.cri, "args")
+    if not config.args and not config.command:
+        _add(vector, image.cmd, why.image, "config.Cmd")
     if not vector or not vector[0]:
         raise errors.InvalidArgument("command: neither the request nor the image names one")
     return vector
 
 
+def _add(vector: list[str], words: Iterable[str], source: why.Verb, field: str) -> None:
+    for n, word in enumerate(words):
+        source(f"process.args[{len(vector)}]", f"{field}[{n}]")
+        vector.append(checks.text(word, "command"))
+
+
 def env(wanted: types.ContainerInput) -> list[str]:
     """Return the environment: PATH, the image's, TERM, HOSTNAME, the request's; HOME if unset."""
+    why.default("process.env[PATH]", "where programs are, for an image that does not say")
     merged = {"PATH": DEFAULT_PATH}
     merged.update(image_env(wanted.image))
-    if wanted.config.tty:
-        merged.setdefault("TERM", "xterm")
+    if wanted.config.tty and "TERM" not in merged:
+        why.default("process.env[TERM]", "config.tty: a terminal has a type")
+        merged["TERM"] = "xterm"
     if wanted.hostname:
+        why.default("process.env[HOSTNAME]", "the pod's host name, as shells and programs expect")
         merged["HOSTNAME"] = wanted.hostname
     merged.update(requested_env(wanted.config))
-    if wanted.user.home:
-        merged.setdefault("HOME", wanted.user.home)
+    if wanted.user.home and "HOME" not in merged:
+        why.image("process.env[HOME]", "/etc/passwd", "the user's home there, else /")
+        merged["HOME"] = wanted.user.home
     return [f"{name}={value}" for name, value in merged.items()]
 
 
@@ -74,15 +89,18 @@ def image_env(image: types.ImageConfig) -> Iterable[tuple[str, str]]:
 
     An entry without "=" is dropped: it must not pull in ours (CVE-2026-57231).
     """
-    for entry in image.env:
+    for n, entry in enumerate(image.env):
         name, equals, value = checks.text(entry, "image Env").partition("=")
+        why.image(f"process.env[{name}]", f"config.Env[{n}]")
         if name and equals:
             yield name, value
+        else:
+            why.default(f"process.env[{name}]", "dropped: it is not NAME=VALUE", asked=entry)
 
 
 def requested_env(config: api.ContainerConfig) -> Iterable[tuple[str, str]]:
     """Yield the request's variables: bytes in CRI, while the OCI spec carries UTF-8 only."""
-    for pair in config.envs:
+    for n, pair in enumerate(config.envs):
         if not pair.key or "=" in pair.key:
             raise errors.InvalidArgument(f"envs: {pair.key[:80]!r} is not a variable's name")
         try:
@@ -91,14 +109,20 @@ def requested_env(config: api.ContainerConfig) -> Iterable[tuple[str, str]]:
             raise errors.InvalidArgument(
                 f"envs: the value of {pair.key[:80]!r} is not UTF-8"
             ) from e
+        why.cri(f"process.env[{pair.key}]", f"envs[{n}]")
         yield checks.text(pair.key, "envs"), checks.text(value, f"envs: {pair.key[:80]}")
 
 
 def cwd(config: api.ContainerConfig, image: types.ImageConfig) -> str:
     """Return the working directory: the request's, the image's, or "/"; see `check_cwd`."""
     if config.working_dir:
+        why.cri("process.cwd", "working_dir")
         return check_cwd(checks.absolute(config.working_dir, "working_dir"))
-    return check_cwd(checks.absolute(image.working_dir or "/", "image WORKDIR"))
+    if image.working_dir:
+        why.image("process.cwd", "config.WorkingDir")
+        return check_cwd(checks.absolute(image.working_dir, "image WORKDIR"))
+    why.default("process.cwd", "neither the request nor the image names a folder")
+    return "/"
 
 
 def check_cwd(path: str) -> str:
@@ -115,6 +139,10 @@ def rlimits(limits: Iterable[types.Rlimit], host: types.HostFacts) -> list[oci.R
 
 def _rlimit(limit: types.Rlimit, ceiling: int) -> oci.Rlimit:
     hard = min(limit.hard, ceiling)
+    part = f"process.rlimits[{limit.type}]"
+    why.default(part, "for every container, whatever the server's own limits are")
+    if hard < limit.hard:
+        why.host(part, "CAP_SYS_RESOURCE is missing to go above our own limit", asked=limit.hard)
     return oci.Rlimit(type=limit.type, soft=min(limit.soft, hard), hard=hard)
 
 

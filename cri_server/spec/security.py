@@ -10,7 +10,7 @@ from typing import Literal
 
 from cri_server import errors
 from cri_server.pb import api_pb2 as api
-from cri_server.spec import checks, oci, seccomp, seccompfile, types
+from cri_server.spec import checks, oci, seccomp, seccompfile, types, why
 
 # In the kernel's order: the position is the number (capabilities(7)).
 CAPABILITIES = tuple(
@@ -60,8 +60,14 @@ CAPABILITIES = tuple(
     ]
 )
 _ORDER = {name: number for number, name in enumerate(CAPABILITIES)}
+_ADD, _DROP, _AMBIENT = (f"capabilities.{f}_capabilities" for f in ("add", "drop", "add_ambient"))
 
 ProfileKind = Literal["none", "default", "localhost"]
+_KIND_NAMES: Mapping[ProfileKind, str] = {
+    "none": "Unconfined",
+    "default": "RuntimeDefault",
+    "localhost": "Localhost",
+}
 _Context = api.LinuxContainerSecurityContext
 _Kind = api.SecurityProfile.ProfileType
 
@@ -96,26 +102,49 @@ def capabilities(
     couples to it: they are exactly add_ambient_capabilities, and are added everywhere.
     """
     if context.privileged:
-        return _sets(host.capabilities)
+        return _sets(_all("privileged", host))
     asked = context.capabilities
     add = _named(asked.add_capabilities, "add_capabilities", host)
     drop = _named(asked.drop_capabilities, "drop_capabilities", host)
     ambient = _named(asked.add_ambient_capabilities, "add_ambient_capabilities", host)
-    held = (
-        set(host.capabilities) if "ALL" in add else host.capabilities & set(defaults.capabilities)
-    )
+    held = _all(_ADD, host) if "ALL" in add else _default(defaults.capabilities, host)
     if "ALL" in drop:
-        held = set()
-    ambient = set(host.capabilities) if "ALL" in ambient else ambient
+        _note(held, _DROP, "ALL dropped")
+        held = frozenset()
+    ambient = _all(_AMBIENT, host) if "ALL" in ambient else ambient
     held = (held | (add - {"ALL"}) | ambient) - drop
     missing = (add | ambient) & held - host.capabilities
     if missing:
         raise errors.InvalidArgument(f"capability {min(missing)} is not available on this host")
+    _note(add - {"ALL"}, _ADD, "added")
+    _note(ambient, _AMBIENT, "added, ambient")
+    _note(drop - {"ALL"}, _DROP, "dropped")
     return _sets(held, ambient & held)
 
 
-def _named(names: Iterable[str], field: str, host: types.HostFacts) -> set[str]:
-    return {_capability(name, f"capabilities.{field}", host) for name in names}
+def _all(field: str, host: types.HostFacts) -> frozenset[str]:
+    """Return all capabilities that this host has to give, because of `field`."""
+    _note(host.known_capabilities, field, "all")
+    for name in host.known_capabilities - host.capabilities:
+        why.host(f"process.capabilities[{name}]", "not in our own bounding set", asked="all")
+    return host.capabilities
+
+
+def _default(names: Iterable[str], host: types.HostFacts) -> frozenset[str]:
+    for name in names:
+        why.default(f"process.capabilities[{name}]", "one of containerd's default set")
+        if name not in host.capabilities:
+            why.host(f"process.capabilities[{name}]", "not in our own bounding set")
+    return host.capabilities & frozenset(names)
+
+
+def _note(names: Iterable[str], field: str, because: str) -> None:
+    for name in names:
+        why.cri(f"process.capabilities[{name}]", f"linux.security_context.{field}", because)
+
+
+def _named(names: Iterable[str], field: str, host: types.HostFacts) -> frozenset[str]:
+    return frozenset(_capability(name, f"capabilities.{field}", host) for name in names)
 
 
 def _capability(name: str, field: str, host: types.HostFacts) -> str:
@@ -150,6 +179,13 @@ def user_request(config: api.ContainerConfig, image: types.ImageConfig) -> types
     if context.HasField("run_as_group") and not named:
         raise errors.InvalidArgument("run_as_group: needs run_as_user or run_as_username")
     uid, name, gid, group = _wanted(context) if named else _from_image(image.user)
+    why.cri("process.user.additionalGids", "linux.security_context.supplemental_groups")
+    if strict(context.supplemental_groups_policy):
+        why.cri(
+            "process.user.additionalGids",
+            "linux.security_context.supplemental_groups_policy",
+            "Strict: supplemental_groups alone, not the image's /etc/group",
+        )
     return types.UserRequest(
         uid=uid,
         name=name,
@@ -165,9 +201,12 @@ def user_request(config: api.ContainerConfig, image: types.ImageConfig) -> types
 def _wanted(context: _Context) -> tuple[int | None, str, int | None, str]:
     gid = None
     if context.HasField("run_as_group"):
+        why.cri("process.user.gid", "linux.security_context.run_as_group")
         gid = checks.identity(context.run_as_group.value, "run_as_group")
     if context.HasField("run_as_user"):
+        why.cri("process.user.uid", "linux.security_context.run_as_user")
         return checks.identity(context.run_as_user.value, "run_as_user"), "", gid, ""
+    why.cri("process.user.uid", "linux.security_context.run_as_username")
     name = checks.line(context.run_as_username, "run_as_username")
     uid = checks.parse_identity(name, "run_as_username")
     return uid, "" if uid is not None else name, gid, ""
@@ -175,6 +214,12 @@ def _wanted(context: _Context) -> tuple[int | None, str, int | None, str]:
 
 def _from_image(user: str) -> tuple[int | None, str, int | None, str]:
     name, _, group = checks.line(user, "image USER").partition(":")
+    if name:
+        why.image("process.user.uid", "config.User", name)
+    else:
+        why.default("process.user.uid", "root: neither the request nor the image names a user")
+    if group:
+        why.image("process.user.gid", "config.User", group)
     uid = checks.parse_identity(name, "image USER") if name else 0
     gid = checks.parse_identity(group, "image USER") if group else None
     return uid, "" if uid is not None else name, gid, "" if gid is not None else group
@@ -238,7 +283,18 @@ def seccomp_request(context: _Context) -> tuple[ProfileKind, str]:
     )
     if kind == "localhost":
         path = checks.absolute(path, "seccomp.localhost_ref")
+    _note_profile("linux.seccomp", context, "seccomp", kind)
     return ("none", "") if context.privileged else (kind, path)
+
+
+def _note_profile(part: str, context: _Context, field: str, kind: ProfileKind) -> None:
+    if kind == "none":
+        why.default(part, "unconfined, as no profile is asked for")
+    else:
+        why.cri(part, f"linux.security_context.{field}", _KIND_NAMES[kind])
+    if context.privileged and kind != "none":
+        because = "a privileged container is not confined"
+        why.cri(part, "linux.security_context.privileged", because, asked=_KIND_NAMES[kind])
 
 
 def seccomp_profile(
@@ -267,12 +323,14 @@ def apparmor(context: _Context, host: types.HostFacts) -> str:
     kind, name = profile(
         context.HasField("apparmor"), context.apparmor, context.apparmor_profile, "apparmor"
     )
+    _note_profile("process.apparmorProfile", context, "apparmor", kind)
     if kind == "none" or context.privileged:
         return ""
     if host.apparmor_profiles is None:
         checks.unsupported(
             kind == "localhost", "apparmor", f"profile {name[:80]!r}: this host has no AppArmor"
         )
+        why.host("process.apparmorProfile", "this host has no AppArmor", asked="RuntimeDefault")
         return ""
     name = name if kind == "localhost" else host.apparmor_default
     if name not in host.apparmor_profiles:

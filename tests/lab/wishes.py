@@ -18,6 +18,11 @@ FACTS = spec.HostFacts(
 )
 
 
+def facts(**changes: Any) -> spec.HostFacts:
+    """Return the facts of a host that can all, but for `changes`."""
+    return dataclasses.replace(FACTS, **changes)
+
+
 def container(**fields: Any) -> api.ContainerConfig:
     """Return a container's config; `security` and `resources` are the two parts of its `linux`."""
     linux = api.LinuxContainerConfig(

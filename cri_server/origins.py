@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where each part of a config.json came from: the notes of `spec.why`, kept beside the bundle.
+
+    <bundle>/origins.json    {"process.cwd": [["image", "config.WorkingDir", "", ""]], …}
+
+Written once the config.json stands, removed with the bundle, read by `cri-server explain` alone:
+losing it loses an explanation. `rows` lays a config.json and its notes side by side: one row for
+each part that somebody would ask about.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from cri_server.spec import why
+
+FILE = "origins.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One part of a config.json; `present` is False for a part that was left out.
+
+    `notes` are the decisions that led to it, the last one holds; () when nobody said anything.
+    """
+
+    part: str
+    value: object
+    present: bool
+    notes: tuple[why.Note, ...]
+
+
+def write(directory: Path, found: why.Origins) -> None:
+    """Write the notes of a bundle; by rename, as somebody may be reading."""
+    path = directory / FILE
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(msgspec.json.encode(found))
+    os.replace(temporary, path)
+
+
+def read(directory: Path) -> why.Origins:
+    """Return the notes of a bundle. Raises OSError, ValueError for a file that holds none."""
+    return msgspec.json.decode((directory / FILE).read_bytes(), type=dict[str, list[why.Note]])
+
+
+# -- rows ------------------------------------------------------------------------------------------
+
+
+def rows(document: Mapping[str, Any], found: why.Origins) -> list[Row]:
+    """Return a row for each part of `document`, then one for each noted part that is not in it."""
+    parts = dict(parts_of(document))
+    present = [Row(part=p, value=v, present=True, notes=_notes(p, found)) for p, v in parts.items()]
+    known = parts.keys() | {a for p in parts for a in _above(p)}
+    absent = [p for p in found if p not in known]
+    return present + [Row(part=p, value=None, present=False, notes=tuple(found[p])) for p in absent]
+
+
+def _notes(part: str, found: why.Origins) -> tuple[why.Note, ...]:
+    """Return what was noted of the part itself, else of the nearest one that contains it."""
+    said = next((p for p in (part, *_above(part)) if p in found), None)
+    return tuple(found[said]) if said is not None else ()
+
+
+def _above(part: str) -> Iterator[str]:
+    """Yield the parts that contain `part`: of "a.b[c.d]" first "a.b", then "a"."""
+    while part:
+        part = part.rpartition("[")[0] if part.endswith("]") else part.rpartition(".")[0]
+        if part:
+            yield part
+
+
+def parts_of(document: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """Yield name and value of every part, as deep as somebody would ask."""
+    for name, value in document.items():
+        yield from _parts(name, value)
+
+
+def _parts(part: str, value: object) -> Iterator[tuple[str, object]]:
+    if part in _WHOLE or value in ({}, []):
+        yield part, value
+    elif part in _SETS:
+        yield from _members(part, value)
+    elif isinstance(value, list):
+        key = _KEYS.get(part)
+        for n, element in enumerate(value):
+            yield f"{part}[{key(element) if key else n}]", element
+    elif isinstance(value, dict):
+        for name, child in value.items():
+            yield from _parts(f"{part}[{name}]" if part in _MAPS else f"{part}.{name}", child)
+    else:
+        yield part, value
+
+
+def _members(part: str, sets: Any) -> Iterator[tuple[str, object]]:
+    """Yield each capability once, with the names of the sets that it is in."""
+    members: dict[str, list[str]] = {}
+    for name, held in sets.items():
+        for capability in held:
+            members.setdefault(capability, []).append(name)
+    if not members:
+        yield part, "none"
+    for capability, of in members.items():
+        yield f"{part}[{capability}]", " ".join(of)
+
+
+def _rule(rule: Mapping[str, Any]) -> str:
+    numbers = ":".join(str(rule.get(n, "*")) for n in ("major", "minor"))
+    kind, verdict = rule.get("type", "a"), "" if rule["allow"] else "deny "
+    return f"{verdict}{kind} {numbers} {rule.get('access', '')}"
+
+
+# What tells the elements of a list apart; any other list is numbered.
+_KEYS: Mapping[str, Callable[[Any], object]] = {
+    "process.env": lambda entry: entry.partition("=")[0],
+    "process.user.additionalGids": lambda gid: gid,
+    "process.rlimits": lambda limit: limit["type"],
+    "mounts": lambda mount: mount["destination"],
+    "linux.namespaces": lambda namespace: namespace["type"],
+    "linux.devices": lambda device: device["path"],
+    "linux.maskedPaths": lambda path: path,
+    "linux.readonlyPaths": lambda path: path,
+    "linux.resources.devices": _rule,
+    "linux.resources.hugepageLimits": lambda limit: limit["pageSize"],
+}
+_MAPS = frozenset({"annotations", "linux.resources.unified"})
+_SETS = frozenset({"process.capabilities"})
+_WHOLE = frozenset({"linux.seccomp"})
