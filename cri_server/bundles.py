@@ -32,6 +32,7 @@ from cri_server import (
     config,
     errors,
     host,
+    imagevolumes,
     names,
     origins,
     podfiles,
@@ -57,12 +58,15 @@ KILL_TIMEOUT = 10.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """All that a bundle is made of. `target_pid` is whose PID namespace is joined, 0 for none."""
+    """All that a bundle is made of. `target_pid` is whose PID namespace is joined, 0 for none;
+    `volumes` are the images that the config's mounts name, by id.
+    """
 
     pod: state.Pod
     container: state.Container
     image: images.Image
     target_pid: int = 0
+    volumes: Mapping[str, images.Image] = dataclasses.field(default_factory=dict)
 
     @property
     def config(self) -> api.ContainerConfig:
@@ -89,11 +93,12 @@ class Bundles:
         files: podfiles.PodFiles,
         groups: cgroups.Cgroups,
         layers: snapshots.Snapshots,
+        volumes: imagevolumes.ImageVolumes,
         facts: host.Host,
     ) -> None:
         self.root = settings.server.state / "containers"
         self._settings, self._files, self._groups = settings, files, groups
-        self._snapshots, self._facts = layers, facts
+        self._snapshots, self._volumes, self._facts = layers, volumes, facts
 
     def directory(self, container_id: str) -> Path:
         return self.root / container_id
@@ -108,10 +113,18 @@ class Bundles:
         """
         with recipe.step("host paths"):
             found = await _looked(wanted.config)
+        if wanted.volumes:
+            with recipe.step("image volumes"):
+                found = await self._with_images(wanted, found)
         with recipe.step("rootfs"):
             await asyncio.to_thread(self._mount, wanted.container)
         with recipe.step("spec"):
             return await asyncio.to_thread(self._prepare, wanted, found)
+
+    async def _with_images(self, wanted: Request, found: _Host) -> _Host:
+        places = await self._volumes.mount(wanted.pod.id, wanted.config, wanted.volumes)
+        added = {k: sources.Source(path=p, directory=True) for k, p in places.items()}
+        return dataclasses.replace(found, mounts={**found.mounts, **added})
 
     def _mount(self, container: state.Container) -> None:
         root = self.directory(container.id) / "rootfs"
@@ -133,7 +146,10 @@ class Bundles:
         document = spec.container(self._input(wanted, found, user))
         plain = {s.path for s in found.mounts.values() if not s.directory}
         plain |= {str(p) for p in self._pod_files(wanted.pod) if Path(p).is_file()}
-        document["mounts"] = rootfs.make_mountpoints(root, document["mounts"], files=plain)
+        images = {s.path for key, s in found.mounts.items() if not key.startswith("/")}
+        document["mounts"] = rootfs.make_mountpoints(
+            root, document["mounts"], files=plain, images=images
+        )
         covered = [m["destination"] for m in document["mounts"]]
         volumes = spec.image_volumes(wanted.config, wanted.image.config)
         rootfs.make_folders(root, volumes, covered=covered)
@@ -167,7 +183,7 @@ class Bundles:
             ),
             hostname=podfiles.hostname(pod),
             host=self._facts.facts(pod.handler),
-            sources={path: source.path for path, source in found.mounts.items()},
+            sources={key: source.path for key, source in found.mounts.items()},
             devices=found.devices,
             host_devices=found.host_devices,
             seccomp_profile=found.seccomp,

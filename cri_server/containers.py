@@ -27,6 +27,7 @@ from cri_server import (
     errors,
     events,
     host,
+    imagevolumes,
     locks,
     names,
     shims,
@@ -34,6 +35,7 @@ from cri_server import (
     state,
     steps,
 )
+from cri_server.images import gc
 from cri_server.images import store as images
 from cri_server.pb import api_pb2 as api
 from shim import errors as shim_errors
@@ -60,13 +62,14 @@ class Containers:
         settings: config.Config,
         store: state.Store,
         image_store: images.Store,
+        collector: gc.Collector,
         bundle_host: bundles.Bundles,
         shim_host: shims.Shims,
         facts: host.Host,
         event_host: events.Events,
     ) -> None:
-        self._settings, self._store, self._images = settings, store, image_store
-        self._events = event_host
+        self._settings, self._store, self._events = settings, store, event_host
+        self._images, self._collector = image_store, collector
         self._bundles, self._shims, self._facts = bundle_host, shim_host, facts
         self._attempts, self._locks = names.Attempts(), locks.Locks()
         self._running: dict[str, asyncio.Event] = {}  # set when the container has ended
@@ -88,8 +91,11 @@ class Containers:
         facts = self._facts.facts(pod.handler)
         spec.validate_container(wanted, pod.config, facts, image=image.config)
         log_path(pod.config, wanted)
-        name = (pod.id, wanted.metadata.name, wanted.metadata.attempt)
-        return await self._attempts.join(name, lambda: self._create(name, pod, wanted, image))
+        wanted, volumes = imagevolumes.resolve(wanted, self._images)
+        request = bundles.Request(
+            pod=pod, container=_new(pod, wanted, image), image=image, volumes=volumes
+        )
+        return await self._attempts.join(request.container.name, lambda: self._create(request))
 
     def _ready_pod(self, pod_id: str) -> state.Pod:
         pod = self._store.pod(pod_id)
@@ -103,27 +109,24 @@ class Containers:
             raise errors.NotFound(f"image {wanted[:200]!r} is not present: pull it first")
         return image
 
-    async def _create(
-        self,
-        name: state.ContainerName,
-        pod: state.Pod,
-        wanted: api.ContainerConfig,
-        image: images.Image,
-    ) -> str:
-        earlier = self._store.container_named(name)
+    async def _create(self, wanted: bundles.Request) -> str:
+        earlier = self._store.container_named(wanted.container.name)
         if earlier is not None and earlier.complete:
             return earlier.id
         if earlier is not None:
             await self.remove(earlier.id)
-        container = await self._store.put_container(_new(pod, wanted, image))
-        async with self._locks.held(container.id):  # a removal waits for the end of the making
-            return await self._make(pod, container, image)
+        layers = {layer for i in (wanted.image, *wanted.volumes.values()) for layer in i.layers}
+        async with self._collector.claim(layers):  # a RemoveImage comes before us or after us
+            container = await self._store.put_container(wanted.container)
+            async with self._locks.held(container.id):  # a removal waits for the end of the making
+                return await self._make(wanted)
 
-    async def _make(self, pod: state.Pod, container: state.Container, image: images.Image) -> str:
+    async def _make(self, wanted: bundles.Request) -> str:
+        pod, container = wanted.pod, wanted.container
         recipe = steps.Steps("container made", pod=pod.id, container=container.id)
         try:
             target = self._target(pod, container.config)
-            request = bundles.Request(pod=pod, container=container, image=image, target_pid=target)
+            request = dataclasses.replace(wanted, target_pid=target)
             container = await self._bundles.create(request, recipe)
             with recipe.step("record"):
                 self._ready_pod(pod.id)  # it may have been stopped meanwhile

@@ -28,6 +28,7 @@ from cri_server import (
     errors,
     events,
     host,
+    imagevolumes,
     locks,
     names,
     origins,
@@ -61,6 +62,7 @@ class Pods:
         shim_host: shims.Shims,
         container_host: containers.Containers,
         bundle_host: bundles.Bundles,
+        volumes: imagevolumes.ImageVolumes,
         facts: host.Host,
         event_host: events.Events,
     ) -> None:
@@ -68,6 +70,7 @@ class Pods:
         self._events = event_host
         self._groups, self._network, self._shims = groups, network, shim_host
         self._containers, self._bundles, self._facts = container_host, bundle_host, facts
+        self._volumes = volumes
         self._attempts, self._locks = names.Attempts(), locks.Locks()
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -209,6 +212,7 @@ class Pods:
     async def _halt(self, pod: state.Pod) -> None:
         """End what runs; containers first, then the network, then the shim with the namespaces."""
         async with contextlib.AsyncExitStack() as each:  # pushed last, run first; all are run
+            each.push_async_callback(self._volumes.remove, pod.id)
             each.push_async_callback(asyncio.to_thread, netns.remove, pod.netns)
             each.push_async_callback(self._stop_shim, pod)
             each.push_async_callback(self._detach, pod)

@@ -144,20 +144,33 @@ def _read(top: int, path: str) -> bytes:
 
 
 def make_mountpoints(
-    root: str, mounts: Iterable[oci.Mount], *, files: AbstractSet[str]
+    root: str,
+    mounts: Iterable[oci.Mount],
+    *,
+    files: AbstractSet[str],
+    images: AbstractSet[str] = frozenset(),
 ) -> list[oci.Mount]:
     """Make the targets that are missing and return the mounts with targets that contain no symlink.
 
     `mounts` come in the order in which they will be made; `files` are the sources that are not
-    folders. A target below an earlier mount is left to the OCI runtime. Raises InvalidArgument when
-    /dev, /proc or /sys is not a folder, when a target is of the wrong kind, and when the image
-    leads a target into one of them.
+    folders, `images` those that are image volumes, whose errors say so. A target below an earlier
+    mount is left to the OCI runtime. Raises InvalidArgument when /dev, /proc or /sys is not a
+    folder, when a target is of the wrong kind, and when the image leads a target into one of them.
     """
     with _opened(root) as top:
         for path in _KERNEL_TREES:
             _check_folder(top, path)
         tree = _Tree(top)
-        return [_mountpoint(tree, mount, files) for mount in mounts]
+        return [_explained(tree, mount, files, images) for mount in mounts]
+
+
+def _explained(
+    tree: "_Tree", mount: oci.Mount, files: AbstractSet[str], images: AbstractSet[str]
+) -> oci.Mount:
+    if mount["source"] not in images:
+        return _mountpoint(tree, mount, files)
+    with spec.explained(mount["destination"]):
+        return _mountpoint(tree, mount, files)
 
 
 def _mountpoint(tree: "_Tree", mount: oci.Mount, files: AbstractSet[str]) -> oci.Mount:

@@ -25,6 +25,7 @@ from cri_server import (
     exec,
     host,
     imagehost,
+    imagevolumes,
     info,
     metrics,
     podfiles,
@@ -171,14 +172,23 @@ class Graph:
         self.zygote = client.Zygote()
         shim_host = shims.Shims(settings, zygote=self.zygote, files=files)
         stack.push_async_callback(shim_host.close)
+        volumes = imagevolumes.ImageVolumes(settings.server.state, self.layers)
         bundle_host = bundles.Bundles(
-            settings, files=files, groups=groups, layers=self.layers, facts=facts
+            settings,
+            files=files,
+            groups=groups,
+            layers=self.layers,
+            volumes=volumes,
+            facts=facts,
         )
         image_store = store.Store(root, pinned=settings.images.pinned)
         self.collector = gc.Collector(
             image_store,
             self.layers,
-            in_use=lambda: {layer for c in records.containers() for layer in c.layers},
+            in_use=lambda: {
+                *(layer for c in records.containers() for layer in c.layers),
+                *volumes.in_use(),
+            },
         )
         self.events = events.Events(
             lambda pod_id: (self.pods.status(pod_id), container_host.statuses(pod_id))
@@ -187,6 +197,7 @@ class Graph:
             settings=settings,
             store=records,
             image_store=image_store,
+            collector=self.collector,
             bundle_host=bundle_host,
             shim_host=shim_host,
             facts=facts,
@@ -202,6 +213,7 @@ class Graph:
             shim_host=shim_host,
             container_host=container_host,
             bundle_host=bundle_host,
+            volumes=volumes,
             facts=facts,
             event_host=self.events,
         )

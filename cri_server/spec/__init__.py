@@ -18,6 +18,7 @@ from cri_server.pb import api_pb2 as api
 from cri_server.spec import (
     checks,
     devices,
+    imagevolumes,
     linux,
     mounts,
     oci,
@@ -45,6 +46,7 @@ from cri_server.spec.types import (
 
 __all__ = [
     "CAPABILITIES",
+    "IMAGE_OPTIONS",
     "ContainerInput",
     "Defaults",
     "DeviceNode",
@@ -59,12 +61,15 @@ __all__ = [
     "capability_names",
     "container",
     "device_requests",
+    "explained",
+    "image_mounts",
     "image_volumes",
     "pid_mode",
     "process",
     "resources",
     "sandbox",
     "seccomp_path",
+    "source_key",
     "stop_signal",
     "stop_signal_name",
     "stop_signal_value",
@@ -76,6 +81,7 @@ __all__ = [
 ]
 
 CAPABILITIES = security.CAPABILITIES
+IMAGE_OPTIONS = imagevolumes.OPTIONS
 validate_sandbox = pod.validate
 sandbox = pod.sandbox
 sysctls = pod.sysctls
@@ -85,6 +91,9 @@ resources = linux.resources
 user_request = security.user_request
 capability_names = security.capability_names
 device_requests = devices.requests
+image_mounts = imagevolumes.requests
+source_key = imagevolumes.key
+explained = imagevolumes.explained
 image_volumes = mounts.image_volumes
 stop_signal = signals.stop_signal
 stop_signal_name = signals.stop_signal_name
@@ -137,7 +146,7 @@ def validate_container(
 ) -> None:
     """Refuse a container that can never be made as asked.
 
-    Raises InvalidArgument, for image volumes Unimplemented; the message names the field.
+    Raises InvalidArgument; the message names the field.
 
     What only a look at the host or the image's files can tell is left to `sources` and `rootfs`.
     """

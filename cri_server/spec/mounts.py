@@ -5,11 +5,12 @@ Pure. That sources exist and targets are safe is looked at elsewhere (`cri_serve
 `cri_server.rootfs`).
 """
 
+import contextlib
 from collections.abc import Iterable, Mapping
 
 from cri_server import errors
 from cri_server.pb import api_pb2 as api
-from cri_server.spec import checks, oci, types, why
+from cri_server.spec import checks, imagevolumes, oci, types, why
 
 SHM = "/dev/shm"
 _Propagation = api.MountPropagation
@@ -38,9 +39,14 @@ def mounts(wanted: types.ContainerInput) -> list[oci.Mount]:
 
 def _requested(n: int, mount: api.Mount, sources: Mapping[str, str]) -> oci.Mount:
     made = bind(mount, sources)
-    links = "" if made["source"] == mount.host_path else "the source without its symlinks"
-    why.cri(f"mounts[{made['destination']}]", f"mounts[{n}]", links)
+    why.cri(f"mounts[{made['destination']}]", f"mounts[{n}]", _whence(mount, made["source"]))
     return made
+
+
+def _whence(mount: api.Mount, source: str) -> str:
+    if mount.HasField("image"):
+        return "the image, mounted once for the pod; without set-id programs and devices"
+    return "" if source == mount.host_path else "the source without its symlinks"
 
 
 def _replaced(destination: str, taken: set[str]) -> bool:
@@ -117,16 +123,26 @@ def check(config: api.ContainerConfig, host: types.HostFacts) -> None:
     Sources for recursive read-only and propagation: KEP-3857 and behaviour.md §1.6.
     """
     for mount in config.mounts:
-        _check(mount, host)
-        bind(mount, {})
+        with _explained(mount):
+            _check(mount, host)
+            bind(mount, {})
+
+
+def _explained(mount: api.Mount) -> contextlib.AbstractContextManager[None]:
+    if mount.HasField("image"):
+        return imagevolumes.explained(mount.container_path)
+    return contextlib.nullcontext()
 
 
 def _check(mount: api.Mount, host: types.HostFacts) -> None:
     where = f"mount {mount.container_path[:200]!r}"
-    if mount.HasField("image") or mount.image_sub_path:
-        raise errors.Unimplemented(
-            f"ImageVolumeMountFailed: {where}: field image is not supported yet"
-        )
+    if mount.HasField("image"):
+        imagevolumes.check(mount)
+    checks.unsupported(
+        bool(mount.image_sub_path) and not mount.HasField("image"),
+        where,
+        "image_sub_path needs image",
+    )
     mapped = bool(mount.uidMappings or mount.gidMappings)
     checks.unsupported(mapped, where, "uidMappings and gidMappings are not supported yet")
     relabel = mount.selinux_relabel and host.selinux
@@ -146,13 +162,13 @@ def _check_recursive(mount: api.Mount, where: str, host: types.HostFacts) -> Non
 
 
 def bind(mount: api.Mount, sources: Mapping[str, str]) -> oci.Mount:
-    """Return the bind mount for a CRI mount. Raises InvalidArgument for one that cannot be."""
+    """Return the bind mount for a CRI mount; `sources` as in ContainerInput.
+
+    Raises InvalidArgument for one that cannot be.
+    """
     target = checks.absolute(mount.container_path, "mount container_path")
     checks.unsupported(target == "/", "mount container_path", "the root cannot be a mount target")
-    if not mount.host_path:
-        raise errors.InvalidArgument(f"mount {target!r}: host_path is empty")
-    host_path = checks.absolute(mount.host_path, f"mount {target!r}: host_path")
-    source = sources.get(mount.host_path, host_path)
+    source = _source(mount, target, sources)
     # A volume there would stand in for the kernel's answers, AppArmor's label files among them
     # (CVE-2019-16884).
     checks.unsupported(
@@ -169,8 +185,20 @@ def bind(mount: api.Mount, sources: Mapping[str, str]) -> oci.Mount:
         destination=target,
         type="bind",
         source=source,
-        options=["rbind", propagation, _access(mount)],
+        options=["rbind", propagation, _access(mount), *_restrictions(mount)],
     )
+
+
+def _source(mount: api.Mount, target: str, sources: Mapping[str, str]) -> str:
+    key = imagevolumes.key(mount)
+    if mount.HasField("image"):
+        return sources.get(key, "")
+    checks.unsupported(not mount.host_path, f"mount {target!r}", "host_path is empty")
+    return sources.get(key, checks.absolute(mount.host_path, f"mount {target!r}: host_path"))
+
+
+def _restrictions(mount: api.Mount) -> tuple[str, ...]:
+    return imagevolumes.OPTIONS if mount.HasField("image") else ()
 
 
 def _access(mount: api.Mount) -> str:

@@ -143,10 +143,10 @@ class ContainerInput:
 
     `namespaces` maps OCI types (network, ipc, uts, pid, user) to paths to join. A type that is
     missing is the host's; "pid" with an empty path is a new one of the container's own. `sources`
-    maps a mount's host_path to where it really is; `devices` are the nodes behind config.devices,
-    `host_devices` all of the host's (for privileged). `seccomp_profile` is the parsed Localhost
-    file that security.seccomp_path() named. `annotations` are the pod's and the container's that
-    the handler's configuration lets through.
+    maps a mount's `imagevolumes.key` to where it really is; `devices` are the nodes behind
+    config.devices, `host_devices` all of the host's (for privileged). `seccomp_profile` is the
+    parsed Localhost file that security.seccomp_path() named. `annotations` are the pod's and the
+    container's that the handler's configuration lets through.
     """
 
     id: str

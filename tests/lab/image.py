@@ -26,7 +26,13 @@ CONFIG = "application/vnd.oci.image.config.v1+json"
 LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-_TYPES = {"file": tarfile.REGTYPE, "dir": tarfile.DIRTYPE, "link": tarfile.LNKTYPE}
+_TYPES = {
+    "file": tarfile.REGTYPE,
+    "dir": tarfile.DIRTYPE,
+    "link": tarfile.LNKTYPE,
+    "symlink": tarfile.SYMTYPE,
+    "fifo": tarfile.FIFOTYPE,
+}
 PASSWD = """root:x:0:0:root:/root:/bin/sh
 www-data:x:33:33:www-data:/var/www:/bin/false
 tester:x:1000:1000:tester:/home/tester:/bin/sh
@@ -37,13 +43,19 @@ GROUP = "root:x:0:\nwww-data:x:33:\ntester:x:1000:\nstaff:x:50000:tester\nnobody
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """One member of a layer: a folder, a file with `data`, or a hard link `to` an earlier one."""
+    """One member of a layer: a folder, a file with `data`, a hard link `to` an earlier one, a
+    symlink `to` anywhere, a FIFO.
+    """
 
     name: str
     kind: str = "file"
     data: bytes = b""
     mode: int = 0o644
     to: str = ""
+    uid: int = 0
+    gid: int = 0
+    mtime: int = 0
+    xattrs: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,6 +118,8 @@ def tar(entries: Iterable[Entry]) -> bytes:
             member = tarfile.TarInfo(entry.name)
             member.type, member.mode, member.linkname = _TYPES[entry.kind], entry.mode, entry.to
             member.size = len(entry.data)
+            member.uid, member.gid, member.mtime = entry.uid, entry.gid, entry.mtime
+            member.pax_headers = {f"SCHILY.xattr.{k}": v for k, v in entry.xattrs.items()}
             archive.addfile(member, io.BytesIO(entry.data))
     return out.getvalue()
 

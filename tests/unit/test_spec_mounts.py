@@ -3,6 +3,7 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 
@@ -174,17 +175,49 @@ def test_recursive_read_only_needs_the_runtime() -> None:
         wishes.validate(wishes.container(mounts=[mount]), host=host)
 
 
+def image_mount(**fields: Any) -> api.Mount:
+    usual: dict[str, Any] = {
+        "container_path": "/d",
+        "image": api.ImageSpec(image="x"),
+        "readonly": True,
+    }
+    return api.Mount(**(usual | fields))
+
+
 @pytest.mark.parametrize(
-    "mount",
+    ("field", "fields"),
     [
-        api.Mount(container_path="/d", image=api.ImageSpec(image="x")),
-        api.Mount(container_path="/d", host_path="/h", image_sub_path="x"),
+        ("host_path", {"host_path": "/h"}),
+        ("image.image", {"image": api.ImageSpec()}),
+        ("readonly", {"readonly": False}),
+        ("propagation", {"propagation": api.MountPropagation.PROPAGATION_BIDIRECTIONAL}),
+        ("image_sub_path", {"image_sub_path": "/etc"}),
+        ("image_sub_path", {"image_sub_path": "a/../../b"}),
+        ("image_sub_path", {"image_sub_path": "a\0b"}),
+        ("container_path", {"container_path": "d"}),
+        ("container_path", {"container_path": "/"}),
     ],
-    ids=["image", "image_sub_path"],
 )
-def test_image_volumes_are_refused_by_name(mount: api.Mount) -> None:
-    with pytest.raises(errors.Unimplemented, match=r"^ImageVolumeMountFailed: .*image"):
+def test_an_image_volume_that_cannot_be_is_refused_by_name(
+    field: str, fields: dict[str, Any]
+) -> None:
+    with pytest.raises(errors.InvalidArgument, match=rf"^ImageVolumeMountFailed: .*{field}"):
+        wishes.validate(wishes.container(mounts=[image_mount(**fields)]))
+
+
+def test_a_sub_path_without_an_image_is_refused() -> None:
+    mount = api.Mount(container_path="/d", host_path="/h", image_sub_path="x")
+    with pytest.raises(errors.InvalidArgument, match="image_sub_path"):
         wishes.validate(wishes.container(mounts=[mount]))
+
+
+def test_an_image_volume_is_a_read_only_bind_mount_without_set_id_and_devices() -> None:
+    mounts = [image_mount(), image_mount(container_path="/e", image_sub_path="s/t")]
+    wishes.validate(wishes.container(mounts=mounts))
+    sources = {spec.source_key(m): f"/made{m.container_path}" for m in mounts}
+    found = by_target(container(*mounts, sources=sources))
+    assert [found[t]["source"] for t in ("/d", "/e")] == ["/made/d", "/made/e"]
+    assert found["/d"]["options"] == ["rbind", "rprivate", "ro", "nosuid", "nodev"]
 
 
 def test_relabelling_is_void_without_selinux_and_refused_with_it() -> None:
