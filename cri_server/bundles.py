@@ -234,6 +234,21 @@ class Bundles:
             cgroups=self._groups.directories(container.cgroups_path),
         )
 
+    def limit(
+        self, container_id: str, limits: spec.Resources, *, oom_score_adj: int | None = None
+    ) -> None:
+        """Write other limits into config.json, by rename; blocks. The rest of it stays."""
+        path = self.directory(container_id) / "config.json"
+        document = msgspec.json.decode(path.read_bytes())
+        resources = document["linux"]["resources"]
+        kept = {k: v for k, v in resources.items() if k not in spec.LIMITS}
+        document["linux"]["resources"] = {**kept, **limits}
+        if oom_score_adj is not None:
+            document["process"]["oomScoreAdj"] = oom_score_adj
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(msgspec.json.encode(document))
+        temporary.replace(path)
+
     # -- remove -----------------------------------------------------------------------------------
 
     async def remove(self, container: state.Container) -> None:

@@ -12,14 +12,12 @@ end also when the caller goes away; a later call can only shorten it.
 import asyncio
 import contextlib
 import dataclasses
-import json
 import posixpath
 import signal
 import time
 from collections.abc import Sequence
 
 import structlog
-from google.protobuf import json_format
 
 from cri_server import (
     bundles,
@@ -34,6 +32,7 @@ from cri_server import (
     spec,
     state,
     steps,
+    updates,
 )
 from cri_server.images import gc
 from cri_server.images import store as images
@@ -65,12 +64,14 @@ class Containers:
         collector: gc.Collector,
         bundle_host: bundles.Bundles,
         shim_host: shims.Shims,
+        update_host: updates.Updates,
         facts: host.Host,
         event_host: events.Events,
     ) -> None:
         self._settings, self._store, self._events = settings, store, event_host
         self._images, self._collector = image_store, collector
         self._bundles, self._shims, self._facts = bundle_host, shim_host, facts
+        self._updates = update_host
         self._attempts, self._locks = names.Attempts(), locks.Locks()
         self._running: dict[str, asyncio.Event] = {}  # set when the container has ended
         self._stopping: dict[str, _Escalation] = {}
@@ -242,16 +243,16 @@ class Containers:
             pause = min(pause * 2, KILL_AGAIN_MOST)
 
     async def _ended(self, container_id: str, record: shim_pb2.ExitRecord) -> None:
-        container = self._store.container(container_id)
         reason = record.reason or _reason(record)
-        ended = dataclasses.replace(
-            container,
-            finished_at=record.finished_at or time.time_ns(),
-            exit_code=record.exit_code,
-            reason=reason,
-            message=record.message,
-        )
-        await self._store.note_container(ended)
+        async with self._store.changing(container_id) as container:
+            ended = dataclasses.replace(
+                container,
+                finished_at=record.finished_at or time.time_ns(),
+                exit_code=record.exit_code,
+                reason=reason,
+                message=record.message,
+            )
+            await self._store.note_container(ended)
         log.info(
             "container exited",
             pod=container.pod_id,
@@ -279,6 +280,18 @@ class Containers:
             await asyncio.wait([self.follow(container)], timeout=RECOVERY_PATIENCE)
         elif seen is not None:  # the start had not come far: the next one begins anew
             await self._forget_in_shim(container)
+
+    # -- update -----------------------------------------------------------------------------------
+
+    async def update(self, request: api.UpdateContainerResourcesRequest) -> None:
+        """Change the limits of a container that is created or runs (CRI UpdateContainerResources).
+
+        Raises NotFound, and what `Updates.apply` raises.
+        """
+        container = self._store.container(request.container_id)
+        spec.check_update(request)
+        async with self._locks.held(container.id):
+            await self._updates.apply(self._store.container(container.id), request.linux)
 
     # -- stop -------------------------------------------------------------------------------------
 
@@ -562,7 +575,7 @@ def _status(container: state.Container) -> api.ContainerStatus:
         annotations=wanted.annotations,
         mounts=wanted.mounts,
         log_path=container.log_path,
-        resources=_resources(container),
+        resources=api.ContainerResources(linux=updates.in_force(container)),
         user=_user(container),
         stop_signal=spec.stop_signal_value(container.stop_signal),
     )
@@ -576,15 +589,6 @@ def _image_spec(container: state.Container) -> api.ImageSpec:
         user_specified_image=asked.user_specified_image,
         runtime_handler=asked.runtime_handler,
     )
-
-
-def _resources(container: state.Container) -> api.ContainerResources:
-    linux = api.LinuxContainerResources()
-    if container.resources:
-        json_format.ParseDict(json.loads(container.resources), linux)
-    else:
-        linux.CopyFrom(container.config.linux.resources)
-    return api.ContainerResources(linux=linux)
 
 
 def _user(container: state.Container) -> api.ContainerUser:

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from google.protobuf import json_format, message
 
-from cri_server import bundles, cgroups, config, containers, host, pods
+from cri_server import bundles, cgroups, config, containers, host, pods, state
 from cri_server.network import cni
 from cri_server.pb import api_pb2 as api
 
@@ -148,6 +148,8 @@ class Info:
             "runtimeHandler": pod.handler,
             "netns": pod.netns,
             "cniResult": pod.network,
+            "overhead": _message(state.limits(pod.overhead, pod.config.linux.overhead)),
+            "resources": _message(state.limits(pod.resources, pod.config.linux.resources)),
             "config": _message(pod.config),
         }
 

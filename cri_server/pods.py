@@ -238,6 +238,24 @@ class Pods:
         if pod.network is not None:
             await self._network.detach(self._attachment(pod))
 
+    # -- update -----------------------------------------------------------------------------------
+
+    async def update(self, request: api.UpdatePodSandboxResourcesRequest) -> None:
+        """Remember the pod's overhead and resources (CRI UpdatePodSandboxResources).
+
+        What is not in the request stays. The pod's cgroup is the kubelet's, which writes it itself.
+        Raises NotFound, InvalidArgument that names the field.
+        """
+        pod = self._listed(request.pod_sandbox_id)
+        spec.check_pod_update(request, self._facts.facts(pod.handler))
+        async with self._locks.held(pod.id):
+            pod = self._store.pod(pod.id)
+            if request.HasField("overhead"):
+                pod = dataclasses.replace(pod, overhead=state.raw_limits(request.overhead))
+            if request.HasField("resources"):
+                pod = dataclasses.replace(pod, resources=state.raw_limits(request.resources))
+            await self._store.put_pod(pod)
+
     # -- death behind our back --------------------------------------------------------------------
 
     def watch(self, pod: state.Pod) -> None:

@@ -35,6 +35,7 @@ from cri_server import (
     snapshots,
     state,
     stats,
+    updates,
 )
 from cri_server.images import gc, pull, registry, store
 from cri_server.network import cni
@@ -200,6 +201,14 @@ class Graph:
             collector=self.collector,
             bundle_host=bundle_host,
             shim_host=shim_host,
+            update_host=updates.Updates(
+                settings=settings,
+                store=records,
+                groups=groups,
+                bundle_host=bundle_host,
+                shim_host=shim_host,
+                facts=facts,
+            ),
             facts=facts,
             event_host=self.events,
         )

@@ -17,9 +17,10 @@ no fsync: after a power loss nothing runs any more, and recovery sweeps what is 
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -29,7 +30,7 @@ import msgspec
 import structlog
 from google.protobuf import json_format
 
-from cri_server import names
+from cri_server import locks, names
 from cri_server.pb import api_pb2 as api
 
 log = structlog.get_logger()
@@ -71,6 +72,8 @@ class Pod:
     shim_start_time: int = 0  # with the pid: which process; see shim.process.start_time
     pid: int = 0  # the sandbox container's init, where there is one
     stopped_at: int = 0
+    overhead: str = ""  # LinuxContainerResources as JSON, after updates; "": as in the config
+    resources: str = ""
 
     @property
     def name(self) -> PodName:
@@ -110,7 +113,7 @@ class Container:
     gid: int = 0
     groups: tuple[int, ...] = ()
     cgroups_path: str = ""
-    resources: str = ""  # LinuxContainerResources as JSON, after updates
+    resources: str = ""  # LinuxContainerResources as JSON, after updates; "": as in the config
     pid: int = 0
     start_time: int = 0
     started_at: int = 0
@@ -140,6 +143,7 @@ class Store:
         self._pods: dict[str, Pod] = {}
         self._containers: dict[str, Container] = {}
         self._of_pod: dict[str, dict[str, None]] = {}
+        self._changes = locks.Locks()
         self.unreadable: frozenset[str] = frozenset()  # ids of pods whose files were set aside
 
     # -- pods -------------------------------------------------------------------------------------
@@ -210,6 +214,15 @@ class Store:
             self._containers[container.id] = container
             return container
 
+    @contextlib.asynccontextmanager
+    async def changing(self, container_id: str) -> AsyncIterator[Container]:
+        """Give the record as it is now to a block that replaces it, one block at a time.
+
+        For who changes a container that runs, and so may end meanwhile.
+        """
+        async with self._changes.held(container_id):
+            yield self._containers[container_id]
+
     async def forget_container(self, container: Container) -> None:
         """Drop the record; OK when it is not there."""
         path = self._containers_dir / f"{container.id}.json"
@@ -247,6 +260,18 @@ def new_pod(config: api.PodSandboxConfig, *, runtime_handler: str, handler: str,
 def raw_config(config: "api.PodSandboxConfig | api.ContainerConfig") -> bytes:
     """Return the JSON under which a config is stored; environment values are base64 (bytes)."""
     return msgspec.json.encode(json_format.MessageToDict(config, preserving_proto_field_name=True))
+
+
+def limits(stored: str, config: api.LinuxContainerResources) -> api.LinuxContainerResources:
+    """Return the resources that a record's JSON tells, `config` if it was never updated."""
+    if not stored:
+        return config
+    return json_format.Parse(stored, api.LinuxContainerResources(), ignore_unknown_fields=True)
+
+
+def raw_limits(limits: api.LinuxContainerResources) -> str:
+    """Return the JSON that `limits` reads."""
+    return json_format.MessageToJson(limits, preserving_proto_field_name=True, indent=None)
 
 
 def boot_id() -> str:

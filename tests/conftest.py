@@ -114,18 +114,25 @@ def marks() -> Marks:
 
 
 @pytest.fixture(scope="session")
-def crun() -> Iterator[str]:
+def hugetlb() -> Iterator[None]:
+    """Mount the v1 hierarchy of hugepages for the run, where nobody has: for `cgroup-v1` only."""
+    mounted = not os.path.ismount(HUGETLB)
+    if mounted:
+        HUGETLB.mkdir(exist_ok=True)
+        linux.mount("cgroup", os.fspath(HUGETLB), "cgroup", 0, "hugetlb")
+    yield
+    if mounted:
+        linux.umount2(os.fspath(HUGETLB))
+        HUGETLB.rmdir()
+
+
+@pytest.fixture(scope="session")
+def crun(request: pytest.FixtureRequest) -> str:
     """Make crun usable and return its name.
 
     On a hybrid host crun refuses to work while cgroup v2 holds a controller, and hugetlb is the one
     that nobody has mounted: it is mounted as a v1 hierarchy for the run.
     """
-    mounted = False
     if "hugetlb" in probes.missing("crun-works"):
-        HUGETLB.mkdir(exist_ok=True)
-        linux.mount("cgroup", os.fspath(HUGETLB), "cgroup", 0, "hugetlb")
-        mounted = True
-    yield "crun"
-    if mounted:
-        linux.umount2(os.fspath(HUGETLB))
-        HUGETLB.rmdir()
+        request.getfixturevalue("hugetlb")
+    return "crun"

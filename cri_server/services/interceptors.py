@@ -31,8 +31,10 @@ MUTATIONS = frozenset(
         "StartContainer",
         "StopContainer",
         "RemoveContainer",
+        "UpdateContainerResources",
         "ReopenContainerLog",
         "UpdateRuntimeConfig",
+        "UpdatePodSandboxResources",
         "RemoveImage",
     }
 )

@@ -117,7 +117,8 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
     async def UpdateContainerResources(
         self, request: api.UpdateContainerResourcesRequest, context: Context
     ) -> api.UpdateContainerResourcesResponse:
-        raise _not_yet("UpdateContainerResources")
+        await self._containers.update(request)
+        return api.UpdateContainerResourcesResponse()
 
     async def ReopenContainerLog(
         self, request: api.ReopenContainerLogRequest, context: Context
@@ -228,7 +229,8 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
     async def UpdatePodSandboxResources(
         self, request: api.UpdatePodSandboxResourcesRequest, context: Context
     ) -> api.UpdatePodSandboxResourcesResponse:
-        raise _not_yet("UpdatePodSandboxResources")
+        await self._pods.update(request)
+        return api.UpdatePodSandboxResourcesResponse()
 
 
 def _not_yet(rpc: str) -> errors.Unimplemented:

@@ -5,7 +5,7 @@
     container                               the config.json of a container
     sandbox                                 the config.json of a pod's init (shared PID namespace)
     process                                 the process of an exec
-    resources                               the resources of an UpdateContainerResources
+    resources, merged, restored             the limits of a container, and of an update
     sysctls, pid_mode, user_request, …      what pods and containers must know of a request before
     they can ask for a spec
 
@@ -28,6 +28,7 @@ from cri_server.spec import (
     security,
     signals,
     types,
+    updates,
     why,
 )
 from cri_server.spec.types import (
@@ -47,26 +48,34 @@ from cri_server.spec.types import (
 __all__ = [
     "CAPABILITIES",
     "IMAGE_OPTIONS",
+    "LIMITS",
     "ContainerInput",
     "Defaults",
     "DeviceNode",
     "ExecInput",
     "HostFacts",
+    "HugepageLimit",
     "ImageConfig",
     "PodFiles",
+    "Resources",
     "Rlimit",
     "SandboxInput",
     "User",
     "UserRequest",
     "capability_names",
+    "check_pod_update",
+    "check_update",
     "container",
     "device_requests",
     "explained",
     "image_mounts",
     "image_volumes",
+    "merged",
+    "oom_score_adj",
     "pid_mode",
     "process",
     "resources",
+    "restored",
     "sandbox",
     "seccomp_path",
     "source_key",
@@ -82,12 +91,20 @@ __all__ = [
 
 CAPABILITIES = security.CAPABILITIES
 IMAGE_OPTIONS = imagevolumes.OPTIONS
+LIMITS = oci.LIMITS
+Resources = oci.Resources
+HugepageLimit = oci.HugepageLimit
 validate_sandbox = pod.validate
 sandbox = pod.sandbox
 sysctls = pod.sysctls
 pid_mode = pod.pid_mode
 process = processes.exec_process
 resources = linux.resources
+oom_score_adj = linux.oom_score_adj
+merged = updates.merged
+check_update = updates.check
+check_pod_update = updates.check_pod
+restored = updates.restored
 user_request = security.user_request
 capability_names = security.capability_names
 device_requests = devices.requests

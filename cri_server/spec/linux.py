@@ -126,12 +126,13 @@ def resources(asked: api.LinuxContainerResources, host: types.HostFacts) -> oci.
 
 def _cpu(asked: api.LinuxContainerResources) -> oci.Cpu:
     _at_least(asked.cpu_shares, 0, "cpu_shares")
-    _at_least(asked.cpu_quota, -1, "cpu_quota")
-    _at_least(asked.cpu_period, 0, "cpu_period")
+    _at_least(asked.cpu_quota, 1000 if asked.cpu_quota > 0 else -1, "cpu_quota")
+    _at_least(asked.cpu_period, 1000 if asked.cpu_period else 0, "cpu_period")
+    _at_most(asked.cpu_period, 1000000, "cpu_period")
     cpu = oci.Cpu()
-    if asked.cpu_shares:
+    if asked.cpu_shares:  # v1 does this by itself, and not every runtime does it for v2
         why.cri("linux.resources.cpu.shares", "linux.resources.cpu_shares")
-        cpu["shares"] = asked.cpu_shares
+        cpu["shares"] = min(max(asked.cpu_shares, 2), 262144)
     if asked.cpu_quota:
         why.cri("linux.resources.cpu.quota", "linux.resources.cpu_quota")
         cpu["quota"] = asked.cpu_quota
@@ -151,6 +152,11 @@ def _set(value: str, field: str) -> str:
     if not _SET.fullmatch(value):
         raise errors.InvalidArgument(f"{field}: {value[:80]!r} is not a list of numbers")
     return value
+
+
+def _at_most(value: int, most: int, field: str) -> None:
+    if value > most:
+        raise errors.InvalidArgument(f"{field}: {value} is more than {most}")
 
 
 def _at_least(value: int, least: int, field: str) -> None:

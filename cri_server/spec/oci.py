@@ -8,6 +8,7 @@ set is not written.
 from collections.abc import Mapping
 from typing import TypedDict
 
+LIMITS = ("cpu", "memory", "hugepageLimits", "unified")  # of Resources: what can be updated
 VERSION = "1.0.2"  # crun 1.8 (Debian 12) refuses a newer one
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from cri_server import errors
 from cri_server.pb import api_pb2 as api
-from cri_server.spec import checks, linux, mounts, oci, processes, security, types, why
+from cri_server.spec import checks, linux, mounts, oci, processes, security, types, updates, why
 
 NOBODY = 65534
 INIT = "/catatonit"
@@ -63,6 +63,8 @@ def validate(config: api.PodSandboxConfig, host: types.HostFacts) -> None:
     for mapping in config.port_mappings:
         _check_port(mapping)
     _check_cgroup_parent(config.linux.cgroup_parent)
+    updates.check_limits("linux.overhead", config.linux.overhead, host)
+    updates.check_limits("linux.resources", config.linux.resources, host)
     sysctls(config)
     _check_security(config.linux.security_context, host)
 

@@ -68,6 +68,8 @@ PAGES = [api.HugepageLimit(page_size="2MB", limit=4), api.HugepageLimit(page_siz
             wishes.FACTS,
             {"cpu": {"shares": 2, "quota": -1, "period": 100000}},
         ),
+        (Resources(cpu_shares=1), wishes.FACTS, {"cpu": {"shares": 2}}),
+        (Resources(cpu_shares=1 << 20), wishes.FACTS, {"cpu": {"shares": 262144}}),
         (
             Resources(cpuset_cpus="0-3,7", cpuset_mems="0"),
             wishes.FACTS,
@@ -122,7 +124,10 @@ def test_resources(asked: Resources, host: spec.HostFacts, expected: dict[str, o
     [
         (Resources(cpu_shares=-1), wishes.FACTS, "cpu_shares"),
         (Resources(cpu_quota=-2), wishes.FACTS, "cpu_quota"),
+        (Resources(cpu_quota=999), wishes.FACTS, "cpu_quota"),
         (Resources(cpu_period=-1), wishes.FACTS, "cpu_period"),
+        (Resources(cpu_period=999), wishes.FACTS, "cpu_period"),
+        (Resources(cpu_period=1000001), wishes.FACTS, "cpu_period"),
         (Resources(cpuset_cpus="0-"), wishes.FACTS, "cpuset_cpus"),
         (Resources(cpuset_mems="all"), wishes.FACTS, "cpuset_mems"),
         (Resources(cpuset_cpus="0\n"), wishes.FACTS, "cpuset_cpus"),
