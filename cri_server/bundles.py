@@ -235,9 +235,17 @@ class Bundles:
         )
 
     def limit(
-        self, container_id: str, limits: spec.Resources, *, oom_score_adj: int | None = None
+        self,
+        container_id: str,
+        limits: spec.Resources,
+        *,
+        oom_score_adj: int | None,
+        found: why.Origins,
     ) -> None:
-        """Write other limits into config.json, by rename; blocks. The rest of it stays."""
+        """Write other limits into config.json, by rename; blocks. The rest of it stays.
+
+        `found` says where they came from; an `oom_score_adj` of None leaves it as it is.
+        """
         path = self.directory(container_id) / "config.json"
         document = msgspec.json.decode(path.read_bytes())
         resources = document["linux"]["resources"]
@@ -248,6 +256,7 @@ class Bundles:
         temporary = path.with_suffix(".tmp")
         temporary.write_bytes(msgspec.json.encode(document))
         temporary.replace(path)
+        origins.amend(path.parent, found, "as updated")
 
     # -- remove -----------------------------------------------------------------------------------
 

@@ -47,6 +47,20 @@ def read(directory: Path) -> why.Origins:
     return msgspec.json.decode((directory / FILE).read_bytes(), type=dict[str, list[why.Note]])
 
 
+def amend(directory: Path, found: why.Origins, because: str) -> None:
+    """Replace the notes of the parts in `found`, giving `because` as the reason of each.
+
+    OK when there are none to amend: a bundle without notes is explained without them.
+    """
+    try:
+        notes = read(directory)
+    except (OSError, ValueError):
+        return
+    for part, said in found.items():
+        notes[part] = [n._replace(because=n.because or because) for n in said]
+    write(directory, notes)
+
+
 # -- rows ------------------------------------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ import structlog
 
 from cri_server import bundles, cgroups, config, errors, host, shims, spec, state, usage
 from cri_server.pb import api_pb2 as api
+from cri_server.spec import why
 from shim.pb import shim_pb2
 
 log = structlog.get_logger()
@@ -106,8 +107,12 @@ class Updates:
         """Bring config.json up to date; oom_score_adj only counts before the start."""
         container = change.container
         facts = self._facts.facts(container.handler)
-        score = None if container.started_at else spec.oom_score_adj(change.wanted, facts)
-        self._bundles.limit(container.id, change.after, oom_score_adj=score)
+        score: int | None = None
+        with why.recorded() as found:
+            spec.resources(change.wanted, facts)
+            if not container.started_at:
+                score = spec.oom_score_adj(change.wanted, facts)
+        self._bundles.limit(container.id, change.after, oom_score_adj=score, found=found)
 
     # -- in a running container -------------------------------------------------------------------
 

@@ -133,6 +133,9 @@ def _cpu(asked: api.LinuxContainerResources) -> oci.Cpu:
     if asked.cpu_shares:  # v1 does this by itself, and not every runtime does it for v2
         why.cri("linux.resources.cpu.shares", "linux.resources.cpu_shares")
         cpu["shares"] = min(max(asked.cpu_shares, 2), 262144)
+        if cpu["shares"] != asked.cpu_shares:
+            because = "the kernel takes 2 to 262144"
+            why.host("linux.resources.cpu.shares", because, asked=asked.cpu_shares)
     if asked.cpu_quota:
         why.cri("linux.resources.cpu.quota", "linux.resources.cpu_quota")
         cpu["quota"] = asked.cpu_quota

@@ -290,3 +290,12 @@ def test_a_file_that_holds_no_notes_is_an_error(tmp_path: Path, text: str) -> No
     (tmp_path / origins.FILE).write_text(text)
     with pytest.raises(ValueError, match=r"."):
         origins.read(tmp_path)
+
+
+def test_notes_of_updated_parts_replace_the_earlier_ones(tmp_path: Path) -> None:
+    early = {"a": [why.Note("cri", "x", "", "")], "b": [why.Note("default", "", "ours", "")]}
+    origins.amend(tmp_path, early, "as updated")  # nothing to amend
+    assert not (tmp_path / origins.FILE).exists()
+    origins.write(tmp_path, early)
+    origins.amend(tmp_path, {"a": [why.Note("host", "", "", "9")]}, "as updated")
+    assert origins.read(tmp_path) == early | {"a": [why.Note("host", "", "as updated", "9")]}
