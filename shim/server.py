@@ -33,7 +33,7 @@ VERSION = 1
 DEFAULT_TIMEOUT = 120.0  # seconds for one call of an OCI runtime
 _ANSWER_SECONDS = 5.0
 _ANSWER_LIMIT = 65536
-_REHEARSALS = 4
+_REHEARSALS = 8
 
 
 class Shim:

@@ -21,7 +21,7 @@ import signal
 import socket
 from collections.abc import Callable
 
-from shim import diagnostics, linux, loop, server
+from shim import compact, diagnostics, linux, loop, server
 from shim.pb import shim_pb2 as pb
 
 MESSAGE_LIMIT = 256 << 10
@@ -41,11 +41,8 @@ def main(control_fd: int) -> None:
 async def _serve(control: socket.socket) -> None:
     """Be the zygote and, in every child, a shim."""
     shim = server.Shim()
-    await shim.rehearse()
+    await _settle(shim)
     signal.signal(signal.SIGCHLD, _bury(os.getpid()))
-    gc.collect()
-    gc.freeze()
-    gc.disable()
     control.send(READY)
     while True:
         request, descriptors, _, _ = socket.recv_fds(control, MESSAGE_LIMIT, 1)
@@ -54,6 +51,18 @@ async def _serve(control: socket.socket) -> None:
         if linux.fork() == 0:
             await _be_shim(shim, request, descriptors[0], control)
         os.close(descriptors[0])
+
+
+async def _settle(shim: server.Shim) -> None:
+    """Have Python do once what it does once, and leave its memory as forks can best share it."""
+    with compact.watch() as used:
+        await shim.rehearse()
+    compact.gather(used)
+    await shim.rehearse()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    compact.fill_holes()
 
 
 def _bury(zygote: int) -> Callable[[int, object], None]:
