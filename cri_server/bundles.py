@@ -27,6 +27,7 @@ from google.protobuf import json_format
 
 from cri_server import (
     apart,
+    apparmor,
     cgroups,
     commands,
     config,
@@ -99,6 +100,7 @@ class Bundles:
         self.root = settings.server.state / "containers"
         self._settings, self._files, self._groups = settings, files, groups
         self._snapshots, self._volumes, self._facts = layers, volumes, facts
+        self._apparmor = apparmor.AppArmor()
 
     def directory(self, container_id: str) -> Path:
         return self.root / container_id
@@ -113,6 +115,7 @@ class Bundles:
         """
         with recipe.step("host paths"):
             found = await _looked(wanted.config)
+            await self._provide_profile(wanted)
         if wanted.volumes:
             with recipe.step("image volumes"):
                 found = await self._with_images(wanted, found)
@@ -125,6 +128,12 @@ class Bundles:
         places = await self._volumes.mount(wanted.pod.id, wanted.config, wanted.volumes)
         added = {k: sources.Source(path=p, directory=True) for k, p in places.items()}
         return dataclasses.replace(found, mounts={**found.mounts, **added})
+
+    async def _provide_profile(self, wanted: Request) -> None:
+        context = wanted.config.linux.security_context
+        name = spec.apparmor_profile(context, self._facts.facts(wanted.pod.handler))
+        if name:
+            await self._apparmor.provide(name)
 
     def _mount(self, container: state.Container) -> None:
         root = self.directory(container.id) / "rootfs"

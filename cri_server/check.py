@@ -22,7 +22,7 @@ from pathlib import Path
 
 import msgspec
 
-from cri_server import cgroups, config, host
+from cri_server import apparmor, cgroups, config, host
 from cri_server.network import conf
 from shim import linux, mounts
 
@@ -190,10 +190,23 @@ def _security(facts: host.Host) -> Iterator[Finding]:
         "works" if facts.seccomp else "no",
         "" if facts.seccomp else "enable CONFIG_SECCOMP",
     )
-    for name, present in (("AppArmor", facts.apparmor), ("SELinux", facts.selinux)):
-        detail = "enabled" if present else "not on this host"
-        remedy = "" if present else f"pods that name an {name} profile or label are refused"
-        yield _limited_if(name, detail, remedy)
+    yield _apparmor(facts)
+    yield (
+        _ok("SELinux", "enabled, pods are labelled")
+        if facts.selinux
+        else _limited("SELinux", "not on this host", "labels that pods ask for have no effect")
+    )
+
+
+def _apparmor(facts: host.Host) -> Finding:
+    if not facts.apparmor:
+        remedy = "the default profile has no effect, other profiles are refused"
+        return _limited("AppArmor", "not on this host", remedy)
+    if not facts.apparmor_parser:
+        detail = "enabled, but apparmor_parser is not installed"
+        remedy = "pods that ask for the default profile run without one: install apparmor"
+        return _limited("AppArmor", detail, remedy)
+    return _ok("AppArmor", f"enabled, default profile {apparmor.NAME}")
 
 
 # -- runtimes, network, tools --------------------------------------------------------------------

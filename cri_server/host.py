@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from cri_server import cgroups, commands, config, spec
+from cri_server import apparmor, cgroups, commands, config, spec
 from shim import linux
 
 _SIZES = {"kB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
@@ -51,6 +51,7 @@ class Host:
     controllers: tuple[str, ...]
     seccomp: bool
     apparmor: bool
+    apparmor_parser: str
     selinux: bool
     effective: frozenset[str]
     bounding: frozenset[str]
@@ -96,7 +97,8 @@ class Host:
             cgroup_v2=self.hierarchy.mode == "v2",
             oom_score_adj_floor=-1000 if self.raises_limits else self.oom_score_adj,
             seccomp=self.seccomp,
-            apparmor_profiles=_apparmor_profiles() if self.apparmor else None,
+            apparmor=self.apparmor,
+            apparmor_default=apparmor.NAME if self.apparmor and self.apparmor_parser else "",
             selinux=self.selinux,
             swap_accounting=self.swap_accounting,
             hugepage_sizes=self.hugepage_sizes,
@@ -114,7 +116,8 @@ def probe(hierarchy: cgroups.Hierarchy, found: Mapping[str, RuntimeFacts]) -> Ho
         hierarchy=hierarchy,
         controllers=controllers,
         seccomp="Seccomp:" in Path("/proc/self/status").read_text(),
-        apparmor=_first_line("/sys/module/apparmor/parameters/enabled") == "Y",
+        apparmor=apparmor.supported(),
+        apparmor_parser=apparmor.parser(),
         selinux=Path("/sys/fs/selinux/enforce").exists(),
         effective=_names(linux.effective_capabilities(), known),
         bounding=_names(linux.bounding_capabilities(), known),
@@ -189,14 +192,6 @@ def _hugepage_sizes() -> frozenset[str]:
 def _size_name(size: int) -> str:
     unit = next(u for u in ("GB", "MB", "kB") if size >= _SIZES[u])
     return f"{size // _SIZES[unit]}{unit}"
-
-
-def _apparmor_profiles() -> frozenset[str]:
-    try:
-        text = Path("/sys/kernel/security/apparmor/profiles").read_text()
-    except OSError:
-        return frozenset()
-    return frozenset(line.rpartition(" (")[0] for line in text.splitlines())
 
 
 def _rlimit_ceilings() -> dict[str, int]:

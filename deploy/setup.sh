@@ -12,6 +12,7 @@ package() {
         docker-registry | runc | crun | catatonit | iptables | containerd | curl | strace) echo "$1" ;;
         ip) echo iproute2 ;;
         busybox) echo busybox-static ;;
+        apparmor_parser) echo apparmor ;;
         python3) echo "python3 python3-venv" ;;
         *) echo "setup.sh: no package is known for $1" >&2; exit 1 ;;
     esac
@@ -52,7 +53,7 @@ install() {
     apt-get install -qq -y --no-install-recommends "$@" >/dev/null
 }
 
-packages=$(missing runc crun catatonit iptables ip busybox docker-registry curl "$@" | sort -u)
+packages=$(missing runc crun catatonit iptables ip busybox docker-registry curl apparmor_parser "$@" | sort -u)
 # shellcheck disable=SC2086  # one word for each package
 [ -z "$packages" ] || install $packages
 

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from cri_server import apparmor
 from shim import linux
 
 ALLOWED = frozenset(
@@ -79,7 +80,10 @@ def _cni() -> str:
 
 @probe("apparmor")
 def _apparmor() -> str:
-    return "" if Path("/sys/kernel/security/apparmor").is_dir() else "the kernel has no AppArmor"
+    """Tell whether profiles are enforced and can be loaded."""
+    if not apparmor.supported():
+        return "the kernel has no AppArmor"
+    return "" if apparmor.parser() else "apparmor_parser is not installed"
 
 
 @probe("selinux")

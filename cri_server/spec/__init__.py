@@ -62,6 +62,7 @@ __all__ = [
     "SandboxInput",
     "User",
     "UserRequest",
+    "apparmor_profile",
     "capability_names",
     "check_pod_update",
     "check_update",
@@ -106,6 +107,7 @@ check_update = updates.check
 check_pod_update = updates.check_pod
 restored = updates.restored
 user_request = security.user_request
+apparmor_profile = security.apparmor
 capability_names = security.capability_names
 device_requests = devices.requests
 image_mounts = imagevolumes.requests

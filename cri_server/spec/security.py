@@ -316,9 +316,10 @@ def seccomp_profile(
 
 
 def apparmor(context: _Context, host: types.HostFacts) -> str:
-    """Return the AppArmor profile's name, "" for none.
+    """Return the AppArmor profile's name, "" for none; `apparmor` sees to it that it is loaded.
 
-    Without AppArmor the default is void and a Localhost profile an error (behaviour.md §1.6).
+    Without AppArmor the default is void and a Localhost profile an error (behaviour.md §1.6). The
+    default is void too where nothing can load it, as in containerd.
     """
     kind, name = profile(
         context.HasField("apparmor"), context.apparmor, context.apparmor_profile, "apparmor"
@@ -326,15 +327,14 @@ def apparmor(context: _Context, host: types.HostFacts) -> str:
     _note_profile("process.apparmorProfile", context, "apparmor", kind)
     if kind == "none" or context.privileged:
         return ""
-    if host.apparmor_profiles is None:
-        checks.unsupported(
-            kind == "localhost", "apparmor", f"profile {name[:80]!r}: this host has no AppArmor"
-        )
-        why.host("process.apparmorProfile", "this host has no AppArmor", asked="RuntimeDefault")
-        return ""
-    name = name if kind == "localhost" else host.apparmor_default
-    if name not in host.apparmor_profiles:
-        raise errors.InvalidArgument(f"apparmor: profile {name[:80]!r} is not loaded")
+    if kind == "default":
+        if not host.apparmor_default:
+            lack = "apparmor_parser" if host.apparmor else "AppArmor"
+            why.host("process.apparmorProfile", f"this host has no {lack}", asked="RuntimeDefault")
+        return host.apparmor_default
+    checks.unsupported(
+        not host.apparmor, "apparmor", f"profile {name[:80]!r}: this host has no AppArmor"
+    )
     return name
 
 

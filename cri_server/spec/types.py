@@ -116,10 +116,10 @@ class HostFacts:
     """What this host, and the OCI runtime that will read the spec, can do. Probed once.
 
     `capabilities` are those of our bounding set, `known_capabilities` those of the kernel; a
-    request for one that is known but not ours is refused. `apparmor_profiles` are the loaded ones,
-    None without AppArmor; `apparmor_default` is the name of ours. `rlimit_ceilings` holds our own
-    hard limits where we may not raise them (no CAP_SYS_RESOURCE). `hugepage_sizes` are those with a
-    cgroup controller, as CRI writes them: "2MB", "1GB".
+    request for one that is known but not ours is refused. `apparmor_default` is the name of our
+    profile, "" where it cannot be loaded. `rlimit_ceilings` holds our own hard limits where we may
+    not raise them (no CAP_SYS_RESOURCE). `hugepage_sizes` are those with a cgroup controller, as
+    CRI writes them: "2MB", "1GB".
     """
 
     machine: str = "x86_64"
@@ -128,7 +128,7 @@ class HostFacts:
     cgroup_v2: bool
     oom_score_adj_floor: int = -1000
     seccomp: bool = True
-    apparmor_profiles: frozenset[str] | None = None
+    apparmor: bool = False
     apparmor_default: str = ""
     selinux: bool = False
     swap_accounting: bool = False

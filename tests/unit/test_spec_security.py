@@ -199,11 +199,8 @@ def test_the_file_of_a_localhost_profile_is_named() -> None:
         {"apparmor_profile": "nonsense"},
     ],
 )
-@pytest.mark.parametrize("profiles", [None, frozenset({"mine"})])
-def test_a_profile_that_cannot_be_is_refused(
-    fields: dict[str, object], profiles: frozenset[str] | None
-) -> None:
-    host = dataclasses.replace(wishes.FACTS, apparmor_profiles=profiles)
+def test_a_profile_that_cannot_be_is_refused(fields: dict[str, object]) -> None:
+    host = dataclasses.replace(wishes.FACTS, apparmor=False)
     pod = wishes.pod(security=api.LinuxSandboxSecurityContext(privileged=True))
     wish = wishes.container(security=wishes.security(**fields))
     with pytest.raises(errors.InvalidArgument, match=r"seccomp|apparmor"):
@@ -225,25 +222,37 @@ def test_a_profile_on_a_kernel_without_seccomp_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "profiles", "expected"),
+    ("fields", "expected"),
     [
-        ({}, frozenset({"ours"}), None),
-        ({"apparmor": Profile()}, frozenset({"ours"}), "ours"),
-        ({"apparmor": Profile()}, None, None),
-        ({"apparmor": Profile(profile_type=Profile.Unconfined)}, frozenset({"ours"}), None),
-        ({"apparmor_profile": "runtime/default"}, frozenset({"ours"}), "ours"),
-        ({"apparmor_profile": "localhost/mine"}, frozenset({"mine"}), "mine"),
-        ({"apparmor": Profile(), "apparmor_profile": "localhost/x"}, frozenset({"ours"}), "ours"),
-        ({"apparmor": Profile(), "privileged": True}, frozenset({"ours"}), None),
+        ({}, None),
+        ({"apparmor": Profile()}, "ours"),
+        ({"apparmor": Profile(profile_type=Profile.Unconfined)}, None),
+        ({"apparmor": Profile(profile_type=Profile.Localhost, localhost_ref="localhost/a")}, "a"),
+        ({"apparmor_profile": ""}, None),
+        ({"apparmor_profile": "unconfined"}, None),
+        ({"apparmor_profile": "runtime/default"}, "ours"),
+        ({"apparmor_profile": "localhost/mine"}, "mine"),
+        ({"apparmor": Profile(), "apparmor_profile": "localhost/x"}, "ours"),
+        ({"apparmor": Profile(profile_type=Profile.Unconfined), "apparmor_profile": "x"}, None),
+        ({"apparmor": Profile(), "privileged": True}, None),
+        ({"apparmor_profile": "localhost/mine", "privileged": True}, None),
     ],
 )
-def test_apparmor_profiles_are_names_of_loaded_ones(
-    fields: dict[str, object], profiles: frozenset[str] | None, expected: str | None
+def test_the_apparmor_profile_is_the_fields_then_the_old_strings(
+    fields: dict[str, object], expected: str | None
 ) -> None:
-    host = dataclasses.replace(wishes.FACTS, apparmor_profiles=profiles, apparmor_default="ours")
+    host = dataclasses.replace(wishes.FACTS, apparmor=True, apparmor_default="ours")
     wish = wishes.container(security=wishes.security(**fields))
     process = spec.container(wishes.given(wish, host=host))["process"]
     assert process.get("apparmorProfile") == expected
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_the_default_apparmor_profile_is_void_where_nothing_can_load_it(enabled: bool) -> None:
+    host = dataclasses.replace(wishes.FACTS, apparmor=enabled, apparmor_default="")
+    wish = wishes.container(security=wishes.security(apparmor=Profile()))
+    wishes.validate(wish, host=host)
+    assert "apparmorProfile" not in spec.container(wishes.given(wish, host=host))["process"]
 
 
 def test_selinux_options_have_no_effect_without_selinux_and_are_refused_with_it() -> None:
