@@ -282,12 +282,25 @@ def overlay(
 @functools.cache
 def _takes_layers_one_by_one() -> bool:
     """Whether overlayfs knows "lowerdir+" (Linux 6.8)."""
+    return knows_option("overlay", "lowerdir+", "/")
+
+
+def knows_option(fstype: str, key: str, value: str) -> bool:
+    """Say whether a file system takes an option with the new mount API.
+
+    One that has not been converted to that API (overlayfs before Linux 6.5) accepts every word at
+    first and refuses at the end; one that accepts a nonsense word is therefore not believed.
+    """
+    return _accepts(fstype, key, value) and not _accepts(fstype, "no-such-option", value)
+
+
+def _accepts(fstype: str, key: str, value: str) -> bool:
     try:
-        context = linux.fsopen("overlay")
+        context = linux.fsopen(fstype)
     except OSError:
         return False
     try:
-        linux.fsconfig_string(context, "lowerdir+", "/")
+        linux.fsconfig_string(context, key, value)
     except OSError:
         return False
     finally:

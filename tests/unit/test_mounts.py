@@ -34,6 +34,11 @@ def mount(kind: str, source: Path | str, target: Path, *options: str) -> mounts.
     return made
 
 
+def test_a_file_system_that_takes_every_word_is_not_believed() -> None:
+    assert not mounts.knows_option("overlay", "nonsense", "/")
+    assert mounts.knows_option("tmpfs", "size", "1m")
+
+
 # ---- option words
 
 
