@@ -10,9 +10,9 @@
     cgroupfs   /kubepods/pod1              /kubepods/pod1/<id>            the same
     systemd    /kube.slice/kube-x.slice    kube-x.slice:cri-server:<id>   .../cri-server-<id>.scope
 
-The OCI runtime makes the directories and removes the container's own. It also makes missing
-parents, and leaves them: `missing` tells which before a pod begins, `remove` takes them away with
-the pod.
+The OCI runtime (through systemd, with that driver) makes the directories and removes the
+container's own. It also makes missing parents, and leaves them: `missing` tells which before a pod
+begins, `remove` takes them away with the pod. A kubelet makes its own, which are never ours.
 """
 
 import errno
@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cri_server import config, errors
+from cri_server import commands, config, errors
 from shim import cgroup
 
 PREFIX = "cri-server"
+SYSTEMCTL_TIMEOUT = 60  # seconds
 Mode = Literal["v1", "hybrid", "v2"]
 
 
@@ -127,7 +128,7 @@ class Cgroups:
         directory.
         """
         path = cgroups_path
-        if self.driver == "systemd":
+        if not path.startswith("/"):
             unit, prefix, container_id = cgroups_path.split(":")
             path = f"{slice_path(unit)}/{prefix}-{container_id}.scope"
         return {name: f"{mount}{path}" for name, mount in self.hierarchy.mounts.items()}
@@ -143,18 +144,21 @@ class Cgroups:
 
     def missing(self, parent: str) -> tuple[str, ...]:
         """Return `parent` and those of its parents that do not exist yet, deepest first."""
-        if self.driver == "systemd":
-            return ()
         paths = [parent, *(str(p) for p in Path(parent).parents if str(p) != "/")]
         places = self.hierarchy.places
         return tuple(p for p in paths if not any(os.path.isdir(f"{m}{p}") for m in places))
 
-    def remove(self, made: Iterable[str]) -> None:
+    async def remove(self, made: Iterable[str]) -> None:
         """Remove the empty ones of these directories. One that others use is tried again at the
-        next call.
+        next call. Raises commands.Failed when systemd does not let go of a slice.
         """
         wanted = sorted({*made, *self._leftover}, key=len, reverse=True)
-        self._leftover = {p: None for p in wanted if not self._remove(p)}
+        gone = [p for p in wanted if self._remove(p)]
+        self._leftover = {p: None for p in wanted if p not in gone}
+        if gone and self.driver == "systemd":
+            # To stop a slice ends what is in it; that it could be removed says that nothing was.
+            units = [posix_basename(path) for path in gone]
+            await commands.run(["systemctl", "stop", *units], timeout=SYSTEMCTL_TIMEOUT)
 
     def _remove(self, path: str) -> bool:
         gone = [_rmdir(f"{mount}{path}") for mount in self.hierarchy.places]
@@ -176,14 +180,16 @@ class Cgroups:
 
 
 def slice_path(unit: str) -> str:
-    """Return the path of a systemd slice: "a-b.slice" is /a.slice/a-b.slice. Raises
-    InvalidArgument.
+    """Return the path of a systemd slice: "a-b.slice" is /a.slice/a-b.slice, "-.slice" is the
+    root (systemd.slice(5)). Raises InvalidArgument.
     """
-    if not unit.endswith(".slice") or "/" in unit or ":" in unit:
+    if unit == "-.slice":
+        return ""
+    parts = unit.removesuffix(".slice").split("-")
+    if not unit.endswith(".slice") or "/" in unit or ":" in unit or "" in parts:
         raise errors.InvalidArgument(
             f"cgroup_parent {unit!r} is not a slice, as the systemd driver needs"
         )
-    parts = unit.removesuffix(".slice").split("-")
     return "".join(f"/{'-'.join(parts[: n + 1])}.slice" for n in range(len(parts)))
 
 

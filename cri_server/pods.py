@@ -223,7 +223,7 @@ class Pods:
         here.
         """
         async with contextlib.AsyncExitStack() as each:
-            each.callback(self._groups.remove, pod.cgroups_made)
+            each.push_async_callback(self._groups.remove, pod.cgroups_made)
             each.push_async_callback(asyncio.to_thread, self._files.remove, pod.id)
             each.push_async_callback(self._containers.remove_all, pod.id)
             each.push_async_callback(self._halt, pod)

@@ -171,7 +171,7 @@ class Graph:
         self.network = cni.Network(settings.network)
         stack.push_async_callback(self.network.close)
         self.zygote = client.Zygote()
-        shim_host = shims.Shims(settings, zygote=self.zygote, files=files)
+        shim_host = shims.Shims(settings, zygote=self.zygote, files=files, driver=groups.driver)
         stack.push_async_callback(shim_host.close)
         volumes = imagevolumes.ImageVolumes(settings.server.state, self.layers)
         bundle_host = bundles.Bundles(

@@ -13,6 +13,7 @@ import contextlib
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Literal
 
 import structlog
 
@@ -58,9 +59,10 @@ class Shims:
         *,
         zygote: client.Zygote,
         files: podfiles.PodFiles,
+        driver: Literal["cgroupfs", "systemd"],
     ) -> None:
         self._settings, self._zygote = settings, zygote
-        self._files = files
+        self._files, self._driver = files, driver
         self._clients: dict[str, client.ShimClient] = {}
         self._pids: dict[str, tuple[int, int]] = {}  # with the start time: a pid is used again
         self._watchers: dict[str, asyncio.Task[None]] = {}
@@ -212,12 +214,13 @@ class Shims:
         """
         found = self._settings.handler(name)
         limit = self._settings.runtime.runtime_timeout
+        options = {"timeout": limit, **found.options, "cgroup_driver": self._driver}
         return client.HandlerSpec(
             name=name,
             kind=found.kind,
             path=found.path,
             root=str(self._settings.server.state / "runtimes" / name),
-            options={k: str(v) for k, v in {"timeout": limit, **found.options}.items()},
+            options={k: str(v) for k, v in options.items()},
         )
 
     async def close(self) -> None:

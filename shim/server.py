@@ -101,7 +101,8 @@ def _rehearsal(directory: str) -> list[tuple[str, Message]]:
 
 
 def make_runtime(handler: pb.Handler, children: reaper.Reaper) -> runtimes.Runtime:
-    """Return the runtime of a handler. Option `timeout`: seconds for one call of it, 120.
+    """Return the runtime of a handler. Options: `timeout`, seconds for one call of it, 120;
+    `cgroup_driver`, cgroupfs or systemd.
 
     Raises InvalidArgument for a kind that this shim does not speak.
     """
@@ -113,6 +114,7 @@ def make_runtime(handler: pb.Handler, children: reaper.Reaper) -> runtimes.Runti
         dialect=oci.dialect_of(handler.name, handler.path),
         children=children,
         timeout=float(handler.options.get("timeout", "") or DEFAULT_TIMEOUT),
+        systemd=handler.options.get("cgroup_driver") == "systemd",
     )
 
 

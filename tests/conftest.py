@@ -17,6 +17,7 @@ import pytest
 
 from shim import linux
 from tests import probes, residue
+from tests.lab import waiting
 
 REQUIRE_ALL = os.environ.get("CRI_TESTS_REQUIRE") == "all"
 ID = re.compile(rb"\b[0-9a-f]{64}\b")
@@ -51,7 +52,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put the quick tests first, and the ones that stand on running servers last."""
+    """Put the quick tests first, and the ones that stand on running servers last; give each the
+    time that it needs here.
+    """
+    if waiting.PATIENCE != 1:
+        for item in items:
+            limit = _limit(item)
+            item.add_marker(pytest.mark.timeout(waiting.patient(limit)), append=False)
     order = ("unit", "contract", "", "integration")
 
     def place(item: pytest.Item) -> int:
@@ -59,6 +66,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return order.index(folder if folder in order else "")
 
     items.sort(key=place)
+
+
+def _limit(item: pytest.Item) -> float:
+    marker = item.get_closest_marker("timeout")
+    return float(marker.args[0] if marker else item.config.getini("timeout"))
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

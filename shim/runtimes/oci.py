@@ -46,12 +46,22 @@ def dialect_of(name: str, path: str) -> Dialect:
 
 
 class Oci:
-    """An OCI runtime at `path` with its state below `root`; implements `runtimes.Runtime`."""
+    """An OCI runtime at `path` with its state below `root`; implements `runtimes.Runtime`.
+
+    With `systemd` cgroups are scopes that systemd is asked for, "slice:prefix:name" in config.json.
+    """
 
     def __init__(
-        self, path: str, root: str, *, dialect: Dialect, children: reaper.Reaper, timeout: float
+        self,
+        path: str,
+        root: str,
+        *,
+        dialect: Dialect,
+        children: reaper.Reaper,
+        timeout: float,
+        systemd: bool = False,
     ) -> None:
-        self._base = (path, "--root", root)
+        self._base = (path, "--root", root, *(("--systemd-cgroup",) if systemd else ()))
         self._dialect = dialect
         self._children = children
         self._timeout = timeout

@@ -22,7 +22,7 @@ from cri_server.pb import api_pb2_grpc as rpc
 from tests.lab import waiting
 
 MESSAGE_LIMIT = 16 << 20  # the kubelet's
-CALL_TIMEOUT = 60.0
+CALL_TIMEOUT = waiting.patient(60.0)
 T = TypeVar("T")
 
 
@@ -257,6 +257,10 @@ class Kubelet:
         return waiting.until(lines, f"{text!r} in {path}", seconds=seconds)
 
     def _pod_cgroup(self, uid: str) -> str:
+        """Return a pod's cgroup as the kubelet names it, for the driver that the parent is of."""
+        slice_, systemd, _ = self.cgroup_parent.partition(".slice")
+        if systemd:
+            return f"{self.cgroup_parent}{slice_}-pod{uid.replace('-', '_')}.slice"
         return f"{self.cgroup_parent}/pod{uid}" if self.cgroup_parent else ""
 
 
@@ -283,7 +287,9 @@ def is_ready(endpoint: str) -> bool:
     """Tell whether an endpoint answers Status with the runtime ready."""
     with grpc.insecure_channel(endpoint) as channel:
         try:
-            answer = rpc.RuntimeServiceStub(channel).Status(api.StatusRequest(), timeout=2)
+            answer = rpc.RuntimeServiceStub(channel).Status(
+                api.StatusRequest(), timeout=waiting.patient(2)
+            )
         except grpc.RpcError:
             return False
     return conditions(answer).get("RuntimeReady", False)

@@ -5,6 +5,7 @@ One server serves the whole session; a test that ends or breaks a server makes i
 (`make_site`). The fixture `kubelet` removes the pods that its test made, and fails when a pod
 cannot be removed. CRI_ENDPOINT=unix://… holds the same tests against another runtime, which finds
 the registry through CRI_CERTS_DIR; tests of what is ours alone are marked `ours` and left out then.
+CRI_TESTS_CGROUP_DRIVER=systemd has the same tests with that driver, on a host whose init it is.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from tests.lab import registry as registries
 
 ELSEWHERE = os.environ.get("CRI_ENDPOINT", "")
 SLEEP = ("sleep", "86400")
+DRIVER = os.environ.get("CRI_TESTS_CGROUP_DRIVER", "cgroupfs")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -53,8 +55,14 @@ def net(marks: Marks) -> Iterator[network.Network]:
     made = network.own("crit")
     marks.add(made.name)
     yield made
-    cgroups.remove(f"/{made.name}")
+    cgroups.remove(cgroups.parent(made.name, DRIVER))
     made.remove()
+
+
+@pytest.fixture(scope="session")
+def cgroup_parent(net: network.Network) -> str:
+    """Return what the pods of this run are below, as `kubepods` of a kubelet."""
+    return cgroups.parent(net.name, DRIVER)
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +89,7 @@ def settings(
     return {
         "network": {"conf_dir": os.fspath(net.write(home / "net.d"))},
         "images": {"registry_config_dirs": [os.fspath(hosts)]},
-        "runtime": {"default": "runc"},
+        "runtime": {"default": "runc", "cgroup_driver": DRIVER},
     }
 
 
@@ -119,10 +127,10 @@ def pulled(endpoint: str, reference: str) -> str:
 
 
 @pytest.fixture
-def kubelet(endpoint: str, net: network.Network) -> Iterator[kubelets.Kubelet]:
+def kubelet(endpoint: str, cgroup_parent: str) -> Iterator[kubelets.Kubelet]:
     """Return a client of the session's server; the pods that it makes go with it."""
     prefix = "test" + os.urandom(4).hex()
-    with kubelets.Kubelet(endpoint, cgroup_parent=f"/{net.name}", prefix=prefix) as client:
+    with kubelets.Kubelet(endpoint, cgroup_parent=cgroup_parent, prefix=prefix) as client:
         yield client
         client.remove_own_pods()
 
@@ -174,12 +182,12 @@ def make_site(
 
 
 @pytest.fixture
-def client_of(net: network.Network) -> Iterator[Callable[[server.Site], kubelets.Kubelet]]:
+def client_of(cgroup_parent: str) -> Iterator[Callable[[server.Site], kubelets.Kubelet]]:
     """Return a function that gives a client for a server of `make_site`."""
     with contextlib.ExitStack() as stack:
 
         def make(of: server.Site) -> kubelets.Kubelet:
-            client = kubelets.Kubelet(of.endpoint, cgroup_parent=f"/{net.name}", prefix="own")
+            client = kubelets.Kubelet(of.endpoint, cgroup_parent=cgroup_parent, prefix="own")
             return stack.enter_context(client)
 
         yield make

@@ -10,7 +10,7 @@ import pytest
 
 from cri_server.pb import api_pb2 as api
 from tests.fakes.kubelet import Kubelet, conditions
-from tests.integration.conftest import SLEEP
+from tests.integration.conftest import DRIVER, SLEEP
 from tests.lab import server
 
 pytestmark = pytest.mark.needs("root", "netns", "overlay", "cni", "runc", "docker-registry")
@@ -41,7 +41,7 @@ def test_verbose_status_names_the_handlers_and_has_the_config(kubelet: Kubelet) 
 @pytest.mark.ours
 def test_the_cgroup_driver_is_told(kubelet: Kubelet) -> None:
     answer = kubelet.runtime.RuntimeConfig(api.RuntimeConfigRequest())
-    assert answer.HasField("linux")
+    assert api.CgroupDriver.Name(answer.linux.cgroup_driver).lower() == DRIVER
 
 
 def test_the_runtime_config_can_be_updated(kubelet: Kubelet) -> None:

@@ -3,11 +3,13 @@
 the kubelet.
 
 Works on cgroup v1, hybrid and v2: the same path below every mounted hierarchy. Who puts pods below
-it removes them first; `remove` takes away empty folders only.
+it removes them first; `remove` takes away empty folders only. With the systemd driver the parent is
+a slice, and systemd removes it.
 """
 
 import contextlib
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,8 +32,15 @@ def below(parent: str) -> Iterator[Path]:
             yield Path(folder)
 
 
+def parent(name: str, driver: str) -> str:
+    """Return the cgroup parent of that name for a driver, "cgroupfs" or "systemd"."""
+    return f"/{name}.slice" if driver == "systemd" else f"/{name}"
+
+
 def remove(parent: str) -> None:
     """Remove `parent` and what is below it; a cgroup with processes in it stays."""
+    if parent.endswith(".slice"):
+        subprocess.run(["systemctl", "stop", os.path.basename(parent)], check=True)
     for folder in below(parent):
         with contextlib.suppress(OSError):
             folder.rmdir()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where cgroups are, in each mode and for each driver; and their removal on real directories."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -53,6 +54,14 @@ def test_systemd_paths() -> None:
     assert path == "kubepods-burstable-pod1.slice:cri-server:c"
     assert g.directories(path) == {"": f"/sys/fs/cgroup{SLICE}/cri-server-c.scope"}
     assert g.container_path("p", "", "c") == "system.slice:cri-server:c"
+    assert g.directories("-.slice:cri-server:c") == {"": "/sys/fs/cgroup/cri-server-c.scope"}
+
+
+def test_a_container_of_the_other_driver_is_found_too() -> None:
+    path = groups(driver="systemd").container_path("p", "", "c")
+    assert groups().directories(path) == groups(driver="systemd").directories(path)
+    path = groups().container_path("p", "", "c")
+    assert groups(driver="systemd").directories(path) == groups().directories(path)
 
 
 @pytest.mark.parametrize("parent", ["/a/../b", "..", "/a\n"])
@@ -61,13 +70,15 @@ def test_a_parent_that_leaves_the_tree_is_refused(parent: str) -> None:
         groups().pod_parent("p", parent)
 
 
-@pytest.mark.parametrize("parent", ["/kubepods/pod1", "a.slice:b.slice", "x.scope"])
+@pytest.mark.parametrize(
+    "parent", ["/kubepods/pod1", "a.slice:b.slice", "x.scope", "a--b.slice", ".slice"]
+)
 def test_the_systemd_driver_takes_slices_only(parent: str) -> None:
     with pytest.raises(errors.InvalidArgument, match="slice"):
         groups(driver="systemd").pod_parent("p", parent)
 
 
-def test_only_what_was_missing_is_removed(tmp_path: Path) -> None:
+async def test_only_what_was_missing_is_removed(tmp_path: Path) -> None:
     hierarchy = cgroups.Hierarchy(mode="v2", v1={}, unified=tmp_path)
     g = cgroups.Cgroups(hierarchy, "cgroupfs")
     (tmp_path / "old").mkdir()
@@ -75,21 +86,21 @@ def test_only_what_was_missing_is_removed(tmp_path: Path) -> None:
     assert made == ("/old/new/deep", "/old/new")
     (tmp_path / "old/new/deep").mkdir(parents=True)
 
-    g.remove(made)
+    await g.remove(made)
 
-    assert [p.name for p in tmp_path.rglob("*")] == ["old"]
+    assert [*os.walk(tmp_path)] == [(f"{tmp_path}", ["old"], []), (f"{tmp_path}/old", [], [])]
 
 
-def test_a_parent_in_use_is_removed_with_its_last_user(tmp_path: Path) -> None:
+async def test_a_parent_in_use_is_removed_with_its_last_user(tmp_path: Path) -> None:
     hierarchy = cgroups.Hierarchy(mode="v2", v1={}, unified=tmp_path)
     g = cgroups.Cgroups(hierarchy, "cgroupfs")
     (tmp_path / "root/p1").mkdir(parents=True)
     (tmp_path / "root/p2").mkdir()
 
-    g.remove(("/root/p1", "/root"))
-    assert (tmp_path / "root").is_dir()
-    g.remove(("/root/p2",))
-    assert not (tmp_path / "root").exists()
+    await g.remove(("/root/p1", "/root"))
+    assert os.listdir(tmp_path) == ["root"]
+    await g.remove(("/root/p2",))
+    assert os.listdir(tmp_path) == []
 
 
 def test_no_path_is_not_the_root(tmp_path: Path) -> None:
