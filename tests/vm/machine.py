@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run of the guest: qemu in the foreground, its serial console on our output and in a file.
+
+The guest powers itself off. One that has not after the deadline is killed, by pid. The root disk is
+never written to: qemu keeps changes in a temporary file of its own. The payload disk is, so that
+results can be read from it, also after a kill.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.vm import image
+
+PARAMETERS = (
+    "console=ttyS0 root=LABEL=root rw quiet apparmor=1 security=apparmor "
+    "systemd.unified_cgroup_hierarchy=1 systemd.show_status=0 random.trust_cpu=on panic=-1"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """`memory` in MiB; `accelerator` is one of qemu's: tcg needs nothing of the host."""
+
+    root: image.Image
+    payload: Path
+    memory: int = 4096
+    accelerator: str = "tcg"
+
+    def command(self) -> list[str]:
+        """Return the command line of qemu."""
+        return [
+            "qemu-system-x86_64", "-machine", "q35", "-accel", self.accelerator, "-cpu", "max",
+            "-smp", str(os.cpu_count()), "-m", str(self.memory), "-no-reboot",
+            "-nodefaults", "-nographic", "-nic", "none", "-serial", "stdio", "-monitor", "none",
+            "-object", "rng-random,id=rng,filename=/dev/urandom", "-device", "virtio-rng,rng=rng",
+            "-kernel", os.fspath(self.root.kernel), "-initrd", os.fspath(self.root.initrd),
+            "-append", PARAMETERS,
+            "-drive", f"file={self.root.disk},if=virtio,format=raw,snapshot=on",
+            "-drive", f"file={self.payload},if=virtio,format=raw",
+        ]  # fmt: skip
+
+    def run(self, console: Path, *, seconds: float) -> bool:
+        """Run until the guest powers off; returns False when it had to be killed after
+        `seconds`.
+        """
+        late = threading.Event()
+        with console.open("wb") as log, self._started() as qemu:
+
+            def kill() -> None:
+                late.set()
+                qemu.kill()
+
+            timer = threading.Timer(seconds, kill)
+            timer.start()
+            try:
+                assert qemu.stdout is not None
+                for line in qemu.stdout:
+                    log.write(line)
+                    log.flush()
+                    sys.stdout.write("    " + line.decode(errors="replace").rstrip() + "\n")
+                    sys.stdout.flush()
+            finally:
+                timer.cancel()
+                qemu.kill()
+        return not late.is_set()
+
+    def _started(self) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(
+            self.command(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        )
