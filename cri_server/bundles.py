@@ -43,6 +43,7 @@ from cri_server import (
     spec,
     state,
     steps,
+    volumes,
 )
 from cri_server.images import store as images
 from cri_server.pb import api_pb2 as api
@@ -94,12 +95,12 @@ class Bundles:
         files: podfiles.PodFiles,
         groups: cgroups.Cgroups,
         layers: snapshots.Snapshots,
-        volumes: imagevolumes.ImageVolumes,
+        image_volumes: imagevolumes.ImageVolumes,
         facts: host.Host,
     ) -> None:
         self.root = settings.server.state / "containers"
         self._settings, self._files, self._groups = settings, files, groups
-        self._snapshots, self._volumes, self._facts = layers, volumes, facts
+        self._snapshots, self._image_volumes, self._facts = layers, image_volumes, facts
         self._apparmor = apparmor.AppArmor()
 
     def directory(self, container_id: str) -> Path:
@@ -125,7 +126,7 @@ class Bundles:
             return await asyncio.to_thread(self._prepare, wanted, found)
 
     async def _with_images(self, wanted: Request, found: _Host) -> _Host:
-        places = await self._volumes.mount(wanted.pod.id, wanted.config, wanted.volumes)
+        places = await self._image_volumes.mount(wanted.pod.id, wanted.config, wanted.volumes)
         added = {k: sources.Source(path=p, directory=True) for k, p in places.items()}
         return dataclasses.replace(found, mounts={**found.mounts, **added})
 
@@ -160,9 +161,11 @@ class Bundles:
             root, document["mounts"], files=plain, images=images
         )
         covered = [m["destination"] for m in document["mounts"]]
-        volumes = spec.image_volumes(wanted.config, wanted.image.config)
-        rootfs.make_folders(root, volumes, covered=covered)
         rootfs.make_workdir(root, document["process"]["cwd"], covered=covered)
+        if asked := spec.image_volumes(wanted.config, wanted.image.config):  # last: it copies
+            folder = self._snapshots.volumes(wanted.container.id)
+            made = volumes.make(root, asked, folder, covered=covered)
+            document["mounts"] = spec.with_volumes(document["mounts"], made)
         path = self.directory(wanted.container.id) / "config.json"
         path.write_bytes(msgspec.json.encode(document))
         return dataclasses.replace(

@@ -207,12 +207,18 @@ def make_workdir(root: str, cwd: str, *, covered: Collection[str]) -> None:
         tree.make(target, directory=True)
 
 
-def make_folders(root: str, paths: Iterable[str], *, covered: Collection[str]) -> None:
-    """Make the folders of an image's VOLUMEs; arguments and errors as in `make_workdir`."""
+def make_volumes(root: str, paths: Iterable[str], *, covered: Collection[str]) -> list[str]:
+    """Make the folders of an image's VOLUMEs and return where they are, without symlinks.
+
+    What lies at or below one of `covered` is left out. Errors as in `make_workdir`.
+    """
     with _opened(root) as top:
         tree = _Tree(top, covered)
-        for path in paths:
-            tree.make(tree.resolve(path), directory=True)
+        found = [t for t in map(tree.resolve, paths) if not any(_below(t, c) for c in covered)]
+        for target in found:
+            checks.unsupported(target == "/", "image VOLUME", "the root cannot be a volume")
+            tree.make(target, directory=True)
+        return list(dict.fromkeys(found))
 
 
 class _Tree:

@@ -179,7 +179,7 @@ class Graph:
             files=files,
             groups=groups,
             layers=self.layers,
-            volumes=volumes,
+            image_volumes=volumes,
             facts=facts,
         )
         image_store = store.Store(root, pinned=settings.images.pinned)

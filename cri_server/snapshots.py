@@ -3,7 +3,7 @@
 
     <root>/layers/<chain id>/fs/          one unpacked layer, as overlayfs wants it
                              layer.json   what is known of it; without it the folder is not a layer
-           writable/<container id>/{fs,work}
+           writable/<container id>/{fs,work}, and volumes/ where the image has any
            empty/                         the layer of an image that has none
            tmp/                           what is being made or removed
 
@@ -178,6 +178,11 @@ class Snapshots:
             _copy_owner(lowerdirs[0], fresh)  # overlayfs shows the root of the topmost layer
             fresh.rename(upper)
         return Overlay(lowerdirs=lowerdirs, upper=str(upper), work=str(work))
+
+    def volumes(self, key: str) -> Path:
+        """Return where a container's volumes go: beside its writable layer, whose life they
+        share."""
+        return self._writable / key / "volumes"
 
     def mount(self, key: str, layers: Sequence[str], target: str | Path) -> None:
         """Mount the root file system of a container, if it is not mounted. Raises as `create`

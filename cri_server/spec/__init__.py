@@ -88,6 +88,7 @@ __all__ = [
     "validate_container",
     "validate_sandbox",
     "why",
+    "with_volumes",
 ]
 
 CAPABILITIES = security.CAPABILITIES
@@ -114,6 +115,7 @@ image_mounts = imagevolumes.requests
 source_key = imagevolumes.key
 explained = imagevolumes.explained
 image_volumes = mounts.image_volumes
+with_volumes = mounts.with_volumes
 stop_signal = signals.stop_signal
 stop_signal_name = signals.stop_signal_name
 stop_signal_value = signals.stop_signal_value

@@ -220,12 +220,29 @@ def rootfs_propagation(config: api.ContainerConfig) -> str:
 
 
 def image_volumes(config: api.ContainerConfig, image: types.ImageConfig) -> tuple[str, ...]:
-    """Return the folders of the image's VOLUMEs that no mount covers.
+    """Return the image's VOLUMEs at or above which the request mounts nothing.
 
-    They are made in the writable layer. Raises InvalidArgument for a path that is not one below the
-    root (CVE-2022-23648).
+    What is mounted there is the request's: to put a fresh folder on a part of it would hide, or
+    lose, what the pod keeps there. Raises InvalidArgument for a path that is not one below the root
+    (CVE-2022-23648).
     """
-    covered = {checks.absolute(m.container_path, "mount container_path") for m in config.mounts}
+    asked = [checks.absolute(m.container_path, "mount container_path") for m in config.mounts]
     paths = [checks.absolute(v, "image VOLUME") for v in image.volumes]
     checks.unsupported("/" in paths, "image VOLUME", "the root cannot be a volume")
-    return tuple(p for p in dict.fromkeys(paths) if p not in covered)
+    return tuple(p for p in dict.fromkeys(paths) if not any(_below(p, a) for a in asked))
+
+
+def _below(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder + "/")
+
+
+def with_volumes(mounts: list[oci.Mount], volumes: Mapping[str, str]) -> list[oci.Mount]:
+    """Return the mounts and those of the image's VOLUMEs, sources by target, in order."""
+    for target in volumes:
+        why.image(f"mounts[{target}]", "config.Volumes", "writable, a copy of what is there")
+    options = ["rbind", "rprivate", "rw"]
+    made = [
+        oci.Mount(destination=target, type="bind", source=source, options=[*options])
+        for target, source in volumes.items()
+    ]
+    return sorted([*made, *mounts], key=_depth)

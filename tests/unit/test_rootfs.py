@@ -339,15 +339,24 @@ def test_a_working_directory_that_leads_to_the_host_or_is_no_folder_is_refused(
 def test_the_folders_of_volumes_are_made_inside_the_root(root: Path) -> None:
     (root / "up").symlink_to("../../../..")
     before = outside(root)
-    rootfs.make_folders(str(root), ("/up/volume", "/b/c", "/data/x", "/proc/y"), covered=COVERED)
+    (root / "again").symlink_to("b")
+    wanted = ("/up/volume", "/b/c", "/data/x", "/proc/y", "/again/c")
+    assert rootfs.make_volumes(str(root), wanted, covered=COVERED) == ["/volume", "/b/c"]
     assert (root / "volume").is_dir()
     assert (root / "b/c").is_dir()
     assert outside(root) == before
     assert not (root / "data").exists()
 
 
+@pytest.mark.parametrize("to", ["/", "../..", "/etc/passwd"])
+def test_a_volume_that_leads_to_the_root_or_to_no_folder_is_refused(root: Path, to: str) -> None:
+    (root / "v").symlink_to(to)
+    with pytest.raises(errors.InvalidArgument):
+        rootfs.make_volumes(str(root), ("/v",), covered=COVERED)
+
+
 def test_a_root_that_is_a_link_is_not_entered(root: Path) -> None:
     (root.parent / "link").symlink_to(root)
     with pytest.raises(OSError, match="link"):
-        rootfs.make_folders(str(root.parent / "link"), ("/x",), covered=())
+        rootfs.make_volumes(str(root.parent / "link"), ("/x",), covered=())
     assert not (root / "x").exists()

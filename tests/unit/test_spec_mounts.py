@@ -231,8 +231,23 @@ def test_relabelling_is_void_without_selinux_and_refused_with_it() -> None:
 
 def test_volumes_of_the_image_are_those_that_no_mount_covers() -> None:
     wish = wishes.container(mounts=[api.Mount(container_path="/covered", host_path="/h")])
-    image = spec.ImageConfig(volumes=("/data", "/covered/", "/data/../data", "/../../etc"))
-    assert spec.image_volumes(wish, image) == ("/data", "/etc")
+    declared = ("/data", "/covered/", "/data/../data", "/../../etc", "/covered/below", "/coveredx")
+    image = spec.ImageConfig(volumes=declared)
+    assert spec.image_volumes(wish, image) == ("/data", "/etc", "/coveredx")
+
+
+def test_volumes_are_writable_mounts_before_what_lies_in_them() -> None:
+    inner = api.Mount(container_path="/data/config", host_path="/h", readonly=True)
+    found = spec.with_volumes(container(inner)["mounts"], {"/data": "/v/0", "/var/lib/x/y": "/v/1"})
+    targets = [m["destination"] for m in found]
+    assert targets.index("/data") < targets.index("/data/config")
+    assert targets[-1] == "/var/lib/x/y"
+    assert by_target({"mounts": found})["/data"] == {
+        "destination": "/data",
+        "type": "bind",
+        "source": "/v/0",
+        "options": ["rbind", "rprivate", "rw"],
+    }
 
 
 @pytest.mark.parametrize("volume", ["relative", "/", "/..", "/a\0", ""])
