@@ -34,6 +34,7 @@ from cri_server import (
     errors,
     host,
     imagevolumes,
+    limits,
     names,
     origins,
     podfiles,
@@ -147,6 +148,8 @@ class Bundles:
         with why.recorded() as found_out:
             container = self._write(wanted, found)
         origins.write(self.directory(wanted.container.id), found_out)
+        if lowered := origins.lowered(found_out):
+            log.debug("the host allows less", container=container.id, asked=lowered)
         return container
 
     def _write(self, wanted: Request, found: _Host) -> state.Container:
@@ -195,12 +198,17 @@ class Bundles:
             ),
             hostname=podfiles.hostname(pod),
             host=self._facts.facts(pod.handler),
+            defaults=self._defaults(pod.handler),
             sources={key: source.path for key, source in found.mounts.items()},
             devices=found.devices,
             host_devices=found.host_devices,
             seccomp_profile=found.seccomp,
             annotations=self._annotations(wanted),
         )
+
+    def _defaults(self, handler: str) -> spec.Defaults:
+        wanted = self._settings.handler(handler)
+        return spec.Defaults(rlimits=limits.rlimits(wanted.default_rlimits))
 
     def _annotations(self, wanted: Request) -> dict[str, str]:
         """Return the annotations that the handler's configuration lets through to the runtime."""
@@ -249,7 +257,7 @@ class Bundles:
     def limit(
         self,
         container_id: str,
-        limits: spec.Resources,
+        resources: spec.Resources,
         *,
         oom_score_adj: int | None,
         found: why.Origins,
@@ -260,9 +268,9 @@ class Bundles:
         """
         path = self.directory(container_id) / "config.json"
         document = msgspec.json.decode(path.read_bytes())
-        resources = document["linux"]["resources"]
-        kept = {k: v for k, v in resources.items() if k not in spec.LIMITS}
-        document["linux"]["resources"] = {**kept, **limits}
+        earlier = document["linux"]["resources"]
+        kept = {k: v for k, v in earlier.items() if k not in spec.LIMITS}
+        document["linux"]["resources"] = {**kept, **resources}
         if oom_score_adj is not None:
             document["process"]["oomScoreAdj"] = oom_score_adj
         temporary = path.with_suffix(".tmp")

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from cri_server import errors
+from cri_server import errors, limits
 
 CgroupDriver = Literal["auto", "cgroupfs", "systemd"]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]  # a day: endless waits help nobody
@@ -84,6 +84,8 @@ class Handler:
     sandbox: Literal["namespaces", "container"] = "namespaces"
     pod_annotations: tuple[str, ...] = ()  # globs of keys that reach the OCI runtime
     container_annotations: tuple[str, ...] = ()
+    default_rlimits: str = limits.DEFAULT  # for limits.rlimits()
+    default_shm_size: str = limits.SHM_SIZE  # for limits.size()
 
     @staticmethod
     def allowed(globs: Collection[str], annotations: Mapping[str, str]) -> dict[str, str]:
@@ -97,6 +99,11 @@ class Handler:
     def __post_init__(self) -> None:
         if "/" in self.path:
             _check_absolute("path", Path(self.path))
+        for key, read in (("default_rlimits", limits.rlimits), ("default_shm_size", limits.size)):
+            try:
+                read(getattr(self, key))
+            except ValueError as e:
+                raise ConfigError(f"{key}: {e}") from e
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -91,12 +91,21 @@ class Containers:
         image = self._image(wanted.image.image)
         facts = self._facts.facts(pod.handler)
         spec.validate_container(wanted, pod.config, facts, image=image.config)
+        self._check_annotations(pod, wanted)
         log_path(pod.config, wanted)
         wanted, volumes = imagevolumes.resolve(wanted, self._images)
         request = bundles.Request(
             pod=pod, container=_new(pod, wanted, image), image=image, volumes=volumes
         )
         return await self._attempts.join(request.container.name, lambda: self._create(request))
+
+    def _check_annotations(self, pod: state.Pod, wanted: api.ContainerConfig) -> None:
+        """Refuse what does not count; the pod's too, for the configuration may have changed."""
+        handler, facts = self._settings.handler(pod.handler), self._facts.facts(pod.handler)
+        of_pod = handler.allowed(handler.pod_annotations, pod.config.annotations)
+        spec.check_pod_annotations(pod.config, of_pod, facts)
+        own = handler.allowed(handler.container_annotations, wanted.annotations)
+        spec.check_container_annotations(wanted, own, facts)
 
     def _ready_pod(self, pod_id: str) -> state.Pod:
         pod = self._store.pod(pod_id)

@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from cri_server import apparmor, cgroups, commands, config, spec
+from cri_server import apparmor, cgroups, commands, config, limits, spec
 from shim import linux
 
 _SIZES = {"kB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
@@ -103,7 +103,8 @@ class Host:
             swap_accounting=self.swap_accounting,
             hugepage_sizes=self.hugepage_sizes,
             recursive_read_only=self.recursive_read_only(handler),
-            rlimit_ceilings={} if self.raises_limits else _rlimit_ceilings(),
+            rlimit_ceilings=_rlimit_ceilings(raised=self.raises_limits),
+            memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         )
 
 
@@ -194,10 +195,15 @@ def _size_name(size: int) -> str:
     return f"{size // _SIZES[unit]}{unit}"
 
 
-def _rlimit_ceilings() -> dict[str, int]:
-    names = [n for n in dir(resource) if n.startswith("RLIMIT_")]
+def _rlimit_ceilings(*, raised: bool) -> dict[str, int]:
+    """Return what no hard limit can be above; fs.nr_open holds for CAP_SYS_RESOURCE too."""
+    open_files = int(_first_line("/proc/sys/fs/nr_open") or limits.UNLIMITED)
+    if raised:
+        return {"RLIMIT_NOFILE": open_files}
+    names = [n for n in dir(resource) if n.startswith("RLIMIT_") and n != "RLIMIT_OFILE"]
     hard = {n: resource.getrlimit(getattr(resource, n))[1] for n in names}
-    return {n: limit for n, limit in hard.items() if limit != resource.RLIM_INFINITY}
+    finite = {n: limit for n, limit in hard.items() if limit != resource.RLIM_INFINITY}
+    return finite | {"RLIMIT_NOFILE": min(open_files, finite.get("RLIMIT_NOFILE", open_files))}
 
 
 def _first_line(path: str) -> str:

@@ -61,6 +61,12 @@ def amend(directory: Path, found: why.Origins, because: str) -> None:
     write(directory, notes)
 
 
+def lowered(found: why.Origins) -> dict[str, str]:
+    """Return the parts that are not as wanted because of the host, with what was wanted."""
+    last = {part: notes[-1] for part, notes in found.items()}
+    return {part: note.asked for part, note in last.items() if note.source == "host" and note.asked}
+
+
 # -- rows ------------------------------------------------------------------------------------------
 
 

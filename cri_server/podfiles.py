@@ -21,8 +21,6 @@ from cri_server import state
 from cri_server.pb import api_pb2 as api
 from shim import mounts
 
-SHM_SIZE = 64 << 20
-
 
 class PodFiles:
     """All pod directories below `<state>/pods`."""
@@ -57,15 +55,15 @@ class PodFiles:
             paths["pid"] = f"/proc/{pod.pid}/ns/pid"
         return paths
 
-    def create(self, pod: state.Pod) -> None:
-        """Make the directory, its files and the shm mount."""
+    def create(self, pod: state.Pod, *, shm_size: int) -> None:
+        """Make the directory, its files and the shm mount of `shm_size` bytes."""
         directory = self.directory(pod.id)
         (directory / "ns").mkdir(parents=True, mode=0o700)
         _write(directory / "hostname", hostname(pod) + "\n")
         _write(directory / "hosts", _read("/etc/hosts") or "127.0.0.1\tlocalhost\n")
         _write(directory / "resolv.conf", resolv_conf(pod.config.dns_config))
         if own_ipc(pod.config):
-            _mount_shm(directory / "shm")
+            _mount_shm(directory / "shm", shm_size)
 
     def remove(self, pod_id: str) -> None:
         """Take away every mount below the directory, then the directory. Idempotent."""
@@ -97,9 +95,9 @@ def resolv_conf(dns: api.DNSConfig) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _mount_shm(target: Path) -> None:
+def _mount_shm(target: Path, size: int) -> None:
     target.mkdir(mode=0o1777)
-    options = ("nosuid", "nodev", "noexec", "mode=1777", f"size={SHM_SIZE}")
+    options = ("nosuid", "nodev", "noexec", "mode=1777", f"size={size}")
     mounts.mount_all(
         [mounts.Mount(type="tmpfs", source="shm", target=os.fspath(target), options=options)]
     )

@@ -29,6 +29,7 @@ from cri_server import (
     events,
     host,
     imagevolumes,
+    limits,
     locks,
     names,
     origins,
@@ -83,8 +84,11 @@ class Pods:
         (design.md §4). Raises InvalidArgument for a config that can never work, Unavailable when
         there is no network yet.
         """
-        self._settings.handler(handler)
-        spec.validate_sandbox(wanted, self._facts.facts(handler or self._settings.runtime.default))
+        served_by = self._settings.handler(handler)
+        facts = self._facts.facts(handler or self._settings.runtime.default)
+        spec.validate_sandbox(wanted, facts)
+        allowed = served_by.allowed(served_by.pod_annotations, wanted.annotations)
+        spec.check_pod_annotations(wanted, allowed, facts)
         m = wanted.metadata
         name = (m.name, m.namespace, m.uid, m.attempt)
         return await self._attempts.join(name, lambda: self._run(name, wanted, handler))
@@ -123,7 +127,7 @@ class Pods:
     async def _make(self, pod: state.Pod) -> None:
         recipe = steps.Steps("pod sandbox made", pod=pod.id)
         with recipe.step("files"):
-            await asyncio.to_thread(self._files.create, pod)
+            await asyncio.to_thread(self._files.create, pod, shm_size=self._shm_size(pod))
         with recipe.step("shim"):
             shim_pid, shim_start_time = await self._shims.fork(pod)
         with recipe.step("namespaces"):
@@ -145,6 +149,11 @@ class Pods:
             )
         self.watch(self._store.pod(pod.id))
         recipe.done()
+
+    def _shm_size(self, pod: state.Pod) -> int:
+        handler = self._settings.handler(pod.handler)
+        allowed = handler.allowed(handler.pod_annotations, pod.config.annotations)
+        return spec.shm_size(allowed, limits.size(handler.default_shm_size))
 
     async def _attach(self, pod: state.Pod) -> cni.Result | None:
         return await self._network.attach(self._attachment(pod)) if pod.own_network else None

@@ -16,6 +16,7 @@ InvalidArgument that names it.
 from cri_server import errors
 from cri_server.pb import api_pb2 as api
 from cri_server.spec import (
+    annotations,
     checks,
     devices,
     imagevolumes,
@@ -39,7 +40,6 @@ from cri_server.spec.types import (
     HostFacts,
     ImageConfig,
     PodFiles,
-    Rlimit,
     SandboxInput,
     User,
     UserRequest,
@@ -58,12 +58,13 @@ __all__ = [
     "ImageConfig",
     "PodFiles",
     "Resources",
-    "Rlimit",
     "SandboxInput",
     "User",
     "UserRequest",
     "apparmor_profile",
     "capability_names",
+    "check_container_annotations",
+    "check_pod_annotations",
     "check_pod_update",
     "check_update",
     "container",
@@ -79,6 +80,7 @@ __all__ = [
     "restored",
     "sandbox",
     "seccomp_path",
+    "shm_size",
     "source_key",
     "stop_signal",
     "stop_signal_name",
@@ -105,6 +107,9 @@ resources = linux.resources
 oom_score_adj = linux.oom_score_adj
 merged = updates.merged
 check_update = updates.check
+check_pod_annotations = annotations.check_pod
+check_container_annotations = annotations.check_container
+shm_size = annotations.shm_size
 check_pod_update = updates.check_pod
 restored = updates.restored
 user_request = security.user_request

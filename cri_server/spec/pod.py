@@ -272,7 +272,11 @@ def sandbox(wanted: types.SandboxInput) -> oci.Spec:
         ),
         root=oci.Root(path=wanted.rootfs, readonly=True),
         mounts=[*mounts.minimal(), bound],
-        annotations={**wanted.annotations, **annotations("sandbox", wanted.id, wanted.config)},
+        annotations={
+            **wanted.annotations,
+            **annotations("sandbox", wanted.id, wanted.config),
+            **_sizing(wanted.config),
+        },
         linux=_linux(wanted),
     )
 
@@ -309,6 +313,19 @@ def annotations(kind: str, pod_id: str, config: api.PodSandboxConfig) -> Mapping
             f"{prefix}sandbox-uid": metadata.uid,
         }
     )
+
+
+def _sizing(config: api.PodSandboxConfig) -> Mapping[str, str]:
+    """Return what a VM runtime sizes its machine by, and where the pod's logs are."""
+    prefix, asked = "io.kubernetes.cri.sandbox-", config.linux.resources
+    known = {
+        "log-directory": config.log_directory,
+        "cpu-period": asked.cpu_period,
+        "cpu-quota": asked.cpu_quota,
+        "cpu-shares": asked.cpu_shares,
+        "memory": asked.memory_limit_in_bytes,
+    }
+    return noted_annotations({f"{prefix}{k}": str(v) for k, v in known.items() if v})
 
 
 def noted_annotations(ours: Mapping[str, str]) -> Mapping[str, str]:

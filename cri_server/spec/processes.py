@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterable
 from typing import cast
 
-from cri_server import errors
+from cri_server import errors, limits
 from cri_server.pb import api_pb2 as api
-from cri_server.spec import checks, linux, oci, security, types, why
+from cri_server.spec import annotations, checks, linux, oci, security, types, why
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 UMASK = 0o022  # explicit, so that ours does not leak into containers
@@ -32,7 +32,7 @@ def container(wanted: types.ContainerInput) -> oci.Process:
         env=env(wanted),
         cwd=cwd(wanted.config, wanted.image),
         capabilities=security.capabilities(context, host=host, defaults=wanted.defaults),
-        rlimits=rlimits(wanted.defaults.rlimits, host),
+        rlimits=rlimits(wanted),
         noNewPrivileges=context.no_new_privs,
         oomScoreAdj=linux.oom_score_adj(wanted.config.linux.resources, host),
     )
@@ -132,17 +132,26 @@ def check_cwd(path: str) -> str:
     return path
 
 
-def rlimits(limits: Iterable[types.Rlimit], host: types.HostFacts) -> list[oci.Rlimit]:
-    """Return the limits, lowered to what this host lets us set."""
-    return [_rlimit(limit, host.rlimit_ceilings.get(limit.type, limit.hard)) for limit in limits]
+def rlimits(wanted: types.ContainerInput) -> list[oci.Rlimit]:
+    """Return the limits; defaults are lowered to what this host lets us set."""
+    ceilings = wanted.host.rlimit_ceilings
+    return [
+        _rlimit(limit, ceilings.get(limit.type, limit.hard), asked_by=key)
+        for key, limit in annotations.rlimits(wanted)
+    ]
 
 
-def _rlimit(limit: types.Rlimit, ceiling: int) -> oci.Rlimit:
+def _rlimit(limit: limits.Rlimit, ceiling: int, *, asked_by: str) -> oci.Rlimit:
     hard = min(limit.hard, ceiling)
     part = f"process.rlimits[{limit.type}]"
-    why.default(part, "for every container, whatever the server's own limits are")
+    if asked_by:
+        why.pod(part, f"annotations[{asked_by}]", "let through by the handler")
+    elif limit in types.Defaults().rlimits:
+        why.default(part, "for every container, whatever the server's own limits are")
+    else:
+        why.handler(part, "default_rlimits")
     if hard < limit.hard:
-        why.host(part, "CAP_SYS_RESOURCE is missing to go above our own limit", asked=limit.hard)
+        why.host(part, "nobody may go above this here", asked=limit.hard)
     return oci.Rlimit(type=limit.type, soft=min(limit.soft, hard), hard=hard)
 
 

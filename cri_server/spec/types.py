@@ -9,6 +9,7 @@ frozen.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from cri_server import limits
 from cri_server.pb import api_pb2 as api
 
 DEFAULT_CAPABILITIES = (
@@ -95,20 +96,11 @@ class PodFiles:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rlimit:
-    """A resource limit by its C name, "RLIMIT_NOFILE"."""
-
-    type: str
-    soft: int
-    hard: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Defaults:
     """What a handler's configuration gives to each container that does not ask."""
 
     capabilities: tuple[str, ...] = DEFAULT_CAPABILITIES
-    rlimits: tuple[Rlimit, ...] = (Rlimit(type="RLIMIT_NOFILE", soft=1024, hard=524288),)
+    rlimits: tuple[limits.Rlimit, ...] = limits.rlimits(limits.DEFAULT)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,8 +110,9 @@ class HostFacts:
     `capabilities` are those of our bounding set, `known_capabilities` those of the kernel; a
     request for one that is known but not ours is refused. `apparmor_default` is the name of our
     profile, "" where it cannot be loaded. `rlimit_ceilings` holds our own hard limits where we may
-    not raise them (no CAP_SYS_RESOURCE). `hugepage_sizes` are those with a cgroup controller, as
-    CRI writes them: "2MB", "1GB".
+    not raise them (no CAP_SYS_RESOURCE), and what the kernel allows to no one. `hugepage_sizes` are
+    those with a cgroup controller, as CRI writes them: "2MB", "1GB". `memory` is the host's, in
+    bytes.
     """
 
     machine: str = "x86_64"
@@ -135,6 +128,7 @@ class HostFacts:
     hugepage_sizes: frozenset[str] = frozenset()
     recursive_read_only: bool = False
     rlimit_ceilings: Mapping[str, int] = field(default_factory=dict)
+    memory: int = 1 << 62
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

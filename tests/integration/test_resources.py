@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from cri_server.pb import api_pb2 as api
+from tests import probes
 from tests.fakes.kubelet import Kubelet, Pod, refusal
 from tests.integration.conftest import SLEEP
 from tests.lab import server
@@ -388,3 +389,76 @@ def test_an_update_of_a_pod_is_checked(kubelet: Kubelet, pod: Pod) -> None:
         grpc.StatusCode.INVALID_ARGUMENT,
         "overhead.cpu_quota: 5 is less than 1000",
     )
+
+
+# -- processes and shm -----------------------------------------------------------------------------
+
+ULIMITS = ["sh", "-c", "ulimit -Sn; ulimit -Hn; ulimit -c; df -k /dev/shm | tail -1; sleep 86400"]
+
+
+@pytest.fixture(scope="module")
+def generous() -> dict[str, dict[str, Any]]:
+    """Return a configuration whose handlers let our annotations through."""
+    options = {
+        "default_rlimits": "nofile=100:200,core=0",
+        "default_shm_size": "8Mi",
+        "pod_annotations": ["cri-server.io/*"],
+    }
+    return {
+        "runtimes.runc": {"path": "runc", **options},
+        "runtimes.crun": {"path": "crun", **options},
+    }
+
+
+@pytest.mark.parametrize("handler", ["runc", "crun"])
+@pytest.mark.usefixtures("crun")
+def test_limits_of_processes_and_the_size_of_shm(
+    make_site: Sites,
+    client_of: Clients,
+    reference: str,
+    generous: dict[str, dict[str, Any]],
+    handler: str,
+) -> None:
+    kubelet = client_of(make_site(**generous))
+    kubelet.pull(reference)
+    annotations = {
+        "cri-server.io/rlimits": "nofile=64:128",
+        "cri-server.io/rlimits.second": "core=unlimited",
+        "cri-server.io/shm-size": "16Mi",
+    }
+    pods = [kubelet.pod_config(), kubelet.pod_config(annotations=annotations)]
+    plain, asking = (kubelet.run_pod(config, handler=handler) for config in pods)
+    found = []
+    for pod, name in ((plain, "main"), (asking, "main"), (asking, "second")):
+        container = kubelet.run(pod, reference, ULIMITS, name=name)
+        lines = [line.text for line in kubelet.wait_log(container, "/dev/shm")]
+        found.append((*lines[:3], lines[3].split()[1]))
+    assert found == [
+        ("100", "200", "0", "8192"),
+        ("64", "128", "0", "16384"),
+        ("64", "128", "unlimited", "16384"),
+    ]
+
+
+def test_an_annotation_of_ours_that_is_not_let_through_is_refused(kubelet: Kubelet) -> None:
+    config = kubelet.pod_config(annotations={"cri-server.io/shm-size": "1Gi"})
+    code, message = refusal(lambda: kubelet.run_pod(config))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert message.startswith("annotations[cri-server.io/shm-size]: the handler's pod_annotations")
+
+
+@pytest.mark.ours
+def test_an_oom_score_that_the_host_does_not_allow_is_raised_and_told(
+    make_site: Sites, client_of: Clients, reference: str
+) -> None:
+    allowed = not probes.missing("sys_resource")
+    site = make_site(server={"log_level": "debug"})
+    kubelet = client_of(site)
+    kubelet.pull(reference)
+    container = kubelet.run(kubelet.run_pod(), reference, SLEEP, linux=limited(oom_score_adj=-998))
+    found = int(kubelet.exec_sync(container, ["cat", "/proc/1/oom_score_adj"]).stdout)
+    assert found == (-998 if allowed else int(Path("/proc/self/oom_score_adj").read_text()))
+    told = [line for line in site.log.read_text().splitlines() if "the host allows less" in line]
+    mine = [line for line in told if container in line and "-998" in line]
+    assert len(mine) == (0 if allowed else 1)
+    assert resources(kubelet, container).oom_score_adj == -998

@@ -299,3 +299,13 @@ def test_notes_of_updated_parts_replace_the_earlier_ones(tmp_path: Path) -> None
     origins.write(tmp_path, early)
     origins.amend(tmp_path, {"a": [why.Note("host", "", "", "9")]}, "as updated")
     assert origins.read(tmp_path) == early | {"a": [why.Note("host", "", "as updated", "9")]}
+
+
+def test_what_the_host_lowered_is_told_with_what_was_asked(root: str) -> None:
+    wish = wishes.container(resources=api.LinuxContainerResources(oom_score_adj=-900))
+    with why.recorded() as found:
+        spec.container(wishes.given(wish, host=POOR))
+    lowered = origins.lowered(found)
+    assert lowered["process.oomScoreAdj"] == "-900"
+    assert lowered["process.rlimits[RLIMIT_NOFILE]"] == "524288"
+    assert "process.cwd" not in lowered

@@ -51,10 +51,11 @@ def test_namespaces_of_the_host_are_not_listed(tmp_path: Path) -> None:
 
 def test_create_and_remove_are_a_pair(tmp_path: Path) -> None:
     files, made = podfiles.PodFiles(tmp_path), pod()
-    files.create(made)
+    files.create(made, shm_size=1 << 20)
     try:
         directory = files.directory(made.id)
         assert os.path.ismount(directory / "shm")
+        assert os.statvfs(directory / "shm").f_blocks * 4096 == 1 << 20
         assert (directory / "hostname").read_text() == f"{made.id[:12]}\n"
     finally:
         files.remove(made.id)

@@ -277,3 +277,14 @@ def test_the_pods_init_runs_as_the_sandbox_asks() -> None:
     process = sandbox(wishes.pod(security=context), oom_score_adj_floor=0)["process"]
     assert process["user"] == {"uid": 1000, "gid": 2000, "umask": 0o022, "additionalGids": [3000]}
     assert process["oomScoreAdj"] == 0
+
+
+def test_the_annotations_of_the_pods_init_tell_what_to_size_a_machine_by() -> None:
+    config = wishes.pod(log_directory="/var/log/pods/x")
+    config.linux.resources.cpu_shares = 512
+    config.linux.resources.memory_limit_in_bytes = 1 << 20
+    prefix = "io.kubernetes.cri.sandbox-"
+    found = sandbox(config)["annotations"]
+    sizing = ("cpu-shares", "memory", "log-directory")
+    assert [found[prefix + n] for n in sizing] == ["512", str(1 << 20), "/var/log/pods/x"]
+    assert f"{prefix}cpu-quota" not in found
