@@ -22,7 +22,7 @@ from pathlib import Path
 
 import msgspec
 
-from cri_server import apparmor, cgroups, config, host
+from cri_server import advisories, apparmor, cgroups, config, host
 from cri_server.network import conf
 from shim import linux, mounts
 
@@ -228,7 +228,19 @@ def _runtimes(settings: config.Config, facts: host.Host) -> Iterator[Finding]:
             continue
         features = "reports features" if found.features else "reports no features"
         yield _ok(f"runtime {name}{default}", f"{found.path} {found.version}, {features}")
+        yield from _vulnerabilities(name, found)
         yield from _quirks(name, facts)
+
+
+def _vulnerabilities(name: str, found: host.RuntimeFacts) -> Iterator[Finding]:
+    """A warning, never an error: distributions fix what keeps its old version (advisories.py)."""
+    if known := advisories.known(found.program, found.version):
+        what = ", ".join(advisories.names(known))
+        yield _limited(
+            f"security of {name}",
+            f"upstream version {found.version} has {what}",
+            advisories.remedy(known),
+        )
 
 
 def _quirks(name: str, facts: host.Host) -> Iterator[Finding]:

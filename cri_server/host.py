@@ -29,10 +29,11 @@ _SIZES = {"kB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RuntimeFacts:
     """One OCI runtime: `error` says why it cannot be used; `features` is its own JSON, {} when it
-    has none.
+    has none. `program` is what it calls itself, whatever its file is called.
     """
 
     path: str
+    program: str = ""
     version: str = ""
     features: Mapping[str, Any] = field(default_factory=dict)
     error: str = ""
@@ -148,6 +149,7 @@ async def _runtime(path: str) -> RuntimeFacts:
         return RuntimeFacts(path=binary, error=str(e))
     return RuntimeFacts(
         path=binary,
+        program=version.stdout.decode(errors="replace").partition(" ")[0],
         version=_version(version.stdout.decode(errors="replace")),
         features=_features(features.stdout) if features.returncode == 0 else {},
     )

@@ -16,6 +16,7 @@ import grpc
 import structlog
 
 from cri_server import (
+    advisories,
     bundles,
     cgroups,
     config,
@@ -68,6 +69,7 @@ async def running(settings: config.Config) -> AsyncIterator[None]:
     _make_directories(settings)
     groups = cgroups.Cgroups(cgroups.detect(), cgroups.driver(settings.runtime.cgroup_driver))
     facts = host.probe(groups.hierarchy, await host.runtimes(settings))
+    _warn_of_old_runtimes(facts)
     async with contextlib.AsyncExitStack() as stack:
         graph = Graph(settings, groups, facts, stack)
         edge = interceptors.Edge()
@@ -85,6 +87,19 @@ async def running(settings: config.Config) -> AsyncIterator[None]:
         for work in (_check_networks(graph.pods), _measure(graph.layers)):
             stack.callback(asyncio.create_task(work).cancel)
         yield
+
+
+def _warn_of_old_runtimes(facts: host.Host) -> None:
+    """Name the published vulnerabilities of the upstream versions of what will run containers."""
+    for name, found in facts.runtimes.items():
+        if known := advisories.known(found.program, found.version):
+            log.warning(
+                "upstream version of the runtime has known vulnerabilities",
+                runtime=name,
+                version=found.version,
+                vulnerabilities=advisories.names(known),
+                remedy=advisories.remedy(known),
+            )
 
 
 def _make_directories(settings: config.Config) -> None:
