@@ -479,14 +479,16 @@ def log_path(pod: api.PodSandboxConfig, wanted: api.ContainerConfig) -> str:
     """Return the absolute log path, "" when output is discarded.
 
     Raises InvalidArgument for a path that leaves the pod's log directory (hazards V25) or holds a
-    line break.
+    control character.
     """
     if not wanted.log_path or not pod.log_directory:
         return ""
     path = posixpath.normpath(posixpath.join(pod.log_directory, wanted.log_path.lstrip("/")))
     inside = posixpath.normpath(pod.log_directory).rstrip("/") + "/"
-    if not path.startswith(inside) or any(c in path for c in "\r\n\0"):
+    if not path.startswith(inside):
         raise errors.InvalidArgument(f"log_path {wanted.log_path[:200]!r} leaves the log directory")
+    if any(ord(c) < 32 or ord(c) == 127 for c in path):
+        raise errors.InvalidArgument(f"log_path {wanted.log_path[:200]!r}: control character")
     return path
 
 

@@ -106,7 +106,7 @@ def _make_directories(settings: config.Config) -> None:
     """Make root and state, closed to other users: images hold setuid files (CVE-2021-41103)."""
     for directory in (settings.server.root, settings.server.state):
         directory.mkdir(parents=True, exist_ok=True)
-        directory.chmod(0o711)
+        directory.chmod(0o700)
     for name in ("pods", "containers", "runtimes"):
         (settings.server.state / name).mkdir(mode=0o700, exist_ok=True)
     Path("/run/netns").mkdir(mode=0o755, exist_ok=True)

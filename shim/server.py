@@ -6,7 +6,9 @@ here.
 `shim.ttrpc.server`.
 """
 
+import contextlib
 import os
+import signal
 import socket
 from collections.abc import Iterable, Iterator
 
@@ -19,6 +21,7 @@ from shim import (
     errors,
     exec,
     loop,
+    process,
     reaper,
     runtimes,
     sandbox,
@@ -78,6 +81,9 @@ class Shim:
         accepting = loop.spawn(self._ttrpc.serve(listener), name="accept")
         await self._pod.ending.wait()
         accepting.cancel()
+        for pid in list(process.descendants(os.getpid())):  # what a runtime has left behind
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         await self._ttrpc.drain(seconds=_ANSWER_SECONDS)
 
 

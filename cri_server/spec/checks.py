@@ -41,10 +41,11 @@ def identity(number: int, field: str) -> int:
 def parse_identity(value: str, field: str) -> int | None:
     """Return the number that `value` spells, None if it is a name.
 
-    What begins like a number must be one: falling back to a name let an image map it to root
-    (CVE-2026-46680).
+    What begins like a number, be it after a space, must be one: falling back to a name let an
+    image map it to root (CVE-2026-46680).
     """
-    if value[:1].isdigit() or value[:1] in ("+", "-"):
+    first = value.strip()[:1]
+    if first and (first.isdigit() or first in "+-"):
         if not (value.isascii() and value.isdigit() and len(value) <= 10):
             raise errors.InvalidArgument(f"{field}: {value[:80]!r} is not a number")
         return identity(int(value), field)

@@ -21,7 +21,8 @@ import pytest
 from tests import residue
 from tests.conftest import Marks
 from tests.fakes import kubelet as kubelets
-from tests.lab import cgroups, image, network, server
+from tests.fakes import registry as evil
+from tests.lab import cgroups, hostile, image, network, server
 from tests.lab import registry as registries
 
 ELSEWHERE = os.environ.get("CRI_ENDPOINT", "")
@@ -145,6 +146,27 @@ def pod(kubelet: kubelets.Kubelet, pulled: str) -> kubelets.Pod:
 def container(kubelet: kubelets.Kubelet, pod: kubelets.Pod, pulled: str) -> str:
     """Return the id of a running container in `pod` that sleeps."""
     return kubelet.run(pod, pulled, SLEEP)
+
+
+@pytest.fixture
+def attack(
+    kubelet: kubelets.Kubelet, site: server.Site, registry: registries.Registry, tmp_path: Path
+) -> Iterator[hostile.Attack]:
+    """Return an attack on the session's server, which must have done no harm at its end."""
+    made = hostile.Attack(kubelet, site, registry, tmp_path, [image.busybox_layer()])
+    yield made
+    made.check()
+
+
+@pytest.fixture
+def evil_registry(home: Path, settings: dict[str, Any]) -> Iterator[evil.Registry]:
+    """Return a registry that does as it is told, which servers with `settings` call `evil.test`."""
+    with evil.run() as there:
+        folder = home / "certs.d" / "evil.test"
+        folder.mkdir(exist_ok=True)
+        table = f'[host."http://{there.address}"]\ncapabilities = ["pull", "resolve"]\n'
+        (folder / "hosts.toml").write_text(f'server = "http://{there.address}"\n\n{table}')
+        yield there
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ run. Pushing is the four requests of the OCI distribution specification; no cras
 registry is a temporary one.
 """
 
+import functools
 import gzip
 import hashlib
 import http.client
@@ -84,13 +85,13 @@ def digest(data: bytes) -> str:
 
 def busybox(*extra: Iterable[Entry], **config: Any) -> Image:
     """Make the test image; each `extra` is one more layer, `config` is laid over its config."""
-    layers = [tar(_busybox_entries()), *map(tar, extra)]
+    layers = [busybox_layer(), *map(tar, extra)]
     return image(layers, {"Env": [PATH], "Cmd": ["sh"], **config})
 
 
 def image(layers: list[bytes], config: Mapping[str, Any]) -> Image:
     """Make an image of uncompressed tar `layers` and a config object, for linux on amd64."""
-    packed = [gzip.compress(layer, 6, mtime=0) for layer in layers]
+    packed = [_packed(layer) for layer in layers]
     config_blob = _json(
         {
             "architecture": "amd64",
@@ -108,6 +109,17 @@ def image(layers: list[bytes], config: Mapping[str, Any]) -> Image:
     }
     blobs = {digest(blob): blob for blob in (config_blob, *packed)}
     return Image(manifest=_json(manifest), config=config_blob, blobs=blobs)
+
+
+@functools.lru_cache(maxsize=4)
+def _packed(layer: bytes) -> bytes:
+    return gzip.compress(layer, 6, mtime=0)
+
+
+@functools.cache
+def busybox_layer() -> bytes:
+    """Return the layer with busybox, uncompressed: what other images stand on."""
+    return tar(_busybox_entries())
 
 
 def tar(entries: Iterable[Entry]) -> bytes:

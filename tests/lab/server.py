@@ -23,17 +23,21 @@ from typing import Any
 from tests.fakes import kubelet
 from tests.lab import waiting
 
+SECRET = f"secret-{os.urandom(12).hex()}"  # in every server's environment; it must never come out
+
 
 @dataclass(kw_only=True, slots=True)
 class Site:
     """The folders of one server below `home`, its settings, and its process while it runs.
 
-    `program` is what is run in place of `cri-server`, with the same arguments.
+    `program` is what is run in place of `cri-server`, with the same arguments; `umask` is what it
+    inherits, -1 for ours.
     """
 
     home: Path
     settings: Mapping[str, Mapping[str, Any]]
     program: Sequence[str] = ()
+    umask: int = -1
     process: "subprocess.Popen[bytes] | None" = field(default=None, init=False)
 
     @property
@@ -63,7 +67,9 @@ class Site:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                env={**os.environ, "CRI_TESTS_SECRET": SECRET},
                 start_new_session=True,
+                umask=self.umask,
             )
         if wait:
             waiting.until(self._ready, "the server is ready", seconds=30)
