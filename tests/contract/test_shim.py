@@ -294,7 +294,7 @@ async def test_reopen_loses_and_doubles_nothing(one: Pod) -> None:
         await one.shim.reopen_log(pb.ReopenLogRequest(id=made.id))
         size = logs[-1].stat().st_size
         assert made.log.exists()
-        await asyncio.sleep(0.02)
+        await grown(made, 1)
         assert logs[-1].stat().st_size == size
     (one.root / "tmp/enough").touch()
     await one.wait(made)
@@ -517,29 +517,38 @@ async def test_the_container_may_end_during_an_exec(pod: Pod) -> None:
 # -- attach ----------------------------------------------------------------------------------------
 
 
-async def attached(shim: client.ShimClient, made: bundle.Bundle, **streams: bool) -> bytes:
-    """Attach until the end; return the output."""
-    received = b""
+async def attached(
+    shim: client.ShimClient, made: bundle.Bundle, received: bytearray, **streams: bool
+) -> None:
+    """Attach until the end; the output goes to `received` as it comes."""
     async with shim.attach() as stream:
         await stream.send(pb.AttachInput(start=pb.AttachStart(id=made.id, **streams)))
         while (output := await stream.recv()) is not None:
             received += output.stdout + output.stderr
             if output.HasField("exit"):
-                return received
+                return
     raise AssertionError("the attach ended without an exit")
 
 
 async def test_all_who_are_attached_see_all_output(one: Pod) -> None:
-    made = await one.run("sh", "-c", "read x; echo out $x; echo err >&2", stdin=True)
-    both = [asyncio.create_task(attached(one.shim, made, stdout=True, stderr=True)) for _ in "ab"]
-    only = asyncio.create_task(attached(one.shim, made, stderr=True))
+    script = "while read x && [ $x != end ]; do echo out $x; echo err $x >&2; done"
+    made = await one.run("sh", "-c", script, stdin=True)
+    seen: list[bytearray] = [bytearray() for _ in "abc"]
+    clients = [
+        asyncio.create_task(attached(one.shim, made, into, stdout=into is not seen[2], stderr=True))
+        for into in seen
+    ]
     async with one.shim.attach() as stream:
         await stream.send(pb.AttachInput(start=pb.AttachStart(id=made.id, stdin=True)))
-        await asyncio.sleep(0.1)
-        await stream.send(pb.AttachInput(stdin=b"word\n"))
+        while not all(seen):  # from then on all three are attached
+            await stream.send(pb.AttachInput(stdin=b"early\n"))
+            await asyncio.sleep(0.01)
+        await stream.send(pb.AttachInput(stdin=b"word\nend\n"))
         await one.wait(made)
-    assert [sorted((await task).split(b"\n")) for task in both] == [[b"", b"err", b"out word"]] * 2
-    assert await only == b"err\n"
+    await asyncio.gather(*clients)
+    assert [b"out word\n" in bytes(one) for one in seen] == [True, True, False]
+    assert all(b"err word\n" in bytes(one) for one in seen)
+    assert b"out" not in seen[2]
     assert ("stdout", "F", "out word") in made.lines()
 
 
@@ -554,15 +563,15 @@ async def test_stdin_once_ends_with_the_first_client(one: Pod) -> None:
 
 
 async def test_without_stdin_once_a_client_leaves_stdin_open(one: Pod) -> None:
-    made = await one.run("sh", "-c", "read a; read b; echo $a $b", stdin=True)
-    for word in (b"one\n", b"two\n"):
+    made = await one.run("sh", "-c", "read a; echo $a; read b; echo $b", stdin=True)
+    for number, word in enumerate((b"one\n", b"two\n"), start=1):
         async with one.shim.attach() as stream:
             await stream.send(pb.AttachInput(start=pb.AttachStart(id=made.id, stdin=True)))
             await stream.send(pb.AttachInput(stdin=word))
             await stream.send(pb.AttachInput(close_stdin=True))
-            await asyncio.sleep(0.1)
+            await grown(made, number)
     await one.wait(made)
-    assert made.lines() == [("stdout", "F", "one two")]
+    assert [content for _, _, content in made.lines()] == ["one", "two"]
 
 
 async def test_a_terminal_is_attached_and_resized(one: Pod) -> None:
@@ -602,13 +611,14 @@ async def test_a_client_that_reads_nothing_does_not_delay_the_end(one: Pod) -> N
     async with one.shim.attach() as stream:
         start = pb.AttachStart(id=made.id, stdout=True)
         await stream.send(pb.AttachInput(start=start))
-        await asyncio.sleep(0.5)
+        await asyncio.to_thread(
+            waiting.until, lambda: logged(made) > 0, "there is output, which nobody reads"
+        )
         await one.kill(made, signal.SIGKILL)
         begin = asyncio.get_running_loop().time()
         await one.wait(made)
         assert asyncio.get_running_loop().time() - begin < 5
-    logged = sum(len(line) - 40 for line in made.log.read_bytes().splitlines())
-    assert logged == 300_000
+    assert logged(made) == 300_000
 
 
 # -- the pod ---------------------------------------------------------------------------------------
@@ -781,6 +791,20 @@ async def test_a_delete_that_hangs_does_not_hold_back_the_exit(odd: Callable[...
         await pod.delete(made)
     faults.mend(folder)
     await pod.delete(made)
+
+
+async def grown(made: bundle.Bundle, lines: int) -> None:
+    """Wait until the log file that is written now has that many lines."""
+    await asyncio.to_thread(
+        waiting.until,
+        lambda: made.log.read_bytes().count(b"\n") >= lines,
+        f"the log has {lines} lines",
+    )
+
+
+def logged(made: bundle.Bundle) -> int:
+    """Return how many bytes of output the log holds: a line has 40 beside them."""
+    return sum(len(line) - 40 for line in made.log.read_bytes().splitlines())
 
 
 def exists(path: str) -> bool:

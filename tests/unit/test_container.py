@@ -4,7 +4,6 @@
 import json
 import os
 import signal
-from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 from shim import container, errors, loop, reaper
 from shim.pb import shim_pb2 as pb
 from tests.fakes import runtime
+from tests.lab import driving
 
 FOREVER = "exec sleep 60"
 
@@ -46,16 +46,6 @@ class Case:
         await self.it.delete()
 
 
-def drive(work: Coroutine[Any, Any, None]) -> None:
-    async def within() -> None:
-        async with loop.timeout(20):
-            await work
-
-    before = set(os.listdir("/proc/self/fd"))
-    loop.run(within())
-    assert set(os.listdir("/proc/self/fd")) <= before
-
-
 def test_a_life(tmp_path: Path) -> None:
     case = Case(tmp_path, "echo hello; read x < /dev/null; exit 3")
 
@@ -81,7 +71,7 @@ def test_a_life(tmp_path: Path) -> None:
         }
         assert await case.it.delete() == record
 
-    drive(work())
+    driving.drive(work())
     assert [verb for verb, _ in case.runtime.calls] == ["run", "delete"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "log"]
 
@@ -102,7 +92,7 @@ def test_the_record_is_there_and_the_log_whole_before_anyone_is_told(tmp_path: P
             await watcher.join()
         await case.end()
 
-    drive(work())
+    driving.drive(work())
     assert seen == [(4, 100_000)] * 3
 
 
@@ -121,7 +111,7 @@ def test_a_runtime_that_is_slow_to_forget_keeps_delete_waiting_but_not_wait(
         gate.set()
         await deleting.join()
 
-    drive(work())
+    driving.drive(work())
 
 
 def test_a_failed_delete_is_tried_again(tmp_path: Path) -> None:
@@ -137,7 +127,7 @@ def test_a_failed_delete_is_tried_again(tmp_path: Path) -> None:
         del case.runtime.failures["delete"]
         await case.it.delete()
 
-    drive(work())
+    driving.drive(work())
 
 
 # -- failures to start -----------------------------------------------------------------------------
@@ -162,7 +152,7 @@ def test_a_failed_start_is_an_exit_128_with_the_reason(tmp_path: Path) -> None:
             await case.it.start()
         await case.end()
 
-    drive(work())
+    driving.drive(work())
     assert [verb for verb, _ in case.runtime.calls] == ["run", "delete"]
 
 
@@ -187,7 +177,7 @@ def test_a_start_that_hangs_can_be_ended(tmp_path: Path, how: str) -> None:
         assert case.state() == pb.STOPPED
         await case.end()
 
-    drive(work())
+    driving.drive(work())
 
 
 def test_a_gentle_signal_waits_for_the_start(tmp_path: Path) -> None:
@@ -208,7 +198,7 @@ def test_a_gentle_signal_waits_for_the_start(tmp_path: Path) -> None:
         assert record.exit_code == 143
         await case.end()
 
-    drive(work())
+    driving.drive(work())
 
 
 def test_a_log_that_cannot_be_opened_is_told_at_once(tmp_path: Path) -> None:
@@ -232,7 +222,7 @@ def test_before_the_start(tmp_path: Path) -> None:
             case.it.reopen_log()
         assert await case.it.delete() is None
 
-    drive(work())
+    driving.drive(work())
     assert case.runtime.calls == []
 
 
@@ -245,7 +235,7 @@ def test_who_waits_for_one_that_never_runs_is_told_of_its_deletion(tmp_path: Pat
         await case.it.delete()
         assert await waiting.join() is None
 
-    drive(work())
+    driving.drive(work())
 
 
 def test_an_end_is_told_even_if_its_clean_up_fails(
@@ -265,7 +255,7 @@ def test_an_end_is_told_even_if_its_clean_up_fails(
         assert record.exit_code == 3
         await case.end()
 
-    drive(work())
+    driving.drive(work())
 
 
 def test_while_it_runs(tmp_path: Path) -> None:
@@ -283,7 +273,7 @@ def test_while_it_runs(tmp_path: Path) -> None:
         assert record is not None
         assert record.exit_code == 137
 
-    drive(work())
+    driving.drive(work())
     assert case.runtime.resources == {"cpu": {}}
 
 
@@ -302,7 +292,7 @@ def test_after_the_end(tmp_path: Path) -> None:
         await case.end()
         await case.end()
 
-    drive(work())
+    driving.drive(work())
 
 
 def test_an_end_before_start_returns_is_an_end_like_any(tmp_path: Path) -> None:
@@ -317,7 +307,7 @@ def test_an_end_before_start_returns_is_an_end_like_any(tmp_path: Path) -> None:
             assert record.exit_code == number
             await case.end()
 
-    drive(work())
+    driving.drive(work())
 
 
 def test_a_silent_container_has_no_streams(tmp_path: Path) -> None:
@@ -329,7 +319,7 @@ def test_a_silent_container_has_no_streams(tmp_path: Path) -> None:
         await case.it.wait()
         await case.end()
 
-    drive(work())
+    driving.drive(work())
     assert (tmp_path / "fds").read_text().split() == ["/dev/null"] * 2
 
 
@@ -345,4 +335,4 @@ def test_an_oom_kill_is_in_the_record(tmp_path: Path) -> None:
         assert (record.exit_code, record.oom_killed) == (137, True)
         await case.end()
 
-    drive(work())
+    driving.drive(work())

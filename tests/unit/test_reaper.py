@@ -3,27 +3,16 @@
 
 import os
 import signal
-from collections.abc import Coroutine
-from typing import Any
 
 import pytest
 
 from shim import errors, loop, process, reaper
+from tests.lab import driving
 
 
 @pytest.fixture
 def children() -> reaper.Reaper:
     return reaper.Reaper()
-
-
-def drive(work: Coroutine[Any, Any, None]) -> None:
-    async def within() -> None:
-        async with loop.timeout(20):
-            await work
-
-    before = set(os.listdir("/proc/self/fd"))
-    loop.run(within())
-    assert set(os.listdir("/proc/self/fd")) <= before
 
 
 def spawn(script: str) -> int:
@@ -49,7 +38,7 @@ def test_the_exit_code(children: reaper.Reaper, script: str, code: int) -> None:
     async def work() -> None:
         assert await children.claim(spawn(script)).wait() == code
 
-    drive(work())
+    driving.drive(work())
 
 
 def test_an_end_before_the_claim_is_not_lost(children: reaper.Reaper) -> None:
@@ -60,7 +49,7 @@ def test_an_end_before_the_claim_is_not_lost(children: reaper.Reaper) -> None:
             claimed = children.claim(pid)
         assert await claimed.wait() == 7
 
-    drive(work())
+    driving.drive(work())
 
 
 def test_strays_are_buried_when_nobody_launches(children: reaper.Reaper) -> None:
@@ -71,7 +60,7 @@ def test_strays_are_buried_when_nobody_launches(children: reaper.Reaper) -> None
             assert exists(stray)
         assert not exists(stray)
 
-    drive(work())
+    driving.drive(work())
 
 
 def test_a_claimed_one_is_left_to_its_owner(children: reaper.Reaper) -> None:
@@ -82,7 +71,7 @@ def test_a_claimed_one_is_left_to_its_owner(children: reaper.Reaper) -> None:
         assert await claimed.wait() == 5
         assert not exists(stray)
 
-    drive(work())
+    driving.drive(work())
 
 
 def test_signals_go_to_the_process_and_to_nobody_after_it(children: reaper.Reaper) -> None:
@@ -94,7 +83,7 @@ def test_signals_go_to_the_process_and_to_nobody_after_it(children: reaper.Reape
         claimed.signal(signal.SIGKILL)
         claimed.kill_tree()
 
-    drive(work())
+    driving.drive(work())
 
 
 @pytest.mark.parametrize("number", [65, 1000, -1])
@@ -106,7 +95,7 @@ def test_a_number_that_is_no_signal(children: reaper.Reaper, number: int) -> Non
         claimed.signal(signal.SIGKILL)
         await claimed.wait()
 
-    drive(work())
+    driving.drive(work())
 
 
 def test_a_tree_is_killed(children: reaper.Reaper) -> None:
@@ -126,7 +115,7 @@ def test_a_tree_is_killed(children: reaper.Reaper) -> None:
         assert os.read(ours, 1) == b""
         os.close(ours)
 
-    drive(work())
+    driving.drive(work())
 
 
 def test_a_process_that_does_not_exist(children: reaper.Reaper) -> None:
@@ -143,4 +132,4 @@ def test_an_end_that_somebody_else_took_has_no_code(children: reaper.Reaper) -> 
         process.reap(orphan)  # by somebody else
         assert await claimed.wait() == reaper.LOST
 
-    drive(work())
+    driving.drive(work())

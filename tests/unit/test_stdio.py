@@ -3,7 +3,6 @@
 
 import os
 import time
-from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 
 from shim import errors, logfile, loop, process, runtimes, stdio
 from tests.fakes import runtime
+from tests.lab import driving
 
 SIZED = 'until [ "$(stty size 2>&1)" = "40 120" ]; do sleep 0.01; done; echo sized'
 HOLD = "sleep 60 & echo $!; exec 2>&-"  # a background child keeps stdout open
@@ -65,16 +65,6 @@ class Job:
         return [record.split(" ", 1)[1] for record in records]
 
 
-def drive(work: Coroutine[Any, Any, None]) -> None:
-    async def within() -> None:
-        async with loop.timeout(20):
-            await work
-
-    before = set(os.listdir("/proc/self/fd"))
-    loop.run(within())
-    assert set(os.listdir("/proc/self/fd")) <= before
-
-
 def test_output_goes_to_the_log_and_to_the_client(tmp_path: Path) -> None:
     job = Job(tmp_path)
 
@@ -85,7 +75,7 @@ def test_output_goes_to_the_log_and_to_the_client(tmp_path: Path) -> None:
         job.streams.close()
         assert sorted(job.logged()) == ["stderr F two", "stdout F one", "stdout P tail"]
 
-    drive(work())
+    driving.drive(work())
     assert job.sink.data == {"stdout": b"one\ntail", "stderr": b"two\n"}
 
 
@@ -109,7 +99,7 @@ def test_a_client_may_come_and_go(tmp_path: Path) -> None:
         await job.streams.drain(5, patient=True)
         assert [line[9:] for line in job.logged()] == ["one", "two", "three"]
 
-    drive(work())
+    driving.drive(work())
     assert job.sink.data["stdout"] == b"two\n"
 
 
@@ -124,7 +114,7 @@ def test_a_client_that_fails_is_dropped(tmp_path: Path, failure: Exception) -> N
         await job.streams.drain(5, patient=False)
         job.streams.close()
 
-    drive(work())
+    driving.drive(work())
     assert job.logged() == ["stdout F 1", "stdout F 2", "stdout F 3"]
 
 
@@ -141,7 +131,7 @@ def test_a_client_that_takes_nothing_is_dropped_in_the_end(
         await job.streams.drain(5, patient=True)
         job.streams.close()
 
-    drive(work())
+    driving.drive(work())
     assert sum(len(line) - len("stdout P ") for line in job.logged()) == 1_000_000
 
 
@@ -159,7 +149,7 @@ def test_a_slow_client_slows_the_process_down(tmp_path: Path) -> None:
         await job.wait()
         await job.streams.drain(5, patient=True)
 
-    drive(work())
+    driving.drive(work())
     assert len(job.sink.data["stdout"]) == 5_000_000
 
 
@@ -174,7 +164,7 @@ def test_a_stranger_with_the_pipe_is_not_waited_for(tmp_path: Path) -> None:
         assert 0.2 <= time.monotonic() - begin < 1
         job.streams.close()
 
-    drive(work())
+    driving.drive(work())
     stranger = int(job.sink.data["stdout"])
     os.kill(stranger, 9)
 
@@ -189,7 +179,7 @@ def test_what_is_in_the_pipe_is_read_even_without_time(tmp_path: Path, patient: 
         await job.streams.drain(0, patient=patient)
         job.streams.close()
 
-    drive(work())
+    driving.drive(work())
     lines = job.logged()
     os.kill(int(lines[0].split()[2]), 9)
     assert sum(len(line) - len("stdout P ") for line in lines[1:]) == 60_000
@@ -212,7 +202,7 @@ def test_a_patient_drain_waits_for_a_slow_client(tmp_path: Path) -> None:
         await job.streams.drain(0.05, patient=True)
         job.streams.close()
 
-    drive(work())
+    driving.drive(work())
     assert len(job.sink.data["stdout"]) == 60_001
 
 
@@ -228,7 +218,7 @@ def test_an_impatient_drain_leaves_a_slow_client_behind_but_not_the_log(tmp_path
         assert time.monotonic() - begin < 1
         job.streams.close()
 
-    drive(work())
+    driving.drive(work())
     assert job.logged() == ["stdout F 1", "stdout F 2"]
 
 
@@ -244,7 +234,7 @@ def test_without_stdin_the_process_reads_nothing(tmp_path: Path) -> None:
         await job.wait()
         await job.streams.drain(5, patient=True)
 
-    drive(work())
+    driving.drive(work())
     assert job.sink.data["stdout"] == b"end\n"
 
 
@@ -262,7 +252,7 @@ def test_input_that_comes_before_the_process_waits_for_it(tmp_path: Path) -> Non
         await job.wait()
         await job.streams.drain(5, patient=True)
 
-    drive(work())
+    driving.drive(work())
     assert job.sink.data["stdout"] == b"early\n"
 
 
@@ -280,7 +270,7 @@ def test_much_input_goes_through_in_order(tmp_path: Path) -> None:
         await job.wait()
         await job.streams.drain(5, patient=True)
 
-    drive(work())
+    driving.drive(work())
     assert job.sink.data["stdout"] == text
 
 
@@ -299,7 +289,7 @@ def test_input_for_a_process_that_does_not_read_ends_with_the_streams(tmp_path: 
         await closing.join()
         job.streams.close()
 
-    drive(work())
+    driving.drive(work())
 
 
 # -- terminals -------------------------------------------------------------------------------------
@@ -319,7 +309,7 @@ def test_a_terminal_has_one_stream_and_a_size(tmp_path: Path) -> None:
         await job.streams.drain(5, patient=True)
         job.streams.close()
 
-    drive(work())
+    driving.drive(work())
     seen = job.sink.data["stdout"].decode().split("\r\n")
     assert seen == ["sized", "err", "word", "30 100", "got word", ""]
     assert job.logged() == [f"stdout F {line}" for line in seen[:-1]]
@@ -339,7 +329,7 @@ def test_a_runtime_that_sends_no_terminal_is_not_waited_for(
             await job.streams.connect(os.fspath(tmp_path), launch)
         job.streams.close()
 
-    drive(work())
+    driving.drive(work())
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
@@ -359,7 +349,7 @@ def test_the_last_words_of_a_runtime_that_logged_nothing(tmp_path: Path) -> None
             await job.streams.connect(os.fspath(tmp_path), launch)
         job.streams.close()
 
-    drive(work())
+    driving.drive(work())
 
 
 def test_silence_is_told_as_silence(tmp_path: Path) -> None:
@@ -373,4 +363,4 @@ def test_silence_is_told_as_silence(tmp_path: Path) -> None:
             await job.streams.connect(os.fspath(tmp_path), launch)
         job.streams.close()
 
-    drive(work())
+    driving.drive(work())
