@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from cri_server import config, logs
+from shim import process
 
 DEFAULT_CONFIG = Path("/etc/cri-server/config.toml")
 
@@ -68,6 +69,7 @@ def _serve(settings: config.Config, _: argparse.Namespace) -> int:
 
     logs.configure(settings.server.log_level, settings.server.log_format)
     os.umask(0o022)
+    process.keep_descriptors()
     _raise_file_limit()
     asyncio.run(server.serve(settings))
     return 0

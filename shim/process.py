@@ -43,9 +43,9 @@ def spawn(
 
     `env` is the whole environment (None: `DEFAULT_ENV`). A standard stream that is None is
     /dev/null. `fds` maps numbers in the child to descriptors here. The caller keeps, and closes,
-    what it passed. Python's own descriptors are closed on exec; one that this process inherited and
-    did not mark so goes along. Raises FileNotFoundError, PermissionError, and OSError when the host
-    has no process or descriptor left.
+    what it passed. What this process itself has inherited goes along until `keep_descriptors`.
+    Raises FileNotFoundError, PermissionError, and OSError when the host has no process or
+    descriptor left.
     """
     environment = DEFAULT_ENV if env is None else env
     wanted = {0: stdin, 1: stdout, 2: stderr, **(fds or {})}
@@ -64,6 +64,16 @@ def spawn(
         for fd in duplicates:
             os.close(fd)
     return Child(pid=pid, pidfd=_pidfd(pid))
+
+
+def keep_descriptors() -> None:
+    """Have no program get what our own starter left open: a container could reach the host by it
+    (CVE-2024-21626). To be called before anything is opened.
+    """
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # that of the list itself
+            if int(name) > 2:
+                os.set_inheritable(int(name), False)
 
 
 def _file_actions(wanted: Mapping[int, int | None], duplicates: list[int]) -> list[tuple[int, ...]]:

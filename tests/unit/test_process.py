@@ -4,6 +4,8 @@
 import os
 import select
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -41,6 +43,25 @@ def test_a_child_has_a_session_of_its_own_or_at_least_a_group(pipe: tuple[int, i
     pid, group, session = map(int, said(pipe, *fields, new_session=False).split())
     assert pid == group
     assert session == os.getsid(0)
+
+
+def test_what_was_inherited_is_not_passed_on() -> None:
+    left_open = os.open("/", os.O_RDONLY)
+    script = f"""
+from shim import process
+process.keep_descriptors()
+child = process.spawn(["ls", "/proc/self/fd/{left_open}"], stdout=1)
+print(process.reap(child))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        pass_fds=[left_open],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    os.close(left_open)
+    assert done.stdout == "2\n"  # as ls(1) says that there is no such file
 
 
 def test_a_child_gets_the_given_descriptors_and_none_of_ours(pipe: tuple[int, int]) -> None:
