@@ -34,10 +34,12 @@ from cri_server import (
     errors,
     host,
     imagevolumes,
+    labels,
     limits,
     names,
     origins,
     podfiles,
+    relabel,
     rootfs,
     snapshots,
     sources,
@@ -56,6 +58,7 @@ log = structlog.get_logger()
 LOOK_TIMEOUT = (
     30.0  # seconds to look at host paths: they may lie on dead storage (containerd#10828)
 )
+LABEL_TIMEOUT = 600.0  # seconds for all files of all volumes that are to be labelled
 KILL_TIMEOUT = 10.0
 
 
@@ -118,16 +121,20 @@ class Bundles:
         with recipe.step("host paths"):
             found = await _looked(wanted.config)
             await self._provide_profile(wanted)
+            await self._label(wanted, found)
         if wanted.volumes:
             with recipe.step("image volumes"):
                 found = await self._with_images(wanted, found)
         with recipe.step("rootfs"):
-            await asyncio.to_thread(self._mount, wanted.container)
+            await asyncio.to_thread(self._mount, wanted)
         with recipe.step("spec"):
             return await asyncio.to_thread(self._prepare, wanted, found)
 
     async def _with_images(self, wanted: Request, found: _Host) -> _Host:
-        places = await self._image_volumes.mount(wanted.pod.id, wanted.config, wanted.volumes)
+        options = self._pod_labels(wanted.pod).mount_options
+        places = await self._image_volumes.mount(
+            wanted.pod.id, wanted.config, wanted.volumes, options
+        )
         added = {k: sources.Source(path=p, directory=True) for k, p in places.items()}
         return dataclasses.replace(found, mounts={**found.mounts, **added})
 
@@ -137,11 +144,38 @@ class Bundles:
         if name:
             await self._apparmor.provide(name)
 
-    def _mount(self, container: state.Container) -> None:
+    async def _label(self, wanted: Request, found: _Host) -> None:
+        """Have SELinux let the container at what it shares with the pod and the host."""
+        own, of_pod = self._labels(wanted), self._pod_labels(wanted.pod)
+        if not own.mount:
+            return
+
+        def label() -> None:
+            for part in (own.process, own.mount):
+                labels.check(part)
+            if own.mount != of_pod.mount:
+                self._files.relabel(wanted.pod.id, of_pod.shared)
+            for mount in wanted.config.mounts:
+                if mount.selinux_relabel and mount.host_path:
+                    relabel.relabel(found.mounts[spec.source_key(mount)].path, own.mount)
+
+        await apart.call(label, within=LABEL_TIMEOUT, what="labelling the container's volumes")
+
+    def _labels(self, wanted: Request) -> spec.Labels:
+        pod, context = wanted.pod, wanted.config.linux.security_context
+        facts = self._facts.facts(pod.handler)
+        return spec.labels_of_container(context, pod.config, pod.selinux_level, facts)
+
+    def _pod_labels(self, pod: state.Pod) -> spec.Labels:
+        return spec.labels_of_pod(pod.config, pod.selinux_level, self._facts.facts(pod.handler))
+
+    def _mount(self, wanted: Request) -> None:
+        container = wanted.container
         root = self.directory(container.id) / "rootfs"
         root.mkdir(parents=True, mode=0o700)
         self._snapshots.create(container.id, container.layers)
-        self._snapshots.mount(container.id, container.layers, root)
+        options = self._labels(wanted).mount_options
+        self._snapshots.mount(container.id, container.layers, root, options)
 
     def _prepare(self, wanted: Request, found: _Host) -> state.Container:
         """Make config.json and origins.json."""
@@ -169,6 +203,8 @@ class Bundles:
             folder = self._snapshots.volumes(wanted.container.id)
             made = volumes.make(root, asked, folder, covered=covered)
             document["mounts"] = spec.with_volumes(document["mounts"], made)
+            if label := self._labels(wanted).mount:
+                relabel.relabel(os.path.realpath(folder), label)
         path = self.directory(wanted.container.id) / "config.json"
         path.write_bytes(msgspec.json.encode(document))
         return dataclasses.replace(
@@ -203,6 +239,7 @@ class Bundles:
             devices=found.devices,
             host_devices=found.host_devices,
             seccomp_profile=found.seccomp,
+            selinux_level=pod.selinux_level,
             annotations=self._annotations(wanted),
         )
 

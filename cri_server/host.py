@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from cri_server import apparmor, cgroups, commands, config, limits, spec
+from cri_server import apparmor, cgroups, commands, config, labels, limits, spec
 from shim import linux
 
 _SIZES = {"kB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
@@ -53,7 +53,7 @@ class Host:
     seccomp: bool
     apparmor: bool
     apparmor_parser: str
-    selinux: bool
+    selinux: spec.SelinuxPolicy | None
     effective: frozenset[str]
     bounding: frozenset[str]
     known: frozenset[str]
@@ -120,7 +120,7 @@ def probe(hierarchy: cgroups.Hierarchy, found: Mapping[str, RuntimeFacts]) -> Ho
         seccomp="Seccomp:" in Path("/proc/self/status").read_text(),
         apparmor=apparmor.supported(),
         apparmor_parser=apparmor.parser(),
-        selinux=Path("/sys/fs/selinux/enforce").exists(),
+        selinux=labels.policy() if labels.enabled() else None,
         effective=_names(linux.effective_capabilities(), known),
         bounding=_names(linux.bounding_capabilities(), known),
         known=frozenset(known),

@@ -117,7 +117,7 @@ class Info:
             "cgroupDriver": self._groups.driver,
             "cgroupControllers": facts.controllers,
             "apparmor": facts.apparmor,
-            "selinux": facts.selinux,
+            "selinux": facts.selinux is not None,
             "seccomp": facts.seccomp,
             "capSysResource": facts.raises_limits,
             "swapAccounting": facts.swap_accounting,

@@ -15,9 +15,10 @@
 import os
 import shutil
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
-from cri_server import state
+from cri_server import relabel, spec, state
 from cri_server.pb import api_pb2 as api
 from shim import mounts
 
@@ -55,15 +56,23 @@ class PodFiles:
             paths["pid"] = f"/proc/{pod.pid}/ns/pid"
         return paths
 
-    def create(self, pod: state.Pod, *, shm_size: int) -> None:
-        """Make the directory, its files and the shm mount of `shm_size` bytes."""
+    def create(self, pod: state.Pod, *, shm_size: int, labels: spec.Labels) -> None:
+        """Make the directory, its files and the shm mount of `shm_size` bytes; `labels` are the
+        pod's for SELinux.
+        """
         directory = self.directory(pod.id)
         (directory / "ns").mkdir(parents=True, mode=0o700)
         _write(directory / "hostname", hostname(pod) + "\n")
         _write(directory / "hosts", _read("/etc/hosts") or "127.0.0.1\tlocalhost\n")
         _write(directory / "resolv.conf", resolv_conf(pod.config.dns_config))
         if own_ipc(pod.config):
-            _mount_shm(directory / "shm", shm_size)
+            _mount_shm(directory / "shm", shm_size, labels.mount_options)
+        self.relabel(pod.id, labels.mount)
+
+    def relabel(self, pod_id: str, label: str) -> None:
+        """Give the files that containers share an SELinux label, "" for none."""
+        for name in ("hostname", "hosts", "resolv.conf") if label else ():
+            relabel.relabel(os.path.realpath(self.directory(pod_id) / name), label)
 
     def remove(self, pod_id: str) -> None:
         """Take away every mount below the directory, then the directory. Idempotent."""
@@ -95,9 +104,9 @@ def resolv_conf(dns: api.DNSConfig) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _mount_shm(target: Path, size: int) -> None:
+def _mount_shm(target: Path, size: int, label: Sequence[str]) -> None:
     target.mkdir(mode=0o1777)
-    options = ("nosuid", "nodev", "noexec", "mode=1777", f"size={size}")
+    options = ("nosuid", "nodev", "noexec", "mode=1777", f"size={size}", *label)
     mounts.mount_all(
         [mounts.Mount(type="tmpfs", source="shm", target=os.fspath(target), options=options)]
     )

@@ -29,6 +29,7 @@ from cri_server import (
     events,
     host,
     imagevolumes,
+    labels,
     limits,
     locks,
     names,
@@ -73,6 +74,7 @@ class Pods:
         self._containers, self._bundles, self._facts = container_host, bundle_host, facts
         self._volumes = volumes
         self._attempts, self._locks = names.Attempts(), locks.Locks()
+        self._levels = labels.Levels(store.selinux_levels)
         self._ending: set[asyncio.Task[None]] = set()
 
     # -- run --------------------------------------------------------------------------------------
@@ -120,14 +122,21 @@ class Pods:
         )
         made = self._groups.missing(self._groups.pod_parent(pod.id, wanted.linux.cgroup_parent))
         network: Mapping[str, object] | None = {} if pod.own_network else None
-        return await self._store.put_pod(
-            dataclasses.replace(pod, cgroups_made=made, network=network)
-        )
+        with self._level(wanted) as level:
+            return await self._store.put_pod(
+                dataclasses.replace(pod, cgroups_made=made, network=network, selinux_level=level)
+            )
+
+    def _level(self, wanted: api.PodSandboxConfig) -> contextlib.AbstractContextManager[str]:
+        if self._facts.selinux is None:
+            return contextlib.nullcontext("")
+        return self._levels.held(spec.asked_level(wanted))
 
     async def _make(self, pod: state.Pod) -> None:
         recipe = steps.Steps("pod sandbox made", pod=pod.id)
         with recipe.step("files"):
-            await asyncio.to_thread(self._files.create, pod, shm_size=self._shm_size(pod))
+            size, own = self._shm_size(pod), self._labels(pod)
+            await asyncio.to_thread(self._files.create, pod, shm_size=size, labels=own)
         with recipe.step("shim"):
             shim_pid, shim_start_time = await self._shims.fork(pod)
         with recipe.step("namespaces"):
@@ -154,6 +163,9 @@ class Pods:
         handler = self._settings.handler(pod.handler)
         allowed = handler.allowed(handler.pod_annotations, pod.config.annotations)
         return spec.shm_size(allowed, limits.size(handler.default_shm_size))
+
+    def _labels(self, pod: state.Pod) -> spec.Labels:
+        return spec.labels_of_pod(pod.config, pod.selinux_level, self._facts.facts(pod.handler))
 
     async def _attach(self, pod: state.Pod) -> cni.Result | None:
         return await self._network.attach(self._attachment(pod)) if pod.own_network else None

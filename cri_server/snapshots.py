@@ -184,7 +184,9 @@ class Snapshots:
         share."""
         return self._writable / key / "volumes"
 
-    def mount(self, key: str, layers: Sequence[str], target: str | Path) -> None:
+    def mount(
+        self, key: str, layers: Sequence[str], target: str | Path, options: Sequence[str] = ()
+    ) -> None:
         """Mount the root file system of a container, if it is not mounted. Raises as `create`
         does."""
         target = Path(target)
@@ -195,12 +197,12 @@ class Snapshots:
         # A volatile mount that ended in a crash leaves a mark here that forbids the next one.
         trees.remove(Path(plan.work) / "work")
         try:
-            self._overlay(plan, target, self._volatile)
+            self._overlay(plan, target, (*self._volatile, *options))
         except OSError as e:
             if e.errno != errno.EINVAL or not self._volatile:
                 raise
             trees.remove(Path(plan.work) / "work")
-            self._overlay(plan, target, ())
+            self._overlay(plan, target, options)
             self._volatile = ()  # older than Linux 5.10
 
     def _overlay(self, plan: Overlay, target: Path, options: Sequence[str]) -> None:

@@ -72,6 +72,7 @@ class Pod:
     shim_start_time: int = 0  # with the pid: which process; see shim.process.start_time
     pid: int = 0  # the sandbox container's init, where there is one
     stopped_at: int = 0
+    selinux_level: str = ""  # the pair of categories that is the pod's; "" without SELinux
     overhead: str = ""  # LinuxContainerResources as JSON, after updates; "": as in the config
     resources: str = ""
 
@@ -181,6 +182,11 @@ class Store:
         await asyncio.to_thread((self._pods_dir / f"{pod_id}.json").unlink, missing_ok=True)
         self._pods.pop(pod_id, None)
         self._of_pod.pop(pod_id, None)
+
+    def selinux_levels(self) -> set[str]:
+        """Return the levels in use, also those that containers have asked for themselves."""
+        options = (c.config.linux.security_context.selinux_options for c in self.containers())
+        return {p.selinux_level for p in self._pods.values()} | {o.level for o in options}
 
     # -- containers -------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from shim import linux
 
@@ -41,11 +42,11 @@ class Step:
     left: str | None = None
 
 
-def walk(top: str | Path) -> Iterator[Step]:
+def walk(top: str | Path, *, mounts: Literal["refuse", "skip"] = "refuse") -> Iterator[Step]:
     """Walk a tree, parents before children; what vanishes meanwhile is left out.
 
-    Raises OSError; EXDEV when something is mounted in it, ESTALE when a folder on the way back was
-    moved.
+    Raises OSError; EXDEV when something is mounted in it, unless that is to be skipped, ESTALE when
+    a folder on the way back was moved.
     """
     fd = os.open(top, _FOLDER)
     try:
@@ -59,6 +60,10 @@ def walk(top: str | Path) -> Iterator[Step]:
                 try:
                     child = linux.openat2(fd, name, _FOLDER, resolve=linux.RESOLVE_NO_XDEV)
                 except (FileNotFoundError, NotADirectoryError):
+                    continue
+                except OSError as e:
+                    if e.errno != errno.EXDEV or mounts == "refuse":
+                        raise
                     continue
                 os.close(fd)
                 fd = child

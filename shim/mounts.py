@@ -329,8 +329,14 @@ def _overlay_by_page(
 def _option_string(lowerdirs: Sequence[str], writable: Mapping[str, str], plan: Plan) -> str:
     lower = ":".join(_escape(path).replace(":", "\\:") for path in lowerdirs)
     words = [f"{key}={_escape(path)}" for key, path in writable.items()]
-    data = [word for word in plan.data if word not in _WHOLE_FILE_SYSTEM]
+    data = [_quote(word) for word in plan.data if word not in _WHOLE_FILE_SYSTEM]
     return ",".join([f"lowerdir={lower}", *words, *data])
+
+
+def _quote(word: str) -> str:
+    """Quote a value with commas in it, as SELinux reads its labels: context="u:r:t:s0:c1,c2"."""
+    key, equals, value = word.partition("=")
+    return f'{key}="{value}"' if equals and "," in value else word
 
 
 def _escape(path: str) -> str:

@@ -27,6 +27,7 @@ from cri_server.spec import (
     processes,
     seccomp,
     security,
+    selinux,
     signals,
     types,
     updates,
@@ -41,6 +42,7 @@ from cri_server.spec.types import (
     ImageConfig,
     PodFiles,
     SandboxInput,
+    SelinuxPolicy,
     User,
     UserRequest,
 )
@@ -56,12 +58,15 @@ __all__ = [
     "HostFacts",
     "HugepageLimit",
     "ImageConfig",
+    "Labels",
     "PodFiles",
     "Resources",
     "SandboxInput",
+    "SelinuxPolicy",
     "User",
     "UserRequest",
     "apparmor_profile",
+    "asked_level",
     "capability_names",
     "check_container_annotations",
     "check_pod_annotations",
@@ -72,6 +77,8 @@ __all__ = [
     "explained",
     "image_mounts",
     "image_volumes",
+    "labels_of_container",
+    "labels_of_pod",
     "merged",
     "oom_score_adj",
     "pid_mode",
@@ -114,6 +121,10 @@ check_pod_update = updates.check_pod
 restored = updates.restored
 user_request = security.user_request
 apparmor_profile = security.apparmor
+Labels = selinux.Labels
+asked_level = selinux.asked_level
+labels_of_pod = selinux.of_sandbox
+labels_of_container = selinux.of_container
 capability_names = security.capability_names
 device_requests = devices.requests
 image_mounts = imagevolumes.requests
@@ -138,7 +149,7 @@ def container(wanted: types.ContainerInput) -> oci.Spec:
     )
     why.image("root.path", "rootfs.diff_ids", "its layers, below a writable one")
     why.cri("root.readonly", "linux.security_context.readonly_rootfs")
-    return oci.Spec(
+    document = oci.Spec(
         ociVersion=oci.VERSION,
         process=main,
         root=oci.Root(path=wanted.rootfs, readonly=wanted.security.readonly_rootfs),
@@ -146,6 +157,11 @@ def container(wanted: types.ContainerInput) -> oci.Spec:
         annotations=_annotations(wanted),
         linux=linux.linux(wanted, main["capabilities"]["bounding"]),
     )
+    level = wanted.selinux_level
+    selinux.label(
+        document, selinux.of_container(wanted.security, wanted.sandbox, level, wanted.host)
+    )
+    return document
 
 
 def _annotations(wanted: types.ContainerInput) -> dict[str, str]:
@@ -182,7 +198,7 @@ def validate_container(
     held = security.capabilities(context, host=host, defaults=defaults or types.Defaults())
     security.user_request(config, image)
     security.apparmor(context, host)
-    security.check_selinux(context.selinux_options, host)
+    selinux.check(context.selinux_options)
     _check_seccomp(context, held, host)
     pod.check_namespaces(config, sandbox_config)
     mounts.check(config, host)

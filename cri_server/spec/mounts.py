@@ -145,8 +145,6 @@ def _check(mount: api.Mount, host: types.HostFacts) -> None:
     )
     mapped = bool(mount.uidMappings or mount.gidMappings)
     checks.unsupported(mapped, where, "uidMappings and gidMappings are not supported yet")
-    relabel = mount.selinux_relabel and host.selinux
-    checks.unsupported(relabel, where, "selinux_relabel is not supported yet")
     if mount.recursive_read_only:
         _check_recursive(mount, where, host)
 

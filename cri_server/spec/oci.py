@@ -43,6 +43,7 @@ class Process(TypedDict, total=False):
     rlimits: list[Rlimit]
     noNewPrivileges: bool
     apparmorProfile: str
+    selinuxLabel: str
     oomScoreAdj: int
 
 
@@ -137,6 +138,7 @@ class Linux(TypedDict, total=False):
     seccomp: Mapping[str, object] | Seccomp  # a Localhost profile is the administrator's own JSON
     maskedPaths: list[str]
     readonlyPaths: list[str]
+    mountLabel: str
 
 
 class Spec(TypedDict, total=False):

@@ -12,7 +12,18 @@ from typing import Literal
 
 from cri_server import errors
 from cri_server.pb import api_pb2 as api
-from cri_server.spec import checks, linux, mounts, oci, processes, security, types, updates, why
+from cri_server.spec import (
+    checks,
+    linux,
+    mounts,
+    oci,
+    processes,
+    security,
+    selinux,
+    types,
+    updates,
+    why,
+)
 
 NOBODY = 65534
 INIT = "/catatonit"
@@ -111,7 +122,7 @@ def _check_security(context: api.LinuxSandboxSecurityContext, host: types.HostFa
         raise errors.InvalidArgument("run_as_group: needs run_as_user")
     init_user(context)
     security.strict(context.supplemental_groups_policy)
-    security.check_selinux(context.selinux_options, host)
+    selinux.check(context.selinux_options)
     security.profile(
         context.HasField("seccomp"), context.seccomp, context.seccomp_profile_path, "seccomp"
     )
@@ -258,7 +269,7 @@ def sandbox(wanted: types.SandboxInput) -> oci.Spec:
     bound = oci.Mount(
         destination=INIT, type="bind", source=wanted.init, options=["bind", "ro", "nosuid", "nodev"]
     )
-    return oci.Spec(
+    document = oci.Spec(
         ociVersion=oci.VERSION,
         process=oci.Process(
             terminal=False,
@@ -279,6 +290,8 @@ def sandbox(wanted: types.SandboxInput) -> oci.Spec:
         },
         linux=_linux(wanted),
     )
+    selinux.label(document, selinux.of_init(wanted.host))
+    return document
 
 
 def _explain(wanted: types.SandboxInput) -> None:

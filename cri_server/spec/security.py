@@ -336,24 +336,3 @@ def apparmor(context: _Context, host: types.HostFacts) -> str:
         not host.apparmor, "apparmor", f"profile {name[:80]!r}: this host has no AppArmor"
     )
     return name
-
-
-def check_selinux(options: api.SELinuxOption, host: types.HostFacts) -> None:
-    """Check the options. Without SELinux they have no effect, as in containerd.
-
-    On a host with SELinux they are refused, as we do not label yet.
-    """
-    wanted = {
-        "user": options.user,
-        "role": options.role,
-        "type": options.type,
-        "level": options.level,
-    }
-    for part, value in wanted.items():
-        checks.line(value, f"selinux_options.{part}")
-        checks.unsupported(
-            ":" in value and part != "level", f"selinux_options.{part}", "contains a colon"
-        )
-    checks.unsupported(
-        host.selinux and any(wanted.values()), "selinux_options", "labels are not supported yet"
-    )

@@ -104,15 +104,26 @@ class Defaults:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SelinuxPolicy:
+    """What the host's SELinux policy has for containers: two labels, and the type of those that are
+    not confined.
+    """
+
+    process: str = "system_u:system_r:container_t:s0"
+    file: str = "system_u:object_r:container_file_t:s0"
+    unconfined: str = "spc_t"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class HostFacts:
     """What this host, and the OCI runtime that will read the spec, can do. Probed once.
 
     `capabilities` are those of our bounding set, `known_capabilities` those of the kernel; a
     request for one that is known but not ours is refused. `apparmor_default` is the name of our
-    profile, "" where it cannot be loaded. `rlimit_ceilings` holds our own hard limits where we may
-    not raise them (no CAP_SYS_RESOURCE), and what the kernel allows to no one. `hugepage_sizes` are
-    those with a cgroup controller, as CRI writes them: "2MB", "1GB". `memory` is the host's, in
-    bytes.
+    profile, "" where it cannot be loaded. `selinux` is None where SELinux is off. `rlimit_ceilings`
+    holds our own hard limits where we may not raise them (no CAP_SYS_RESOURCE), and what the kernel
+    allows to no one. `hugepage_sizes` are those with a cgroup controller, as CRI writes them:
+    "2MB", "1GB". `memory` is the host's, in bytes.
     """
 
     machine: str = "x86_64"
@@ -123,7 +134,7 @@ class HostFacts:
     seccomp: bool = True
     apparmor: bool = False
     apparmor_default: str = ""
-    selinux: bool = False
+    selinux: SelinuxPolicy | None = None
     swap_accounting: bool = False
     hugepage_sizes: frozenset[str] = frozenset()
     recursive_read_only: bool = False
@@ -139,8 +150,8 @@ class ContainerInput:
     missing is the host's; "pid" with an empty path is a new one of the container's own. `sources`
     maps a mount's `imagevolumes.key` to where it really is; `devices` are the nodes behind
     config.devices, `host_devices` all of the host's (for privileged). `seccomp_profile` is the
-    parsed Localhost file that security.seccomp_path() named. `annotations` are the pod's and the
-    container's that the handler's configuration lets through.
+    parsed Localhost file that security.seccomp_path() named, `selinux_level` the pod's.
+    `annotations` are the pod's and the container's that the handler's configuration lets through.
     """
 
     id: str
@@ -160,6 +171,7 @@ class ContainerInput:
     devices: tuple[DeviceNode, ...] = ()
     host_devices: tuple[DeviceNode, ...] = ()
     seccomp_profile: Mapping[str, object] | None = None
+    selinux_level: str = ""
     annotations: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -6,7 +6,7 @@ import os
 import socket
 from pathlib import Path
 
-from cri_server import podfiles, state
+from cri_server import podfiles, spec, state
 from cri_server.pb import api_pb2 as api
 
 HOST = api.NamespaceMode.NODE
@@ -51,7 +51,7 @@ def test_namespaces_of_the_host_are_not_listed(tmp_path: Path) -> None:
 
 def test_create_and_remove_are_a_pair(tmp_path: Path) -> None:
     files, made = podfiles.PodFiles(tmp_path), pod()
-    files.create(made, shm_size=1 << 20)
+    files.create(made, shm_size=1 << 20, labels=spec.Labels())
     try:
         directory = files.directory(made.id)
         assert os.path.ismount(directory / "shm")

@@ -220,15 +220,6 @@ def test_an_image_volume_is_a_read_only_bind_mount_without_set_id_and_devices() 
     assert found["/d"]["options"] == ["rbind", "rprivate", "ro", "nosuid", "nodev"]
 
 
-def test_relabelling_is_void_without_selinux_and_refused_with_it() -> None:
-    wish = wishes.container(
-        mounts=[api.Mount(container_path="/d", host_path="/h", selinux_relabel=True)]
-    )
-    wishes.validate(wish)
-    with pytest.raises(errors.InvalidArgument, match="selinux_relabel"):
-        wishes.validate(wish, host=dataclasses.replace(wishes.FACTS, selinux=True))
-
-
 def test_volumes_of_the_image_are_those_that_no_mount_covers() -> None:
     wish = wishes.container(mounts=[api.Mount(container_path="/covered", host_path="/h")])
     declared = ("/data", "/covered/", "/data/../data", "/../../etc", "/covered/below", "/coveredx")

@@ -253,15 +253,3 @@ def test_the_default_apparmor_profile_is_void_where_nothing_can_load_it(enabled:
     wish = wishes.container(security=wishes.security(apparmor=Profile()))
     wishes.validate(wish, host=host)
     assert "apparmorProfile" not in spec.container(wishes.given(wish, host=host))["process"]
-
-
-def test_selinux_options_have_no_effect_without_selinux_and_are_refused_with_it() -> None:
-    options = api.SELinuxOption(user="u", role="r", type="t", level="s0:c1,c2")
-    wish = wishes.container(security=wishes.security(selinux_options=options))
-    wishes.validate(wish)
-    with pytest.raises(errors.InvalidArgument, match="selinux_options"):
-        wishes.validate(wish, host=dataclasses.replace(wishes.FACTS, selinux=True))
-    options.type = "t:extra"
-    wish = wishes.container(security=wishes.security(selinux_options=options))
-    with pytest.raises(errors.InvalidArgument, match=r"selinux_options\.type"):
-        wishes.validate(wish)
