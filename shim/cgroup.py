@@ -59,9 +59,11 @@ class Cgroup:
         return not self.processes()
 
     def thaw(self) -> None:
-        """Let a paused group run, for a frozen process on v1 does not even take SIGKILL."""
+        """Let a paused group run: a frozen process handles no signal, on v1 not even SIGKILL."""
         if self.controller == "freezer":
             self._write("freezer.state", "THAWED")
+        elif _UNIFIED in self.directories:
+            self._write("cgroup.freeze", "0")
 
     def part(self, name: str) -> "Cgroup":
         """Return the group `name` below this one, of the hierarchy that trees are killed in."""

@@ -112,8 +112,7 @@ class Container:
         if self.state is State.STOPPED:
             return
         self.require(State.RUNNING, verb="kill")
-        if signum == signal.SIGKILL:
-            self.cgroup.thaw()
+        self.cgroup.thaw()  # who is paused hears no signal
         if self._init:
             self._init.signal(signum)
         if everything:
@@ -225,7 +224,9 @@ class Container:
             await self._settle()
         except Exception as error:  # An end must be told, whatever went wrong with the rest.
             diagnostics.report("cannot settle an end", container=self.spec.id, error=error)
-        record.oom_killed = oom.kills(self.spec.cgroups) > 0
+        if killed := oom.kills(self.spec.cgroups):
+            record.oom_killed = True
+            record.message = record.message or f"{killed} process{'es' * (killed > 1)} OOM-killed"
         self._write(record)
         self.exit = record
         self.state = State.STOPPED

@@ -52,7 +52,7 @@ def parse(text: str) -> int:
         return int(name)
     number = _NUMBERS.get(name if name.startswith("SIG") else f"SIG{name}")
     if number is None:
-        raise errors.InvalidArgument(f"stop signal {text[:40]!r} is not a signal")
+        raise errors.InvalidArgument(f"image StopSignal: {text[:40]!r} is not a signal")
     return number
 
 

@@ -12,6 +12,11 @@ from typing import NamedTuple, Protocol
 from shim import errors
 
 MESSAGE_LIMIT = 1024
+# Where runc was when it failed; what comes after it tells a user more.
+_WHERE = (
+    "runc run failed: ", "exec failed: ",
+    "unable to start container process: ", "error during container init: ",
+)  # fmt: skip
 
 
 # The files of a launch in the directory that it is given; whoever gives it removes them.
@@ -64,14 +69,16 @@ def last_error(said: bytes) -> str:
     """Return the last error of a runtime's log or stderr, in one line of at most 1 KiB; "" when
     there is none.
 
-    Lines are JSON objects with `level` and `msg` (runc, crun, youki with --log-format json) or
-    plain text.
+    Where runc was comes off: the first words are for users. Lines are JSON objects with `level` and
+    `msg` (runc, crun, youki with --log-format json) or plain text.
     """
     last = ""
     for line in said.decode(errors="replace").splitlines():
         level, text = _parse(line)
         if text and (level in ("error", "fatal", "panic") or not last):
             last = text
+    for words in _WHERE:
+        last = last.removeprefix(words)
     return " ".join(last.split())[:MESSAGE_LIMIT]
 
 

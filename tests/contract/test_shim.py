@@ -272,7 +272,7 @@ async def test_out_of_memory(one: Pod, script: str) -> None:
     made = await one.run("sh", "-c", script, resources={"memory": {"limit": 16 << 20}})
     record = await one.wait(made)
     assert record.exit_code != 0
-    assert record.oom_killed
+    assert (record.oom_killed, record.message) == (True, "1 process OOM-killed")
 
 
 async def test_a_kill_is_not_out_of_memory(one: Pod) -> None:

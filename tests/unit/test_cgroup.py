@@ -91,6 +91,12 @@ def test_thaw_lets_a_signal_through(group: cgroup.Cgroup, spawn: Any) -> None:
     waiting.until(lambda: group.processes() == [], "it is dead")
 
 
+def test_a_v2_group_is_thawed(tmp_path: Path) -> None:
+    (tmp_path / "cgroup.freeze").write_text("1")
+    cgroup.Cgroup({"": str(tmp_path)}).thaw()
+    assert (tmp_path / "cgroup.freeze").read_text() == "0"
+
+
 def test_a_part_is_killed_alone(group: cgroup.Cgroup, spawn: Any) -> None:
     whole = spawn("exec sleep 60")
     part = group.part("exec-1")
