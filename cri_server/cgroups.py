@@ -142,6 +142,22 @@ class Cgroups:
         path = self.pod_parent(pod_id, cgroup_parent)
         return {name: f"{mount}{path}" for name, mount in self.hierarchy.mounts.items()}
 
+    def accounts(self, cgroups_path: str) -> dict[str, str]:
+        """Return the directories to read a container's usage from, as `usage.read` takes them."""
+        return self._with_unified(self.directories(cgroups_path))
+
+    def pod_accounts(self, pod_id: str, cgroup_parent: str) -> dict[str, str]:
+        """Return the directories to read the pod's own usage from."""
+        return self._with_unified(self.pod_directories(pod_id, cgroup_parent))
+
+    def _with_unified(self, directories: dict[str, str]) -> dict[str, str]:
+        """Add "unified" in hybrid mode: the OCI runtimes join the v2 hierarchy at the same path."""
+        if self.hierarchy.mode != "hybrid" or not directories:
+            return directories
+        name, directory = next(iter(directories.items()))
+        path = directory.removeprefix(str(self.hierarchy.v1[name]))
+        return {**directories, "unified": f"{self.hierarchy.unified}{path}"}
+
     def missing(self, parent: str) -> tuple[str, ...]:
         """Return `parent` and those of its parents that do not exist yet, deepest first."""
         paths = [parent, *(str(p) for p in Path(parent).parents if str(p) != "/")]

@@ -22,6 +22,9 @@ import msgspec
 from cri_server import errors, limits
 
 CgroupDriver = Literal["auto", "cgroupfs", "systemd"]
+MetricGroup = Literal[
+    "cpu", "memory", "network", "disk", "diskIO", "process", "oom", "hugetlb", "pressure", "spec"
+]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]  # a day: endless waits help nobody
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -117,6 +120,13 @@ class Runtime:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Metrics:
+    """What ListPodSandboxMetrics tells."""
+
+    groups: tuple[MetricGroup, ...] = get_args(MetricGroup)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """The whole file."""
 
@@ -124,6 +134,7 @@ class Config:
     network: Network = field(default_factory=Network)
     images: Images = field(default_factory=Images)
     runtime: Runtime = field(default_factory=Runtime)
+    metrics: Metrics = field(default_factory=Metrics)
     runtimes: Mapping[str, Handler] = field(default_factory=dict)
 
     def handler(self, name: str) -> Handler:
@@ -145,7 +156,13 @@ class ConfigError(ValueError):
     """The configuration cannot be used; the message says where and why."""
 
 
-SECTIONS = {"server": Server, "network": Network, "images": Images, "runtime": Runtime}
+SECTIONS = {
+    "server": Server,
+    "network": Network,
+    "images": Images,
+    "runtime": Runtime,
+    "metrics": Metrics,
+}
 
 
 def load(path: Path | None) -> Config:

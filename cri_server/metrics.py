@@ -1,124 +1,156 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ListMetricDescriptors and ListPodSandboxMetrics: the stats under cAdvisor's names.
+"""ListMetricDescriptors and ListPodSandboxMetrics: what a kubelet turns into /metrics/cadvisor.
 
-`CATALOGUE` is the one place that knows a metric: its name, help, type and where its value is in
-ContainerStats. The values of a metric's labels come in the order of its descriptor's keys. A figure
-that is not known gives no metric.
+Which metrics there are is in `catalogue`. Everything is read in one hop to a thread, each file
+once; no process is started. A container that cannot be read has no metrics, and never costs the
+others theirs. The values of a metric's labels come in the order of its descriptor's keys.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import asyncio
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
 
-from cri_server import stats
+from cri_server import (
+    accounts,
+    catalogue,
+    cgroups,
+    config,
+    containers,
+    names,
+    pods,
+    processes,
+    snapshots,
+    state,
+    updates,
+    usage,
+)
+from cri_server.network import counters
 from cri_server.pb import api_pb2 as api
-
-LABELS = ("id", "name", "namespace", "pod", "container")
-NETWORK_LABELS = ("id", "namespace", "pod", "interface")
-COUNTER, GAUGE = api.MetricType.COUNTER, api.MetricType.GAUGE
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Metric:
-    """One metric of a container; `value` gives None when there is none to report."""
-
-    name: str
-    help: str
-    type: "api.MetricType.ValueType"
-    value: Callable[[api.ContainerStats], int | None]
-
-
-def _part(part: str, field: str) -> Callable[[api.ContainerStats], int | None]:
-    def value(one: api.ContainerStats) -> int | None:
-        message = getattr(one, part)
-        return int(getattr(message, field).value) if message.HasField(field) else None
-
-    return value
-
-
-def _cpu_seconds(one: api.ContainerStats) -> int | None:
-    used = _part("cpu", "usage_core_nano_seconds")(one)
-    return None if used is None else used // 1_000_000_000
-
-
-def _gauge(name: str, part: str, field: str, text: str) -> Metric:
-    return Metric(name=f"container_{name}", help=text, type=GAUGE, value=_part(part, field))
-
-
-CATALOGUE = (
-    Metric(
-        name="container_cpu_usage_seconds_total",
-        help="CPU time used, in whole seconds",
-        type=COUNTER,
-        value=_cpu_seconds,
-    ),
-    _gauge("memory_usage_bytes", "memory", "usage_bytes", "Memory in use, caches included"),
-    _gauge("memory_working_set_bytes", "memory", "working_set_bytes", "Memory that is needed"),
-    _gauge("memory_rss", "memory", "rss_bytes", "Anonymous memory"),
-    _gauge("memory_swap", "swap", "swap_usage_bytes", "Memory that is swapped out"),
-    _gauge("fs_usage_bytes", "writable_layer", "used_bytes", "Size of the writable layer"),
-    _gauge("fs_inodes_total", "writable_layer", "inodes_used", "Inodes of the writable layer"),
-)
-NETWORK = ("receive_bytes", "receive_errors", "transmit_bytes", "transmit_errors")
-_NETWORK_FIELDS = dict(
-    zip(NETWORK, ("rx_bytes", "rx_errors", "tx_bytes", "tx_errors"), strict=True)
-)
 
 
 class Metrics:
-    """Answers the two RPCs from the stats of all ready pods."""
+    """Answers the two RPCs for all ready pods and their running containers."""
 
-    def __init__(self, source: stats.Stats) -> None:
-        self._stats = source
+    def __init__(
+        self,
+        *,
+        settings: config.Metrics,
+        pod_host: pods.Pods,
+        container_host: containers.Containers,
+        groups: cgroups.Cgroups,
+        layers: snapshots.Snapshots,
+    ) -> None:
+        self._pods, self._containers = pod_host, container_host
+        self._groups, self._layers = groups, layers
+        self._included = frozenset(settings.groups)
+        self._of_containers = [m for m in catalogue.CONTAINERS if self._includes(m.group)]
+        self._of_network = catalogue.NETWORK if self._includes("network") else ()
+
+    def _includes(self, group: config.MetricGroup | None) -> bool:
+        return group is None or group in self._included
 
     def descriptors(self) -> list[api.MetricDescriptor]:
         """Return name, help and label keys of every metric that `pods` may report."""
-        own = [api.MetricDescriptor(name=m.name, help=m.help, label_keys=LABELS) for m in CATALOGUE]
+        own = [
+            api.MetricDescriptor(name=m.name, help=m.help, label_keys=(*catalogue.BASE, *m.labels))
+            for m in self._of_containers
+        ]
         network = [
             api.MetricDescriptor(
-                name=f"container_network_{name}_total",
-                help=f"Network {name.replace('_', ' ')} of the pod",
-                label_keys=NETWORK_LABELS,
+                name=m.name, help=m.help, label_keys=(*catalogue.BASE, "interface")
             )
-            for name in NETWORK
+            for m in self._of_network
         ]
         return own + network
 
     async def pods(self) -> list[api.PodSandboxMetrics]:
-        """Return the metrics of every ready pod and its containers."""
-        every = await self._stats.pods(api.PodSandboxStatsFilter())
-        return [_pod(one) for one in every]
+        """Return the metrics of every ready pod and its running containers."""
+        every = self._pods.matching(api.PodSandboxFilter())
+        ready = [p for p in every if p.state is state.PodState.READY]
+        running = {p.id: self._running(p.id) for p in ready}
+        return await asyncio.to_thread(self._read, ready, running)
+
+    def _running(self, pod_id: str) -> list[state.Container]:
+        return [c for c in self._containers.of_pod(pod_id) if c.pid and not c.finished_at]
+
+    # -- in a thread ------------------------------------------------------------------------------
+
+    def _read(
+        self, ready: Sequence[state.Pod], running: Mapping[str, Sequence[state.Container]]
+    ) -> list[api.PodSandboxMetrics]:
+        disk = self._disk()
+        networks = counters.read(p.netns for p in ready if p.netns and self._of_network)
+        return [
+            api.PodSandboxMetrics(
+                pod_sandbox_id=pod.id,
+                metrics=list(self._network(pod, networks.get(pod.netns, ()))),
+                container_metrics=[self._container(pod, c, disk) for c in running[pod.id]],
+            )
+            for pod in ready
+        ]
+
+    def _disk(self) -> catalogue.Disk:
+        root = self._layers.mountpoint
+        device, whole = os.stat(root).st_dev, os.statvfs(root)
+        return catalogue.Disk(
+            device=accounts.device_name(os.major(device), os.minor(device)),
+            bytes=whole.f_blocks * whole.f_frsize,
+            inodes=whole.f_files,
+            inodes_free=whole.f_ffree,
+        )
+
+    def _network(
+        self, pod: state.Pod, interfaces: Sequence[counters.Counters]
+    ) -> Iterator[api.Metric]:
+        now, base = time.time_ns(), _labels(pod)
+        for interface in interfaces:
+            labels = (*base, interface.name)
+            for m in self._of_network:
+                yield _metric(m.name, catalogue.COUNTER, now, labels, getattr(interface, m.field))
+
+    def _container(
+        self, pod: state.Pod, container: state.Container, disk: catalogue.Disk
+    ) -> api.ContainerMetrics:
+        sample = self._sample(container, disk)
+        if sample is None:
+            return api.ContainerMetrics(container_id=container.id)
+        base = _labels(pod, container)
+        found = (
+            _metric(m.name, m.type, sample.now, (*base, *labels), value)
+            for m in self._of_containers
+            for labels, value in m.values(sample)
+            if value is not None
+        )
+        return api.ContainerMetrics(container_id=container.id, metrics=found)
+
+    def _sample(self, container: state.Container, disk: catalogue.Disk) -> catalogue.Sample | None:
+        directories = self._groups.accounts(container.cgroups_path)
+        used = usage.read(directories)
+        if used is None:
+            return None
+        look = "process" in self._included
+        return catalogue.Sample(
+            now=time.time_ns(),
+            container=container,
+            resources=updates.in_force(container),
+            used=used,
+            account=accounts.read(directories, used),
+            layer=self._layers.usage(container.id),
+            disk=disk,
+            processes=processes.read(directories, container.pid) if look else None,
+        )
 
 
-def _pod(one: api.PodSandboxStats) -> api.PodSandboxMetrics:
-    return api.PodSandboxMetrics(
-        pod_sandbox_id=one.attributes.id,
-        metrics=list(_network(one)),
-        container_metrics=[
-            api.ContainerMetrics(container_id=c.attributes.id, metrics=list(_container(one, c)))
-            for c in one.linux.containers
-        ],
-    )
-
-
-def _container(pod: api.PodSandboxStats, one: api.ContainerStats) -> Iterator[api.Metric]:
-    m = pod.attributes.metadata
-    name = one.attributes.metadata.name
-    labels = (one.attributes.id, name, m.namespace, m.name, name)
-    for metric in CATALOGUE:
-        value = metric.value(one)
-        if value is not None:
-            yield _metric(metric.name, metric.type, one.cpu.timestamp, labels, value)
-
-
-def _network(pod: api.PodSandboxStats) -> Iterator[api.Metric]:
-    network, m = pod.linux.network, pod.attributes.metadata
-    default = [network.default_interface] if network.HasField("default_interface") else []
-    for interface in (*default, *network.interfaces):
-        labels = (pod.attributes.id, m.namespace, m.name, interface.name)
-        for name, field in _NETWORK_FIELDS.items():
-            full = f"container_network_{name}_total"
-            value = getattr(interface, field).value
-            yield _metric(full, COUNTER, network.timestamp, labels, value)
+def _labels(pod: state.Pod, container: state.Container | None = None) -> tuple[str, ...]:
+    """Return the values of `catalogue.BASE`; the pod's own are those of a container "POD"."""
+    m = pod.config.metadata
+    if container is None:
+        name = names.kubernetes(names.POD, m, m.attempt)
+        return (pod.id, name, "", m.namespace, m.name, names.POD)
+    own = container.config.metadata
+    name = names.kubernetes(own.name, m, own.attempt)
+    return (container.id, name, container.image_name, m.namespace, m.name, own.name)
 
 
 def _metric(

@@ -12,7 +12,9 @@ import secrets
 from collections.abc import Callable, Collection, Coroutine, Hashable
 
 from cri_server import errors
+from cri_server.pb import api_pb2 as api
 
+POD = "POD"  # the container name of a sandbox
 ID_BYTES = 32
 CLOSE_TIMEOUT = 10.0
 
@@ -25,6 +27,11 @@ def new_id() -> str:
 def is_id(text: str) -> bool:
     """Say whether `text` could have come from `new_id`."""
     return len(text) == 2 * ID_BYTES and not text.strip("0123456789abcdef")
+
+
+def kubernetes(container: str, pod: api.PodSandboxMetadata, attempt: int) -> str:
+    """Return what cAdvisor and older tools call a container: k8s_NAME_POD_NAMESPACE_UID_ATTEMPT."""
+    return f"k8s_{container}_{pod.name}_{pod.namespace}_{pod.uid}_{attempt}"
 
 
 def resolve(wanted: str, ids: Collection[str], kind: str) -> str:

@@ -274,7 +274,13 @@ class Graph:
             container_host=container_host,
             exec_host=exec_host,
             stats_host=stats_host,
-            metrics_host=metrics.Metrics(stats_host),
+            metrics_host=metrics.Metrics(
+                settings=settings.metrics,
+                pod_host=self.pods,
+                container_host=container_host,
+                groups=groups,
+                layers=self.layers,
+            ),
             info_host=info_host,
             event_host=self.events,
         )

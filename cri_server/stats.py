@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from cri_server import cgroups, containers, errors, pods, snapshots, state, usage
 from cri_server.network import counters
 from cri_server.pb import api_pb2 as api
+from shim import cgroup
 
 RATE_WINDOW = 1_000_000_000  # ns: a rate over less would be noise
 
@@ -74,9 +75,7 @@ class Stats:
             ),
             writable_layer=self._writable_layer(container.id, now),
         )
-        used = (
-            usage.read(self._groups.directories(container.cgroups_path)) if container.pid else None
-        )
+        used = usage.read(self._groups.accounts(container.cgroups_path)) if container.pid else None
         if used is not None:
             _fill(stats, used, now, self._rate(container.id, now, used.cpu))
         return stats
@@ -108,20 +107,32 @@ class Stats:
 
     async def _read_pods(self, chosen: Sequence[state.Pod]) -> list[api.PodSandboxStats]:
         inside = {p.id: self._containers.of_pod(p.id) for p in chosen}
-        return await asyncio.to_thread(lambda: [self._pod(p, inside[p.id]) for p in chosen])
+        return await asyncio.to_thread(self._pods_now, chosen, inside)
 
-    def _pod(self, pod: state.Pod, inside: Sequence[state.Container]) -> api.PodSandboxStats:
+    def _pods_now(
+        self, chosen: Sequence[state.Pod], inside: Mapping[str, Sequence[state.Container]]
+    ) -> list[api.PodSandboxStats]:
+        networks = counters.read(p.netns for p in chosen if p.netns)
+        return [self._pod(p, inside[p.id], networks.get(p.netns)) for p in chosen]
+
+    def _pod(
+        self,
+        pod: state.Pod,
+        inside: Sequence[state.Container],
+        network: Sequence[counters.Counters] | None,
+    ) -> api.PodSandboxStats:
         now = time.time_ns()
         m = pod.config
         parts = self._read([c for c in inside if not c.finished_at])
         linux = api.LinuxPodSandboxStats(containers=parts)
-        used = usage.read(self._groups.pod_directories(pod.id, m.linux.cgroup_parent))
+        directories = self._groups.pod_accounts(pod.id, m.linux.cgroup_parent)
+        used = usage.read(directories)
         if used is not None:
             _fill(linux, used, now, self._rate(pod.id, now, used.cpu))
             linux.process.timestamp = now
-            linux.process.process_count.value = used.processes or 0
-        if pod.netns:
-            linux.network.CopyFrom(_network(pod.netns, now))
+            linux.process.process_count.value = len(cgroup.Cgroup(directories).processes())
+        if network is not None:
+            linux.network.CopyFrom(_network(network, now))
         return api.PodSandboxStats(
             attributes=api.PodSandboxAttributes(
                 id=pod.id, metadata=m.metadata, labels=m.labels, annotations=m.annotations
@@ -208,10 +219,8 @@ def _available(limit: int | None, used: int | None) -> int | None:
     return None if limit is None or used is None else max(limit - used, 0)
 
 
-def _network(path: str, now: int) -> api.NetworkUsage:
-    """Return the counters of every interface but the loopback; eth0, else the first, is the
-    default.
-    """
+def _network(found: Sequence[counters.Counters], now: int) -> api.NetworkUsage:
+    """Return the counters of every interface; eth0, else the first, is the default."""
     interfaces = [
         api.NetworkInterfaceUsage(
             name=c.name,
@@ -220,7 +229,7 @@ def _network(path: str, now: int) -> api.NetworkUsage:
             tx_bytes=api.UInt64Value(value=c.tx_bytes),
             tx_errors=api.UInt64Value(value=c.tx_errors),
         )
-        for c in counters.read(path)
+        for c in found
     ]
     interfaces.sort(key=lambda i: i.name != "eth0")
     return api.NetworkUsage(

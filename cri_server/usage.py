@@ -7,8 +7,11 @@ process.
     memory         memory.usage_in_bytes, memory.stat     memory.current, memory.stat
     limit          memory.limit_in_bytes                  memory.max
     swap           memory.memsw.* minus memory.*          memory.swap.current, memory.swap.max
-    processes      pids.current                           pids.current
-    pressure       (none)                                 cpu.pressure, memory.pressure, io.pressure
+    pressure       (those of v2 in hybrid mode)           cpu.pressure, memory.pressure, io.pressure
+
+In hybrid mode every container is in the v2 hierarchy too, which has no controllers but counts
+pressure. The whole of cpu.stat and memory.stat is handed on: `accounts` finds most of what metrics
+need in it.
 
 All functions block for the time of some reads of kernfs. A file that is not there leaves its value
 None.
@@ -16,7 +19,7 @@ None.
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 UNLIMITED = 1 << 62  # v1 says "no limit" by a number near 2^63
 
@@ -45,51 +48,51 @@ class Usage:
     major_faults: int | None = None
     swap: int | None = None
     swap_limit: int | None = None
-    processes: int | None = None
     pressure: Mapping[str, Mapping[str, Pressure]] | None = None  # cpu|memory|io: some|full
+    cpu_stat: Mapping[str, int] = field(default_factory=dict)  # v2 alone
+    memory_stat: Mapping[str, int] = field(default_factory=dict)
 
 
 def read(directories: Mapping[str, str]) -> Usage | None:
-    """Read the usage of a cgroup given by `Cgroups.directories`; None when it is gone."""
+    """Read the usage of a cgroup given by `Cgroups.accounts`; None when it is gone."""
     if "" in directories:
         return _read_v2(directories[""])
     return _read_v1(directories)
 
 
 def _read_v2(directory: str) -> Usage | None:
-    cpu = _fields(directory, "cpu.stat")
+    cpu = fields(directory, "cpu.stat")
     if cpu is None:
         return None
-    memory = _fields(directory, "memory.stat") or {}
-    current = _number(directory, "memory.current")
+    memory = fields(directory, "memory.stat") or {}
+    current = number(directory, "memory.current")
     return Usage(
         cpu=cpu.get("usage_usec", 0) * 1000,
         memory=current,
         working_set=_working_set(current, memory.get("inactive_file", 0)),
         rss=memory.get("anon"),
         cache=memory.get("file"),
-        limit=_number(directory, "memory.max"),
+        limit=number(directory, "memory.max"),
         faults=memory.get("pgfault"),
         major_faults=memory.get("pgmajfault"),
-        swap=_number(directory, "memory.swap.current"),
-        swap_limit=_number(directory, "memory.swap.max"),
-        processes=_number(directory, "pids.current"),
+        swap=number(directory, "memory.swap.current"),
+        swap_limit=number(directory, "memory.swap.max"),
         pressure=_pressures(directory),
+        cpu_stat=cpu,
+        memory_stat=memory,
     )
 
 
 def _read_v1(directories: Mapping[str, str]) -> Usage | None:
-    cpu = _number(directories.get("cpuacct", ""), "cpuacct.usage")
+    cpu = number(directories.get("cpuacct", ""), "cpuacct.usage")
     memory = directories.get("memory", "")
-    stat = _fields(memory, "memory.stat")
+    stat = fields(memory, "memory.stat")
     if cpu is None and stat is None:
         return None
     stat = stat or {}
-    current, limit = (
-        _number(memory, "memory.usage_in_bytes"),
-        _number(memory, "memory.limit_in_bytes"),
-    )
-    both = _number(memory, "memory.memsw.usage_in_bytes")
+    current = number(memory, "memory.usage_in_bytes")
+    limit = number(memory, "memory.limit_in_bytes")
+    both = number(memory, "memory.memsw.usage_in_bytes")
     return Usage(
         cpu=cpu,
         memory=current,
@@ -101,12 +104,13 @@ def _read_v1(directories: Mapping[str, str]) -> Usage | None:
         major_faults=stat.get("total_pgmajfault"),
         swap=None if both is None or current is None else max(both - current, 0),
         swap_limit=_v1_swap_limit(memory, limit),
-        processes=_number(directories.get("pids", ""), "pids.current"),
+        pressure=_pressures(directories["unified"]) if "unified" in directories else None,
+        memory_stat=stat,
     )
 
 
 def _v1_swap_limit(directory: str, limit: int | None) -> int | None:
-    both = _number(directory, "memory.memsw.limit_in_bytes")
+    both = number(directory, "memory.memsw.limit_in_bytes")
     return None if both is None or limit is None else max(both - limit, 0)
 
 
@@ -120,8 +124,7 @@ def _pressures(directory: str) -> dict[str, dict[str, Pressure]] | None:
 
 
 def _pressure(directory: str, name: str) -> dict[str, Pressure]:
-    text = _text(directory, name) or ""
-    lines = (line.split() for line in text.splitlines())
+    lines = (line.split() for line in (text(directory, name) or "").splitlines())
     return {words[0]: _pressure_line(dict(w.split("=") for w in words[1:])) for words in lines}
 
 
@@ -134,25 +137,26 @@ def _pressure_line(words: Mapping[str, str]) -> Pressure:
     )
 
 
-def _fields(directory: str, name: str) -> dict[str, int] | None:
-    text = _text(directory, name)
-    if text is None:
+def fields(directory: str, name: str) -> dict[str, int] | None:
+    """Return a file of "name value" lines; None if it is missing."""
+    content = text(directory, name)
+    if content is None:
         return None
-    return {
-        key: int(value) for key, _, value in (line.partition(" ") for line in text.splitlines())
-    }
+    lines = (line.partition(" ") for line in content.splitlines())
+    return {key: int(value) for key, _, value in lines if value.isdigit()}
 
 
-def _number(directory: str, name: str) -> int | None:
+def number(directory: str, name: str) -> int | None:
     """Return a file's number; None if it is missing, "max", or so large that it means unlimited."""
-    text = _text(directory, name)
-    if text is None or not text.strip().isdigit():
+    content = text(directory, name)
+    if content is None or not content.strip().isdigit():
         return None
-    value = int(text)
+    value = int(content)
     return None if value >= UNLIMITED else value
 
 
-def _text(directory: str, name: str) -> str | None:
+def text(directory: str, name: str) -> str | None:
+    """Return what is in a file; None if it is missing."""
     try:
         fd = os.open(f"{directory}/{name}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

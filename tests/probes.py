@@ -107,6 +107,12 @@ def _cgroup_v1() -> str:
     return "" if PROBES["cgroup-v2"]() else "cgroup v2"
 
 
+@probe("cgroup2")
+def _cgroup2() -> str:
+    mounted = " - cgroup2 " in Path("/proc/self/mountinfo").read_text()
+    return "" if mounted else "no cgroup v2 hierarchy is mounted"
+
+
 @probe("kvm")
 def _kvm() -> str:
     return "" if os.access("/dev/kvm", os.W_OK) else "no /dev/kvm"

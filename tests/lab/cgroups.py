@@ -44,3 +44,28 @@ def remove(parent: str) -> None:
     for folder in below(parent):
         with contextlib.suppress(OSError):
             folder.rmdir()
+
+
+def of_process(pid: int) -> dict[str, Path]:
+    """Return the cgroup of a process in every hierarchy: by v1 controller, and "" for v2."""
+    mounts = {}
+    for line in MOUNTINFO.read_text().splitlines():
+        words = line.split()
+        kind, options = words[words.index("-") + 1], words[-1].split(",")
+        if kind == "cgroup2":
+            mounts[""] = Path(words[4])
+        elif kind == "cgroup":
+            mounts |= {name: Path(words[4]) for name in options}
+    found = {}
+    for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        for name in controllers.split(","):
+            if name in mounts:
+                found[name] = mounts[name] / path.lstrip("/")
+    return found
+
+
+def is_v2() -> bool:
+    """Tell whether cgroup v2 is all there is."""
+    lines = (line.split() for line in MOUNTINFO.read_text().splitlines())
+    return not any(f[f.index("-") + 1] == "cgroup" for f in lines)
