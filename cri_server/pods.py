@@ -36,6 +36,7 @@ from cri_server import (
     origins,
     podfiles,
     shims,
+    sources,
     spec,
     state,
     steps,
@@ -430,6 +431,7 @@ class Pods:
         handler = self._settings.handler(pod.handler)
         allowed = handler.allowed(handler.pod_annotations, pod.config.annotations)
         bundles.note_annotations(allowed, pod.handler, "pod_annotations")
+        profile = spec.pod_seccomp_path(pod.config)
         return spec.SandboxInput(
             id=pod.id,
             config=pod.config,
@@ -438,6 +440,7 @@ class Pods:
             namespaces=self._files.namespaces(pod),
             cgroups_path=cgroups_path,
             host=self._facts.facts(pod.handler),
+            seccomp_profile=sources.seccomp_profile(profile) if profile else None,
             annotations=allowed,
         )
 

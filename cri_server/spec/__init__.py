@@ -82,6 +82,7 @@ __all__ = [
     "merged",
     "oom_score_adj",
     "pid_mode",
+    "pod_seccomp_path",
     "process",
     "resources",
     "restored",
@@ -109,6 +110,7 @@ validate_sandbox = pod.validate
 sandbox = pod.sandbox
 sysctls = pod.sysctls
 pid_mode = pod.pid_mode
+pod_seccomp_path = pod.seccomp_path
 process = processes.exec_process
 resources = linux.resources
 oom_score_adj = linux.oom_score_adj

@@ -123,9 +123,7 @@ def _check_security(context: api.LinuxSandboxSecurityContext, host: types.HostFa
     init_user(context)
     security.strict(context.supplemental_groups_policy)
     selinux.check(context.selinux_options)
-    security.profile(
-        context.HasField("seccomp"), context.seccomp, context.seccomp_profile_path, "seccomp"
-    )
+    security.seccomp_request(context)
     security.profile(context.HasField("apparmor"), context.apparmor, "", "apparmor")
     options = context.namespace_options
     _one_of(options.network, (_Mode.POD, _Mode.NODE), "network")
@@ -303,15 +301,26 @@ def _explain(wanted: types.SandboxInput) -> None:
     linux.why_cgroup(wanted.config)
 
 
+def seccomp_path(config: api.PodSandboxConfig) -> str:
+    """Return the file to read into SandboxInput.seccomp_profile, "" for none."""
+    kind, path = security.seccomp_request(config.linux.security_context)
+    return path if kind == "localhost" else ""
+
+
 def _linux(wanted: types.SandboxInput) -> oci.Linux:
     paths = {kind: path for kind, path in wanted.namespaces.items() if kind != "pid"}
-    return oci.Linux(
+    result = oci.Linux(
         namespaces=[oci.Namespace(type="mount"), oci.Namespace(type="pid"), *linux.joined(paths)],
         cgroupsPath=wanted.cgroups_path,
         resources=oci.Resources(
             cpu=oci.Cpu(shares=_CPU_SHARES), devices=[{"allow": False, "access": "rwm"}]
         ),
     )
+    context, local = wanted.config.linux.security_context, wanted.seccomp_profile
+    profile = security.seccomp_profile(context, held=(), host=wanted.host, localhost=local)
+    if profile is not None:
+        result["seccomp"] = profile
+    return result
 
 
 def annotations(kind: str, pod_id: str, config: api.PodSandboxConfig) -> Mapping[str, str]:

@@ -274,7 +274,9 @@ def _deprecated(value: str, field: str) -> tuple[ProfileKind, str]:
     raise errors.InvalidArgument(f"{field}: {value[:200]!r} is not a profile")
 
 
-def seccomp_request(context: _Context) -> tuple[ProfileKind, str]:
+def seccomp_request(
+    context: _Context | api.LinuxSandboxSecurityContext,
+) -> tuple[ProfileKind, str]:
     """Return the wanted seccomp profile and, for "localhost", the absolute path of its file.
     Privileged has none.
     """
@@ -287,18 +289,24 @@ def seccomp_request(context: _Context) -> tuple[ProfileKind, str]:
     return ("none", "") if context.privileged else (kind, path)
 
 
-def _note_profile(part: str, context: _Context, field: str, kind: ProfileKind) -> None:
+def _note_profile(
+    part: str,
+    context: _Context | api.LinuxSandboxSecurityContext,
+    field: str,
+    kind: ProfileKind,
+) -> None:
+    source = why.cri if isinstance(context, _Context) else why.pod
     if kind == "none":
         why.default(part, "unconfined, as no profile is asked for")
     else:
-        why.cri(part, f"linux.security_context.{field}", _KIND_NAMES[kind])
+        source(part, f"linux.security_context.{field}", _KIND_NAMES[kind])
     if context.privileged and kind != "none":
         because = "a privileged container is not confined"
-        why.cri(part, "linux.security_context.privileged", because, asked=_KIND_NAMES[kind])
+        source(part, "linux.security_context.privileged", because, asked=_KIND_NAMES[kind])
 
 
 def seccomp_profile(
-    context: _Context,
+    context: _Context | api.LinuxSandboxSecurityContext,
     *,
     held: Iterable[str],
     host: types.HostFacts,

@@ -185,7 +185,7 @@ class SandboxInput:
     `rootfs` a folder of ours.
 
     `namespaces` as in ContainerInput, without "pid": the point of this container is to hold a new
-    one.
+    one. `seccomp_profile` is the parsed Localhost file that pod.seccomp_path() named.
     """
 
     id: str
@@ -195,6 +195,7 @@ class SandboxInput:
     namespaces: Mapping[str, str]
     cgroups_path: str
     host: HostFacts
+    seccomp_profile: Mapping[str, object] | None = None
     annotations: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -351,6 +351,22 @@ def test_the_default_profile_lets_a_capability_do_what_it_is_for(
     assert "chrooted" not in found
 
 
+@pytest.mark.needs("catatonit")
+@pytest.mark.parametrize(
+    ("security", "mode"), [({"seccomp": DEFAULT}, "2"), ({}, "0"), ({"privileged": True}, "0")]
+)
+def test_the_pods_profile_is_for_its_init(
+    kubelet: Kubelet, pulled: str, security: dict[str, Any], mode: str
+) -> None:
+    options = api.NamespaceOption(pid=POD)
+    config = kubelet.pod_config()
+    context = api.LinuxSandboxSecurityContext(namespace_options=options, **security)
+    config.linux.security_context.CopyFrom(context)
+    pod, script = kubelet.run_pod(config), "grep Seccomp: /proc/1/status"
+    found = said(kubelet, pod, pulled, script, namespace_options=options)
+    assert found == [f"Seccomp:\t{mode}"]
+
+
 def localhost(path: object) -> api.SecurityProfile:
     return Profile(profile_type=Profile.Localhost, localhost_ref=str(path))
 
