@@ -127,8 +127,8 @@ def marks() -> Marks:
 
 @pytest.fixture(scope="session")
 def hugetlb() -> Iterator[None]:
-    """Mount the v1 hierarchy of hugepages for the run, where nobody has: for `cgroup-v1` only."""
-    mounted = not os.path.ismount(HUGETLB)
+    """Mount the v1 hierarchy of hugepages for the run, where there is v1 and nobody has."""
+    mounted = not probes.missing("cgroup-v1") and not os.path.ismount(HUGETLB)
     if mounted:
         HUGETLB.mkdir(exist_ok=True)
         linux.mount("cgroup", os.fspath(HUGETLB), "cgroup", 0, "hugetlb")

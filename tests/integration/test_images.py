@@ -10,7 +10,7 @@ import pytest
 
 from cri_server.pb import api_pb2 as api
 from tests.fakes.kubelet import Kubelet, refusal
-from tests.lab import image, registry
+from tests.lab import image, registry, waiting
 
 pytestmark = pytest.mark.needs("root", "overlay", "docker-registry")
 
@@ -216,5 +216,9 @@ def test_the_list_can_be_filtered_and_streamed(kubelet: Kubelet, pulled: str) ->
             request_serializer=api.StreamImagesRequest.SerializeToString,
             response_deserializer=api.StreamImagesResponse.FromString,
         )
-        ids = {i.id for chunk in call(api.StreamImagesRequest(), timeout=10) for i in chunk.images}
+        ids = {
+            i.id
+            for chunk in call(api.StreamImagesRequest(), timeout=waiting.patient(10))
+            for i in chunk.images
+        }
     assert found.id in ids

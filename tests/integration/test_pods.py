@@ -11,6 +11,7 @@ import pytest
 from cri_server.pb import api_pb2 as api
 from tests.fakes.kubelet import Kubelet, Pod, refusal
 from tests.integration.conftest import SLEEP
+from tests.lab import waiting
 
 pytestmark = pytest.mark.needs("root", "netns", "overlay", "cni", "runc", "docker-registry")
 READY, NOTREADY = api.SANDBOX_READY, api.SANDBOX_NOTREADY
@@ -147,7 +148,9 @@ def test_a_verbose_status_has_the_pid_free_facts_as_json(kubelet: Kubelet, pod: 
 
 @pytest.mark.ours
 def test_the_streamed_list_is_the_list(kubelet: Kubelet, pod: Pod, container: str) -> None:
-    chunks = kubelet.streams.StreamPodSandboxes(api.StreamPodSandboxesRequest(), timeout=10)
+    chunks = kubelet.streams.StreamPodSandboxes(
+        api.StreamPodSandboxesRequest(), timeout=waiting.patient(10)
+    )
     ids = {item.id for chunk in chunks for item in chunk.pod_sandboxes}
     assert pod.id in ids
 

@@ -10,9 +10,11 @@ a slice, and systemd removes it.
 import contextlib
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+TOP = Path("/sys/fs/cgroup")
+NO_LIMIT = str(2**63 - 4096)  # what v1 says of memory
 MOUNTINFO = Path("/proc/self/mountinfo")
 
 
@@ -69,3 +71,51 @@ def is_v2() -> bool:
     """Tell whether cgroup v2 is all there is."""
     lines = (line.split() for line in MOUNTINFO.read_text().splitlines())
     return not any(f[f.index("-") + 1] == "cgroup" for f in lines)
+
+
+# -- the limits of a container, in the words of v1 -------------------------------------------------
+
+
+def limits(parent: str, container: str, expected: Mapping[str, str]) -> dict[str, str]:
+    """Return what the files of a container's cgroup say, by the names in `expected`: those of v1.
+
+    On v2 they are read from the files that took their place. CPU shares have no exact counterpart
+    there: the expected ones are returned when the weight is that of these.
+    """
+    return {file: _limit(parent, container, file, value) for file, value in expected.items()}
+
+
+def place(parent: str, container: str, controller: str) -> Path:
+    """Return a container's folder in the hierarchy of a controller, or the only one."""
+    name = f"cri-server-{container}.scope" if ".slice" in parent else container
+    top = TOP if is_v2() else TOP / controller
+    return top / parent.strip("/") / name
+
+
+def _limit(parent: str, container: str, file: str, expected: str) -> str:
+    folder = place(parent, container, file.partition(".")[0])
+    unified = (folder / "cgroup.controllers").exists()
+    return _unified(folder, file, expected) if unified else _read(folder, file)
+
+
+def _read(folder: Path, file: str) -> str:
+    return (folder / file).read_text().strip()
+
+
+def _unified(folder: Path, file: str, expected: str) -> str:
+    if file == "cpu.shares":
+        weight = _read(folder, "cpu.weight")
+        return expected if weight == _weight(int(expected)) else f"the weight {weight}"
+    if file.startswith("cpu.cfs_"):
+        quota, period = _read(folder, "cpu.max").split()
+        return period if "period" in file else quota.replace("max", "-1")
+    if file == "memory.memsw.limit_in_bytes":
+        memory, swap = (_read(folder, f"memory.{kind}max") for kind in ("", "swap."))
+        return NO_LIMIT if "max" in (memory, swap) else str(int(memory) + int(swap))
+    found = _read(folder, file.replace(".limit_in_bytes", ".max"))
+    return NO_LIMIT if found == "max" else found
+
+
+def _weight(shares: int) -> str:
+    """Return what runc 1.1 and crun 1.8 make of shares (2 to 262144) for v2 (1 to 10000)."""
+    return str(1 + (shares - 2) * 9999 // 262142)
