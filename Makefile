@@ -2,8 +2,9 @@
 # make setup   everything the others need: Debian packages, .venv, .venv/bin/cri-server   (root, Debian 12 or newer)
 # make run     a server on this host with one pod on it; Ctrl-C ends it; ONCE=1 ends after the demonstration
 # make test    all tests (docs/testing.md)
+# make test-vm the tests in a Debian guest under qemu: cgroup v2, systemd (docs/guest-run.md); VM="--help" for a part
 # make bench   our server next to Debian's containerd (docs/performance.md); BENCH="--rounds 5 --json" passes options
-.PHONY: setup run test bench
+.PHONY: setup run test test-vm bench
 PYTHON = .venv/bin/python
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
@@ -15,6 +16,10 @@ run: setup
 
 test: setup
 	@$(PYTHON) -m tests.lab.init $(PYTHON) -m pytest $(TESTS)
+
+test-vm: setup
+	@deploy/setup.sh qemu-system-x86_64 mmdebstrap mkfs.ext4 debugfs
+	@$(PYTHON) -m tests.vm $(if $(VM),$(VM),--page)
 
 bench: setup
 	@deploy/setup.sh containerd

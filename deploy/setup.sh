@@ -12,6 +12,9 @@ package() {
         docker-registry | runc | crun | catatonit | iptables | containerd | curl | strace) echo "$1" ;;
         ip) echo iproute2 ;;
         busybox) echo busybox-static ;;
+        qemu-system-x86_64) echo qemu-system-x86 ;;
+        mmdebstrap) echo mmdebstrap ;;
+        mkfs.ext4 | debugfs) echo e2fsprogs ;;
         apparmor_parser) echo apparmor ;;
         python3) echo "python3 python3-venv" ;;
         *) echo "setup.sh: no package is known for $1" >&2; exit 1 ;;

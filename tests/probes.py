@@ -18,7 +18,7 @@ from cri_server import apparmor
 from shim import linux
 
 ALLOWED = frozenset(
-    {"apparmor", "selinux", "systemd", "cgroup-v1", "cgroup-v2", "kvm", "sys_resource"}
+    {"apparmor", "selinux", "systemd", "deployed", "cgroup-v1", "cgroup-v2", "kvm", "sys_resource"}
 )
 PROBES: dict[str, Callable[[], str]] = {}
 
@@ -94,6 +94,16 @@ def _selinux() -> str:
 @probe("systemd")
 def _systemd() -> str:
     return "" if Path("/run/systemd/system").is_dir() else "systemd is not the init"
+
+
+@probe("deployed")
+def _deployed() -> str:
+    """Tell whether the tests are held against the unit of deploy/, which they may then restart."""
+    if os.environ.get("CRI_ENDPOINT") != "unix:///run/cri-server/cri-server.sock":
+        return "CRI_ENDPOINT is not the socket of deploy/'s unit"
+    asked = ["systemctl", "is-active", "cri-server"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return "" if done.returncode == 0 else f"cri-server.service is {done.stdout.strip()}"
 
 
 @probe("cgroup-v2")

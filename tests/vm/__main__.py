@@ -5,39 +5,77 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from tests.vm import image, machine, payload
+from tests.vm import image, machine, payload, report
 
 CACHE = payload.REPOSITORY / "build" / "vm"
-UNIT = "tests/vm/unit_checks.py"
+CONSOLE = CACHE / "console.log"
+RESULTS = CACHE / "results"
+PAGE = payload.REPOSITORY / "docs" / "guest-run.md"
+TAIL = 60  # lines of the console to show again when the guest did not come to its end
+DRIVERS = ("systemd", "cgroupfs")
+DEPLOYED = "tests/integration/test_deployed.py"
+KERNEL = ("tests/unit/test_mounts.py", "tests/unit/test_linux.py", "tests/contract")
+# What the deployed unit is asked by.
+SOCKET = {
+    "CRI_ENDPOINT": "unix:///run/cri-server/cri-server.sock",
+    "CRI_CERTS_DIR": "/etc/containerd/certs.d",
+}
 
 
 def main() -> int:
     """Return 0 when every test that ran in the guest has passed."""
     wanted = arguments()
+    todo = plan(wanted)
     root = image.provide(CACHE / "images")
-    results = CACHE / "results"
-    with tempfile.TemporaryDirectory(prefix="vm-", dir=CACHE) as home:
+    with tempfile.TemporaryDirectory(prefix="run-", dir=CACHE) as home:
         disk = Path(home, "payload")
-        payload.make(disk, Path(home, "files"), python=root.python, order=order(wanted))
+        payload.make(disk, Path(home, "files"), python=root.python, order={"runs": todo})
         guest = machine.Machine(root=root, payload=disk, accelerator=wanted.accelerator)
-        ended = guest.run(CACHE / "console.log", seconds=wanted.deadline)
-        payload.results(disk, results)
-    print("ended" if ended else "LATE")
-    return 0
+        in_time = guest.run(CONSOLE, seconds=wanted.deadline)
+        payload.results(disk, RESULTS)
+    found = report.runs(RESULTS, [(run["name"], " ".join(run["tests"])) for run in todo])
+    if wanted.page:
+        PAGE.write_text(report.page(RESULTS, found))
+    return verdict(wanted, found, in_time=in_time)
 
 
-def order(wanted: argparse.Namespace) -> dict[str, object]:
-    """Return the runs of pytest: name, arguments, cgroup driver."""
-    return {"runs": [[driver, wanted.tests, driver] for driver in wanted.drivers]}
+def plan(wanted: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the runs of pytest, in order: name, tests, cgroup driver, further environment."""
+    if wanted.tests:
+        return [
+            {"name": driver, "tests": wanted.tests, "driver": driver, "env": {}}
+            for driver in wanted.drivers
+        ]
+    each = [
+        {"name": driver, "tests": ["tests/integration"], "driver": driver, "env": {}}
+        for driver in wanted.drivers
+    ]
+    unit = {"name": "unit", "tests": [DEPLOYED], "driver": "systemd", "env": SOCKET}
+    kernel = {"name": "kernel", "tests": [*KERNEL], "driver": "cgroupfs", "env": {}}
+    return [unit, *each, kernel]
+
+
+def verdict(wanted: argparse.Namespace, found: list[report.Run], *, in_time: bool) -> int:
+    """Say what came of it; the console's end too, when the guest did not come to its own."""
+    if not in_time or any(run.missing for run in found):
+        lines = CONSOLE.read_text(errors="replace").splitlines()[-TAIL:]
+        print("\n".join(["the end of the guest's console:", *lines]))
+    if not in_time:
+        print(f"the guest was killed after {wanted.deadline:g} s")
+    print(report.page(RESULTS, found).removeprefix(report.PAGE))
+    print(f"console: {CONSOLE}; results: {RESULTS}")
+    return 0 if in_time and all(run.good for run in found) else 1
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.vm")
-    parser.add_argument("--deadline", type=float, default=3600, metavar="SECONDS")
+    parser = argparse.ArgumentParser(prog="python -m tests.vm", description=__doc__)
+    parser.add_argument("--deadline", type=float, default=7200, metavar="SECONDS")
     parser.add_argument("--accelerator", default="tcg", help="of qemu: tcg or kvm")
-    parser.add_argument("--drivers", nargs="+", default=["systemd", "cgroupfs"])
-    parser.add_argument("tests", nargs="*", default=["tests/integration"])
+    parser.add_argument("--drivers", nargs="+", default=DRIVERS, choices=DRIVERS)
+    parser.add_argument("--page", action="store_true", help="write docs/guest-run.md")
+    parser.add_argument("tests", nargs="*", help="pytest's arguments, in place of the whole plan")
     return parser.parse_args()
 
 

@@ -32,12 +32,9 @@ def main() -> None:
         step(order)
         times[name] = time.monotonic() - begin
         print(f"{name}: {times[name]:.0f} s", flush=True)
-    for name, tests, driver in order["runs"]:
-        begin = time.monotonic()
-        pytest(name, tests, driver)
-        times[name] = time.monotonic() - begin
-        write("times", times)
     write("times", times)
+    for run in order["runs"]:
+        pytest(**run)
     journal = ["journalctl", "--no-pager", "-u", "cri-server"]
     (RESULTS / "journal").write_bytes(subprocess.run(journal, capture_output=True).stdout)
 
@@ -78,23 +75,32 @@ def deploy(_order: dict[str, Any]) -> None:
     subprocess.run(["systemctl", "enable", "--now", "cri-server"], check=True)
 
 
-def pytest(name: str, tests: list[str], driver: str) -> None:
+def pytest(*, name: str, tests: list[str], driver: str, env: dict[str, str]) -> None:
     """Run tests; what they say goes to the console and into a file, their result into JUnit."""
     print(f"== {name}: {' '.join(tests)}", flush=True)
-    command = [PYTHON, "-m", "pytest", "-v", "--tb=short", "--color=no"]
+    command = [
+        PYTHON,
+        "-m",
+        "pytest",
+        "-v",
+        "--tb=short",
+        "-o",
+        "faulthandler_timeout=600",
+        "--color=no",
+    ]
     command += ["-p", "no:cacheprovider", f"--junitxml={RESULTS}/{name}.xml", *tests]
     logs = RESULTS / f"logs-{name}"
-    env = {
+    variables = {
         **os.environ,
+        **env,
         "CRI_TESTS_CGROUP_DRIVER": driver,
         "CRI_TESTS_LOGS": os.fspath(logs),
         "CRI_TESTS_PATIENCE": "6",
-        "CRI_TESTS_REQUIRE": "",
         "COLUMNS": "150",
     }
     with (RESULTS / f"{name}.log").open("wb") as log:
         run = subprocess.Popen(
-            command, cwd=SOURCES, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command, cwd=SOURCES, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         assert run.stdout is not None
         for line in run.stdout:

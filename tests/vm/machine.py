@@ -18,7 +18,8 @@ from tests.vm import image
 
 PARAMETERS = (
     "console=ttyS0 root=LABEL=root rw quiet apparmor=1 security=apparmor "
-    "systemd.unified_cgroup_hierarchy=1 systemd.show_status=0 random.trust_cpu=on panic=-1"
+    "systemd.unified_cgroup_hierarchy=1 systemd.show_status=0 "
+    "random.trust_cpu=on mitigations=off panic=-1"
 )
 
 
