@@ -38,9 +38,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--json", action="store_true", help="print JSON")
     check.set_defaults(run=_check)
-    for command in (serve, check):
+    explain = commands.add_parser(
+        "explain", help="tell where each part of a container or a pod came from"
+    )
+    _explain_arguments(explain)
+    for command in (serve, check, explain):
         _common(command)
     return parser
+
+
+def _explain_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "wanted",
+        metavar="ID|NAME",
+        help="the beginning of an id, [NAMESPACE/]POD, or [[NAMESPACE/]POD/]CONTAINER",
+    )
+    parser.add_argument(
+        "prefix",
+        metavar="PART",
+        nargs="?",
+        default="",
+        help="only the parts that begin so, one line each: process.env, linux.n",
+    )
+    parser.add_argument("--diff", action="store_true", help="only what was asked for and not given")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_explain)
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
@@ -79,6 +101,18 @@ def _check(settings: config.Config, arguments: argparse.Namespace) -> int:
     from cri_server import check
 
     return asyncio.run(check.run(settings, as_json=arguments.json))
+
+
+def _explain(settings: config.Config, arguments: argparse.Namespace) -> int:
+    from cri_server import explain
+
+    return explain.run(
+        settings,
+        arguments.wanted,
+        prefix=arguments.prefix,
+        diff=arguments.diff,
+        as_json=arguments.json,
+    )
 
 
 def _raise_file_limit() -> None:

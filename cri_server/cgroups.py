@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from cri_server import commands, config, errors
+from cri_server.spec import why
 from shim import cgroup
 
 PREFIX = "cri-server"
@@ -111,6 +112,9 @@ class Cgroups:
         """
         if ".." in cgroup_parent.split("/") or any(c in cgroup_parent for c in "\r\n\0"):
             raise errors.InvalidArgument(f"cgroup_parent {cgroup_parent!r} is not a clean path")
+        why.pod("sandbox.cgroup_parent", "linux.cgroup_parent")
+        if not cgroup_parent.strip("/"):
+            why.default("sandbox.cgroup_parent", "the request names none: one of ours")
         if self.driver == "systemd":
             return slice_path(posix_basename(cgroup_parent) or "system.slice")
         return (

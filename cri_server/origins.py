@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where each part of a config.json came from: the notes of `spec.why`, kept beside the bundle.
 
-    <bundle>/origins.json    {"process.cwd": [["image", "config.WorkingDir", "", ""]], …}
+    containers/<id>/    config.json     origins.json
+    pods/<id>/          sandbox.json    origins.json      what no config.json says of a sandbox
+    pods/<id>/sandbox/  config.json     origins.json      the pod's init, where it has one
 
-Written once the config.json stands, removed with the bundle, read by `cri-server explain` alone:
-losing it loses an explanation. `rows` lays a config.json and its notes side by side: one row for
-each part that somebody would ask about.
+    origins.json: {"process.cwd": [["image", "config.WorkingDir", "", ""]], …}
+
+Written once the document stands, removed with its directory, read by `cri-server explain` alone:
+losing it loses an explanation. `rows` lays document and notes side by side: one row for each part
+that somebody would ask about.
 """
 
 import os
@@ -18,14 +22,14 @@ import msgspec
 
 from cri_server.spec import why
 
-FILE = "origins.json"
+FILE, SANDBOX, CONFIG = "origins.json", "sandbox.json", "config.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
     """One part of a config.json; `present` is False for a part that was left out.
 
-    `notes` are the decisions that led to it, the last one holds; () when nobody said anything.
+    `notes` are the decisions that led to it, of which the last holds; () when nobody said anything.
     """
 
     part: str
@@ -33,17 +37,38 @@ class Row:
     present: bool
     notes: tuple[why.Note, ...]
 
+    @property
+    def unmet(self) -> str:
+        """What was asked for and not given, "" when all was."""
+        return self.notes[-1].asked if self.notes else ""
 
-def write(directory: Path, found: why.Origins) -> None:
-    """Write the notes of a bundle; by rename, as somebody may be reading."""
-    path = directory / FILE
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(msgspec.json.encode(found))
+    @property
+    def section(self) -> str:
+        return self.part.partition(".")[0].partition("[")[0]
+
+    @property
+    def base(self) -> str:
+        """The list that the part is an element of, else the part itself."""
+        return self.part.partition("[")[0]
+
+
+def write(
+    directory: Path, found: why.Origins, *, document: Mapping[str, object] | None = None
+) -> None:
+    """Write the notes, and the document that they are about unless it is a config.json."""
+    if document is not None:
+        _replace(directory / SANDBOX, document)
+    _replace(directory / FILE, found)
+
+
+def _replace(path: Path, content: object) -> None:
+    temporary = path.with_suffix(".tmp")  # somebody may be reading
+    temporary.write_bytes(msgspec.json.encode(content))
     os.replace(temporary, path)
 
 
 def read(directory: Path) -> why.Origins:
-    """Return the notes of a bundle. Raises OSError, ValueError for a file that holds none."""
+    """Return the notes of a document. Raises OSError, ValueError for a file that holds none."""
     return msgspec.json.decode((directory / FILE).read_bytes(), type=dict[str, list[why.Note]])
 
 
@@ -70,16 +95,37 @@ def lowered(found: why.Origins) -> dict[str, str]:
 # -- rows ------------------------------------------------------------------------------------------
 
 
+def explained(directory: Path) -> list[Row]:
+    """Return the rows of the document in `directory`. Raises OSError, ValueError as `read`."""
+    name = SANDBOX if (directory / SANDBOX).exists() else CONFIG
+    document = msgspec.json.decode((directory / name).read_bytes(), type=dict[str, Any])
+    return rows(document, read(directory))
+
+
 def rows(document: Mapping[str, Any], found: why.Origins) -> list[Row]:
-    """Return a row for each part of `document`, then one for each noted part that is not in it."""
+    """Return a row for each part of `document`, then one for each noted part that is not in it.
+
+    Of a section that `document` does not have at all nothing is said.
+    """
     parts = dict(parts_of(document))
-    present = [Row(part=p, value=v, present=True, notes=_notes(p, found)) for p, v in parts.items()]
     known = parts.keys() | {a for p in parts for a in _above(p)}
-    absent = [p for p in found if p not in known]
-    return present + [Row(part=p, value=None, present=False, notes=tuple(found[p])) for p in absent]
+    present = [Row(part=p, value=v, present=True, notes=_said(p, found)) for p, v in parts.items()]
+    absent = [
+        Row(part=p, value=None, present=False, notes=tuple(said))
+        for p, said in found.items()
+        if p not in known
+    ]
+    return _ordered([*present, *(r for r in absent if r.section in known)])
 
 
-def _notes(part: str, found: why.Origins) -> tuple[why.Note, ...]:
+def _ordered(rows: list[Row]) -> list[Row]:
+    """Return the rows with what was left out beside its like."""
+    sections = {section: n for n, section in enumerate(dict.fromkeys(r.section for r in rows))}
+    bases = {base: n for n, base in enumerate(dict.fromkeys(r.base for r in rows))}
+    return sorted(rows, key=lambda row: (sections[row.section], bases[row.base]))
+
+
+def _said(part: str, found: why.Origins) -> tuple[why.Note, ...]:
     """Return what was noted of the part itself, else of the nearest one that contains it."""
     said = next((p for p in (part, *_above(part)) if p in found), None)
     return tuple(found[said]) if said is not None else ()
@@ -146,6 +192,14 @@ _KEYS: Mapping[str, Callable[[Any], object]] = {
     "linux.resources.devices": _rule,
     "linux.resources.hugepageLimits": lambda limit: limit["pageSize"],
 }
-_MAPS = frozenset({"annotations", "linux.resources.unified"})
+_MAPS = frozenset(
+    {
+        "annotations",
+        "linux.resources.unified",
+        "sandbox.namespaces",
+        "sandbox.sysctls",
+        "sandbox.files",
+    }
+)
 _SETS = frozenset({"process.capabilities"})
 _WHOLE = frozenset({"linux.seccomp"})

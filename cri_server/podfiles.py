@@ -7,6 +7,7 @@
         sandbox/            bundle of the sandbox container, where the pod has one
         shm/                /dev/shm: a tmpfs, unless the pod uses the host's IPC namespace
         hostname  hosts  resolv.conf
+        sandbox.json  origins.json    for `cri-server explain`
 
 `create` and `remove` are a pair: `remove` takes away whatever is there and does not ask how far
 `create` got. All functions block; callers run them in a thread.
@@ -20,7 +21,11 @@ from pathlib import Path
 
 from cri_server import relabel, spec, state
 from cri_server.pb import api_pb2 as api
+from cri_server.spec import why
 from shim import mounts
+
+ETC = ("hostname", "hosts", "resolv.conf")
+_OPTIONS = "linux.security_context.namespace_options"
 
 
 class PodFiles:
@@ -40,7 +45,11 @@ class PodFiles:
 
     def shm(self, pod: state.Pod) -> str:
         """Return what containers of the pod mount on /dev/shm."""
-        return str(self.directory(pod.id) / "shm") if own_ipc(pod.config) else "/dev/shm"
+        if own_ipc(pod.config):
+            why.default("sandbox.shm", "a tmpfs that the containers share")
+            return str(self.directory(pod.id) / "shm")
+        why.pod("sandbox.shm", f"{_OPTIONS}.ipc", "the host's")
+        return "/dev/shm"
 
     def namespaces(self, pod: state.Pod) -> dict[str, str]:
         """Return the paths of the namespaces that the pod's containers join, by OCI type.
@@ -49,6 +58,7 @@ class PodFiles:
         matter.
         """
         pins = self.directory(pod.id) / "ns"
+        _note_namespaces(pod)
         paths = {"network": pod.netns, "uts": str(pins / "uts")} if pod.own_network else {}
         if own_ipc(pod.config):
             paths["ipc"] = str(pins / "ipc")
@@ -62,7 +72,9 @@ class PodFiles:
         """
         directory = self.directory(pod.id)
         (directory / "ns").mkdir(parents=True, mode=0o700)
+        why.default("sandbox.files[/etc/hostname]", "the pod's host name")
         _write(directory / "hostname", hostname(pod) + "\n")
+        why.host("sandbox.files[/etc/hosts]", "a copy of the host's; the kubelet mounts its own")
         _write(directory / "hosts", _read("/etc/hosts") or "127.0.0.1\tlocalhost\n")
         _write(directory / "resolv.conf", resolv_conf(pod.config.dns_config))
         if own_ipc(pod.config):
@@ -74,12 +86,23 @@ class PodFiles:
         for name in ("hostname", "hosts", "resolv.conf") if label else ():
             relabel.relabel(os.path.realpath(self.directory(pod_id) / name), label)
 
+    def texts(self, pod_id: str) -> dict[str, str]:
+        """Return what the pod's containers read in /etc, by path there."""
+        return {f"/etc/{n}": _read(str(self.directory(pod_id) / n)) for n in ETC}
+
     def remove(self, pod_id: str) -> None:
         """Take away every mount below the directory, then the directory. Idempotent."""
         directory = self.directory(pod_id)
         for target in mounts.mounts_below(os.fspath(directory)):
             mounts.unmount(target)
         shutil.rmtree(directory, ignore_errors=False) if directory.exists() else None
+
+
+def _note_namespaces(pod: state.Pod) -> None:
+    whose = {True: "the pod's own", False: "the host's"}
+    for kind, field in (("network", "network"), ("uts", "network"), ("ipc", "ipc")):
+        own = own_ipc(pod.config) if kind == "ipc" else pod.own_network
+        why.pod(f"sandbox.namespaces[{kind}]", f"{_OPTIONS}.{field}", whose[own])
 
 
 def own_ipc(config: api.PodSandboxConfig) -> bool:
@@ -90,13 +113,20 @@ def own_ipc(config: api.PodSandboxConfig) -> bool:
 def hostname(pod: state.Pod) -> str:
     """Return the pod's host name: as asked for, the host's on its network, else a short id."""
     if pod.config.hostname:
+        why.pod("sandbox.hostname", "hostname")
         return pod.config.hostname
-    return pod.id[:12] if pod.own_network else socket.gethostname()
+    if pod.own_network:
+        why.default("sandbox.hostname", "the request names none: the first digits of the id")
+        return pod.id[:12]
+    why.pod("sandbox.hostname", f"{_OPTIONS}.network", "the host's")
+    return socket.gethostname()
 
 
 def resolv_conf(dns: api.DNSConfig) -> str:
     """Return the text of /etc/resolv.conf (CRI DNSConfig); an empty config means the host's."""
+    why.pod("sandbox.files[/etc/resolv.conf]", "dns_config")
     if not (dns.servers or dns.searches or dns.options):
+        why.host("sandbox.files[/etc/resolv.conf]", "a copy of the host's, as dns_config is empty")
         return _read("/etc/resolv.conf")
     lines = [f"search {' '.join(dns.searches)}"] if dns.searches else []
     lines += [f"nameserver {server}" for server in dns.servers]

@@ -29,6 +29,7 @@ from cri_server import (
     events,
     host,
     imagevolumes,
+    inventory,
     labels,
     limits,
     locks,
@@ -136,8 +137,7 @@ class Pods:
     async def _make(self, pod: state.Pod) -> None:
         recipe = steps.Steps("pod sandbox made", pod=pod.id)
         with recipe.step("files"):
-            size, own = self._shm_size(pod), self._labels(pod)
-            await asyncio.to_thread(self._files.create, pod, shm_size=size, labels=own)
+            await asyncio.to_thread(self._create_files, pod)
         with recipe.step("shim"):
             shim_pid, shim_start_time = await self._shims.fork(pod)
         with recipe.step("namespaces"):
@@ -159,6 +159,13 @@ class Pods:
             )
         self.watch(self._store.pod(pod.id))
         recipe.done()
+
+    def _create_files(self, pod: state.Pod) -> None:
+        with why.recorded() as found:
+            size, init = self._shm_size(pod), self._needs_init(pod)
+            self._files.create(pod, shm_size=size, labels=self._labels(pod))
+            document = inventory.of(pod, self._files, self._groups, shm_size=size, init=init)
+        origins.write(self._files.directory(pod.id), found, document=document)
 
     def _shm_size(self, pod: state.Pod) -> int:
         handler = self._settings.handler(pod.handler)
@@ -397,9 +404,14 @@ class Pods:
     def _needs_init(self, pod: state.Pod) -> bool:
         options = pod.config.linux.security_context.namespace_options
         handler = self._settings.runtimes.get(pod.handler)
-        return options.pid == api.NamespaceMode.POD or (
-            handler is not None and handler.sandbox == "container"
-        )
+        of_handler = handler is not None and handler.sandbox == "container"
+        if of_handler:
+            key = f"[runtimes.{pod.handler}] sandbox"
+            why.handler("sandbox.init", key, "each sandbox is a container")
+        else:
+            shares = "shared by the containers, so a process holds it; else none is needed"
+            why.pod("sandbox.init", "linux.security_context.namespace_options.pid", shares)
+        return options.pid == api.NamespaceMode.POD or of_handler
 
     def _attachment(self, pod: state.Pod) -> cni.Attachment:
         m = pod.config.metadata

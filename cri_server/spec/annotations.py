@@ -14,7 +14,7 @@ from collections.abc import Container, Iterator, Mapping
 
 from cri_server import errors, limits
 from cri_server.pb import api_pb2 as api
-from cri_server.spec import types
+from cri_server.spec import types, why
 
 PREFIX = "cri-server.io/"
 RLIMITS = f"{PREFIX}rlimits"
@@ -83,7 +83,11 @@ def rlimits(wanted: types.ContainerInput) -> Iterator[tuple[str, limits.Rlimit]]
 
 def shm_size(allowed: Mapping[str, str], default: int) -> int:
     """Return the size of the pod's /dev/shm in bytes."""
-    return _size(allowed[SHM_SIZE]) if SHM_SIZE in allowed else default
+    why.handler("sandbox.shm_size", "default_shm_size")
+    if SHM_SIZE not in allowed:
+        return default
+    why.pod("sandbox.shm_size", f"annotations[{SHM_SIZE}]", "let through by pod_annotations")
+    return _size(allowed[SHM_SIZE])
 
 
 def _rlimits(key: str, value: str) -> tuple[limits.Rlimit, ...]:
@@ -100,5 +104,5 @@ def _size(value: str) -> int:
         raise _refused(SHM_SIZE, str(e)) from e
 
 
-def _refused(key: str, why: str) -> errors.InvalidArgument:
-    return errors.InvalidArgument(f"annotations[{key[:100]}]: {why}")
+def _refused(key: str, reason: str) -> errors.InvalidArgument:
+    return errors.InvalidArgument(f"annotations[{key[:100]}]: {reason}")

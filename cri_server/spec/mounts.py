@@ -13,6 +13,15 @@ from cri_server.pb import api_pb2 as api
 from cri_server.spec import checks, imagevolumes, oci, types, why
 
 SHM = "/dev/shm"
+_REASONS = {
+    "/proc": "Linux programs expect it (OCI spec, default filesystems)",
+    "/dev": "room for the default devices and nothing else",
+    "/dev/pts": "terminals of its own (OCI spec, default filesystems)",
+    SHM: "POSIX shared memory (OCI spec, default filesystems)",
+    "/dev/mqueue": "the POSIX queues of its IPC namespace",
+    "/sys": "Linux programs expect it; read-only unless privileged",
+    "/sys/fs/cgroup": "its own limits and usage; read-only unless privileged",
+}
 _Propagation = api.MountPropagation
 _OPTIONS = {
     _Propagation.PROPAGATION_PRIVATE: "rprivate",
@@ -86,7 +95,7 @@ def _defaults(wanted: types.ContainerInput) -> list[oci.Mount]:
 
 
 def _mount(destination: str, kind: str, *options: str) -> oci.Mount:
-    why.default(f"mounts[{destination}]", f"every container has it ({kind})")
+    why.default(f"mounts[{destination}]", _REASONS[destination])
     return oci.Mount(destination=destination, type=kind, source=kind, options=list(options))
 
 
@@ -109,7 +118,7 @@ def _pod_files(wanted: types.ContainerInput) -> Iterable[oci.Mount]:
     )
     for target, source, access in shared:
         if source:
-            why.default(f"mounts[{target}]", "a file that the pod's containers share")
+            why.default(f"mounts[{target}]", "the pod's, which its containers share")
             options = ["rbind", "rprivate", access]
             yield oci.Mount(destination=target, type="bind", source=source, options=options)
 
@@ -208,10 +217,14 @@ def _access(mount: api.Mount) -> str:
 def rootfs_propagation(config: api.ContainerConfig) -> str:
     """Return what the root needs so that mounts pass it: "rshared", "rslave", "" for default."""
     asked = {m.propagation for m in config.mounts}
-    why.cri("linux.rootfsPropagation", "mounts", "the most that a mount's propagation needs")
-    if _Propagation.PROPAGATION_BIDIRECTIONAL in asked:
-        return "rshared"
-    return "rslave" if _Propagation.PROPAGATION_HOST_TO_CONTAINER in asked else ""
+    for propagation in (
+        _Propagation.PROPAGATION_BIDIRECTIONAL,
+        _Propagation.PROPAGATION_HOST_TO_CONTAINER,
+    ):
+        if propagation in asked:
+            why.cri("linux.rootfsPropagation", "mounts", "as a mount's propagation needs it")
+            return _OPTIONS[propagation]
+    return ""
 
 
 # -- image volumes ---------------------------------------------------------------------------------

@@ -51,6 +51,10 @@ _OPTIONS = "linux.security_context.namespace_options"
 _WHOSE = {_Mode.POD: "the pod's", _Mode.CONTAINER: "its own", _Mode.NODE: "the host's"}
 _HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
 _SYSCTL = re.compile(r"[\w@:-]+(/[\w@:-]+)*(\.[\w@:-]+(/[\w@:-]+)*)+", re.ASCII)
+_UNPRIVILEGED = (
+    ("net.ipv4.ip_unprivileged_port_start", "0", "low ports without privilege: all are the pod's"),
+    ("net.ipv4.ping_group_range", "0 2147483647", "ping without privilege"),
+)
 _IPC_SYSCTLS = re.compile(r"kernel\.(shm|msg)\w+|kernel\.sem|fs\.mqueue\.\w+", re.ASCII)
 
 
@@ -216,14 +220,17 @@ def sysctls(config: api.PodSandboxConfig) -> dict[str, str]:
     result: dict[str, str] = {}
     for name, value in config.linux.sysctls.items():
         dotted = _dotted(name)
+        why.pod(f"sandbox.sysctls[{dotted}]", f"linux.sysctls[{name}]")
         if not _namespaced(dotted, config):
             raise errors.InvalidArgument(
                 f"sysctls: {name[:100]!r} is not in a namespace of the pod's own"
             )
         result[dotted] = checks.line(value.replace("\t", " "), f"sysctls: {dotted}")
     if own_network(config):
-        result.setdefault("net.ipv4.ip_unprivileged_port_start", "0")
-        result.setdefault("net.ipv4.ping_group_range", "0 2147483647")
+        for name, value, because in _UNPRIVILEGED:
+            if name not in result:
+                why.default(f"sandbox.sysctls[{name}]", because)
+                result[name] = value
     return result
 
 

@@ -89,5 +89,8 @@ def moved(part: str, to: str, because: str) -> None:
 
 def _note(part: str, source: Source, field: str, because: str, asked: object) -> None:
     origins = _recording.get()
-    if origins is not None:
-        origins.setdefault(part, []).append(Note(source, field, because, str(asked)))
+    if origins is None:
+        return
+    note, chain = Note(source, field, because, str(asked)), origins.setdefault(part, [])
+    if not chain or chain[-1] != note:  # asking twice is not deciding twice
+        chain.append(note)

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The inventory of a sandbox: what it is made of, where no config.json tells.
+
+Only for people (`cri-server explain`); nothing reads it to decide. Values and reasons come from the
+functions that decide them, asked once more.
+"""
+
+from cri_server import cgroups, podfiles, spec, state
+from cri_server.pb import api_pb2 as api
+from cri_server.spec import why
+
+
+def of(
+    pod: state.Pod,
+    files: podfiles.PodFiles,
+    groups: cgroups.Cgroups,
+    *,
+    shm_size: int,
+    init: bool,
+) -> dict[str, object]:
+    """Return the parts of the sandbox by name; its files exist. `init`: it has a process."""
+    wanted = pod.config
+    why.pod("sandbox.name", "metadata")
+    _note_handler(pod)
+    why.pod("sandbox.ports", "port_mappings", "for the CNI plugins")
+    return {
+        "sandbox": {
+            "name": f"{wanted.metadata.namespace}/{wanted.metadata.name}",
+            "handler": pod.handler,
+            "hostname": podfiles.hostname(pod),
+            "namespaces": files.namespaces(pod),
+            "sysctls": spec.sysctls(wanted),
+            "files": files.texts(pod.id),
+            "shm": files.shm(pod),
+            "shm_size": shm_size if podfiles.own_ipc(wanted) else None,
+            "cgroup_parent": groups.pod_parent(pod.id, wanted.linux.cgroup_parent),
+            "ports": [_port(m) for m in wanted.port_mappings],
+            "init": init,
+        }
+    }
+
+
+def _note_handler(pod: state.Pod) -> None:
+    if pod.runtime_handler:
+        why.pod("sandbox.handler", "runtime_handler", "of RunPodSandboxRequest")
+    else:
+        why.handler("sandbox.handler", "[runtime] default", "the request names none")
+
+
+def _port(mapping: api.PortMapping) -> str:
+    host = f"{mapping.host_ip}:{mapping.host_port}" if mapping.host_ip else str(mapping.host_port)
+    return f"{host} to {mapping.container_port}/{api.Protocol.Name(mapping.protocol)}"
