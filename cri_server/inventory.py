@@ -48,5 +48,6 @@ def _note_handler(pod: state.Pod) -> None:
 
 
 def _port(mapping: api.PortMapping) -> str:
-    host = f"{mapping.host_ip}:{mapping.host_port}" if mapping.host_ip else str(mapping.host_port)
-    return f"{host} to {mapping.container_port}/{api.Protocol.Name(mapping.protocol)}"
+    inside = f"{mapping.container_port}/{api.Protocol.Name(mapping.protocol)}"
+    outside = f"{mapping.host_ip}:{mapping.host_port}".lstrip(":")
+    return f"{outside} to {inside}" if mapping.host_port else inside
