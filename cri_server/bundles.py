@@ -120,7 +120,7 @@ class Bundles:
         """
         with recipe.step("host paths"):
             found = await _looked(wanted.config)
-            await self._provide_profile(wanted)
+            await self.load_apparmor(wanted.config.linux.security_context, wanted.pod.handler)
             await self._label(wanted, found)
         if wanted.volumes:
             with recipe.step("image volumes"):
@@ -138,9 +138,13 @@ class Bundles:
         added = {k: sources.Source(path=p, directory=True) for k, p in places.items()}
         return dataclasses.replace(found, mounts={**found.mounts, **added})
 
-    async def _provide_profile(self, wanted: Request) -> None:
-        context = wanted.config.linux.security_context
-        name = spec.apparmor_profile(context, self._facts.facts(wanted.pod.handler))
+    async def load_apparmor(
+        self,
+        context: api.LinuxContainerSecurityContext | api.LinuxSandboxSecurityContext,
+        handler: str,
+    ) -> None:
+        """See to it that the AppArmor profile that is asked for is loaded; else InvalidArgument."""
+        name = spec.apparmor_profile(context, self._facts.facts(handler))
         if name:
             await self._apparmor.provide(name)
 

@@ -599,6 +599,7 @@ def _image_spec(container: state.Container) -> api.ImageSpec:
         annotations=asked.annotations,
         user_specified_image=asked.user_specified_image,
         runtime_handler=asked.runtime_handler,
+        image_ref=asked.image_ref,
     )
 
 

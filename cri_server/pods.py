@@ -183,6 +183,7 @@ class Pods:
         if not self._needs_init(pod):
             return 0
         cgroups_path = self._init_cgroup(pod)
+        await self._bundles.load_apparmor(pod.config.linux.security_context, pod.handler)
         await asyncio.to_thread(self._write_init_bundle, pod, cgroups_path)
         request = shim_pb2.CreateRequest(
             id=pod.id,

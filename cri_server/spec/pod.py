@@ -125,6 +125,11 @@ def _check_security(context: api.LinuxSandboxSecurityContext, host: types.HostFa
     if context.HasField("run_as_group") and not context.HasField("run_as_user"):
         raise errors.InvalidArgument("run_as_group: needs run_as_user")
     init_user(context)
+    checks.unsupported(
+        bool(context.namespace_options.target_id),
+        "namespace_options.target_id",
+        "is for pid TARGET of a container only",
+    )
     security.strict(context.supplemental_groups_policy)
     selinux.check(context.selinux_options)
     security.seccomp_request(context)
@@ -295,6 +300,8 @@ def sandbox(wanted: types.SandboxInput) -> oci.Spec:
         },
         linux=_linux(wanted),
     )
+    if profile := security.apparmor(wanted.config.linux.security_context, wanted.host):
+        document["process"]["apparmorProfile"] = profile
     selinux.label(document, selinux.of_init(wanted.host))
     return document
 

@@ -323,15 +323,14 @@ def seccomp_profile(
     return seccompfile.checked(localhost, path)
 
 
-def apparmor(context: _Context, host: types.HostFacts) -> str:
+def apparmor(context: _Context | api.LinuxSandboxSecurityContext, host: types.HostFacts) -> str:
     """Return the AppArmor profile's name, "" for none; `apparmor` sees to it that it is loaded.
 
     Without AppArmor the default is void and a Localhost profile an error (behaviour.md §1.6). The
     default is void too where nothing can load it, as in containerd.
     """
-    kind, name = profile(
-        context.HasField("apparmor"), context.apparmor, context.apparmor_profile, "apparmor"
-    )
+    deprecated = context.apparmor_profile if isinstance(context, _Context) else ""
+    kind, name = profile(context.HasField("apparmor"), context.apparmor, deprecated, "apparmor")
     _note_profile("process.apparmorProfile", context, "apparmor", kind)
     if kind == "none" or context.privileged:
         return ""

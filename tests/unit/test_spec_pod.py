@@ -78,6 +78,7 @@ def test_an_ordinary_sandbox_is_accepted() -> None:
         (wishes.pod(options={"network": Mode.TARGET}), "network"),
         (wishes.pod(options={"ipc": Mode.CONTAINER}), "ipc"),
         (wishes.pod(options={"pid": Mode.TARGET}), "pid"),
+        (wishes.pod(options={"target_id": "f" * 64}), "target_id"),
         (wishes.pod(options={"pid": 9}), "pid: 9"),
         (wishes.pod(security=Context(run_as_group=api.Int64Value(value=1))), "run_as_group"),
         (wishes.pod(security=Context(run_as_user=api.Int64Value(value=-1))), "run_as_user"),
@@ -236,7 +237,9 @@ def test_a_container_of_a_pod_on_the_host_may_say_so_or_say_nothing() -> None:
         wishes.validate(wish, sandbox=config)
 
 
-def sandbox(config: api.PodSandboxConfig, **host: Any) -> spec.oci.Spec:
+def sandbox(
+    config: api.PodSandboxConfig, *, seccomp_file: dict[str, object] | None = None, **host: Any
+) -> spec.oci.Spec:
     return spec.sandbox(
         spec.SandboxInput(
             id="p1",
@@ -246,6 +249,7 @@ def sandbox(config: api.PodSandboxConfig, **host: Any) -> spec.oci.Spec:
             namespaces={"network": "/netns", "pid": "/not-this-one"},
             cgroups_path="/kubepods/p1",
             host=dataclasses.replace(wishes.FACTS, **host),
+            seccomp_profile=seccomp_file,
         )
     )
 
@@ -277,6 +281,62 @@ def test_the_pods_init_runs_as_the_sandbox_asks() -> None:
     process = sandbox(wishes.pod(security=context), oom_score_adj_floor=0)["process"]
     assert process["user"] == {"uid": 1000, "gid": 2000, "umask": 0o022, "additionalGids": [3000]}
     assert process["oomScoreAdj"] == 0
+
+
+@pytest.mark.parametrize("policy", [api.Merge, api.Strict])
+def test_the_pods_init_has_the_groups_of_the_request_under_both_policies(
+    policy: api.SupplementalGroupsPolicy.ValueType,
+) -> None:
+    """Its root has no /etc/group that could add any."""
+    context = Context(supplemental_groups=[3000], supplemental_groups_policy=policy)
+    process = sandbox(wishes.pod(security=context))["process"]
+    assert process["user"]["additionalGids"] == [3000]
+
+
+@pytest.mark.parametrize(
+    ("context", "expected"),
+    [
+        (Context(), None),
+        (Context(seccomp=Profile(profile_type=Profile.Unconfined)), None),
+        (Context(seccomp=Profile(profile_type=Profile.RuntimeDefault)), "SCMP_ACT_ERRNO"),
+        (Context(seccomp_profile_path="runtime/default"), "SCMP_ACT_ERRNO"),
+        (
+            Context(seccomp=Profile(profile_type=Profile.Localhost, localhost_ref="/p.json")),
+            "SCMP_ACT_LOG",
+        ),
+        (Context(seccomp_profile_path="localhost//p.json"), "SCMP_ACT_LOG"),
+        (
+            Context(seccomp=Profile(profile_type=Profile.RuntimeDefault), privileged=True),
+            None,
+        ),
+    ],
+    ids=itertools.count(),
+)
+def test_the_pods_init_has_the_seccomp_profile_of_the_sandbox(
+    context: Context, expected: str | None
+) -> None:
+    file: dict[str, object] = {"defaultAction": "SCMP_ACT_LOG"}
+    linux = sandbox(wishes.pod(security=context), seccomp_file=file)["linux"]
+    assert linux.get("seccomp", {}).get("defaultAction") == expected
+
+
+@pytest.mark.parametrize(
+    ("profile", "expected"),
+    [
+        (None, None),
+        (Profile(profile_type=Profile.Unconfined), None),
+        (Profile(profile_type=Profile.RuntimeDefault), "ours"),
+        (Profile(profile_type=Profile.Localhost, localhost_ref="localhost/theirs"), "theirs"),
+    ],
+    ids=itertools.count(),
+)
+def test_the_pods_init_has_the_apparmor_profile_of_the_sandbox(
+    profile: api.SecurityProfile | None, expected: str | None
+) -> None:
+    document = sandbox(
+        wishes.pod(security=Context(apparmor=profile)), apparmor=True, apparmor_default="ours"
+    )
+    assert document["process"].get("apparmorProfile") == expected
 
 
 def test_the_annotations_of_the_pods_init_tell_what_to_size_a_machine_by() -> None:
