@@ -28,6 +28,7 @@ from google.protobuf import json_format
 from cri_server import (
     apart,
     apparmor,
+    capability,
     cgroups,
     commands,
     config,
@@ -249,7 +250,10 @@ class Bundles:
 
     def _defaults(self, handler: str) -> spec.Defaults:
         wanted = self._settings.handler(handler)
-        return spec.Defaults(rlimits=limits.rlimits(wanted.default_rlimits))
+        return spec.Defaults(
+            capabilities=capability.chosen(wanted.default_capabilities),
+            rlimits=limits.rlimits(wanted.default_rlimits),
+        )
 
     def _annotations(self, wanted: Request) -> dict[str, str]:
         """Return the annotations that the handler's configuration lets through to the runtime."""

@@ -12,14 +12,14 @@ import fnmatch
 import re
 import shutil
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from cri_server import errors, limits
+from cri_server import capability, errors, limits
 
 CgroupDriver = Literal["auto", "cgroupfs", "systemd"]
 MetricGroup = Literal[
@@ -30,6 +30,12 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 
 INSTALLED = ("crun", "runc")  # offered where they are installed, and in this order as the default
 OPTIONS = ("timeout",)  # of a handler
+# Of a handler, too: values that whoever uses them reads, and that are tried when the file is read.
+_READ_LATER: Mapping[str, Callable[[Any], object]] = {
+    "default_capabilities": capability.chosen,
+    "default_rlimits": limits.rlimits,
+    "default_shm_size": limits.size,
+}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -87,6 +93,7 @@ class Handler:
     sandbox: Literal["namespaces", "container"] = "namespaces"
     pod_annotations: tuple[str, ...] = ()  # globs of keys that reach the OCI runtime
     container_annotations: tuple[str, ...] = ()
+    default_capabilities: tuple[str, ...] = capability.DEFAULT  # for capability.chosen()
     default_rlimits: str = limits.DEFAULT  # for limits.rlimits()
     default_shm_size: str = limits.SHM_SIZE  # for limits.size()
 
@@ -102,7 +109,7 @@ class Handler:
     def __post_init__(self) -> None:
         if "/" in self.path:
             _check_absolute("path", Path(self.path))
-        for key, read in (("default_rlimits", limits.rlimits), ("default_shm_size", limits.size)):
+        for key, read in _READ_LATER.items():
             try:
                 read(getattr(self, key))
             except ValueError as e:

@@ -13,7 +13,7 @@ Every field of PodSandboxConfig and ContainerConfig is either honoured or refuse
 InvalidArgument that names it.
 """
 
-from cri_server import errors
+from cri_server import capability, errors
 from cri_server.pb import api_pb2 as api
 from cri_server.spec import (
     annotations,
@@ -101,7 +101,7 @@ __all__ = [
     "with_volumes",
 ]
 
-CAPABILITIES = security.CAPABILITIES
+CAPABILITIES = capability.ALL
 IMAGE_OPTIONS = imagevolumes.OPTIONS
 LIMITS = oci.LIMITS
 Resources = oci.Resources

@@ -8,58 +8,11 @@ here the request is checked and turned into numbers, sets and names.
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
-from cri_server import errors
+from cri_server import capability, errors
 from cri_server.pb import api_pb2 as api
 from cri_server.spec import checks, oci, seccomp, seccompfile, types, why
 
-# In the kernel's order: the position is the number (capabilities(7)).
-CAPABILITIES = tuple(
-    f"CAP_{name}"
-    for name in [
-        "CHOWN",
-        "DAC_OVERRIDE",
-        "DAC_READ_SEARCH",
-        "FOWNER",
-        "FSETID",
-        "KILL",
-        "SETGID",
-        "SETUID",
-        "SETPCAP",
-        "LINUX_IMMUTABLE",
-        "NET_BIND_SERVICE",
-        "NET_BROADCAST",
-        "NET_ADMIN",
-        "NET_RAW",
-        "IPC_LOCK",
-        "IPC_OWNER",
-        "SYS_MODULE",
-        "SYS_RAWIO",
-        "SYS_CHROOT",
-        "SYS_PTRACE",
-        "SYS_PACCT",
-        "SYS_ADMIN",
-        "SYS_BOOT",
-        "SYS_NICE",
-        "SYS_RESOURCE",
-        "SYS_TIME",
-        "SYS_TTY_CONFIG",
-        "MKNOD",
-        "LEASE",
-        "AUDIT_WRITE",
-        "AUDIT_CONTROL",
-        "SETFCAP",
-        "MAC_OVERRIDE",
-        "MAC_ADMIN",
-        "SYSLOG",
-        "WAKE_ALARM",
-        "BLOCK_SUSPEND",
-        "AUDIT_READ",
-        "PERFMON",
-        "BPF",
-        "CHECKPOINT_RESTORE",
-    ]
-)
-_ORDER = {name: number for number, name in enumerate(CAPABILITIES)}
+_ORDER = {name: number for number, name in enumerate(capability.ALL)}
 _ADD, _DROP, _AMBIENT = (f"capabilities.{f}_capabilities" for f in ("add", "drop", "add_ambient"))
 
 ProfileKind = Literal["none", "default", "localhost"]
@@ -132,7 +85,10 @@ def _all(field: str, host: types.HostFacts) -> frozenset[str]:
 
 def _default(names: Iterable[str], host: types.HostFacts) -> frozenset[str]:
     for name in names:
-        why.default(f"process.capabilities[{name}]", "one of containerd's default set")
+        if name in capability.DEFAULT:
+            why.default(f"process.capabilities[{name}]", "one of containerd's default set")
+        else:
+            why.handler(f"process.capabilities[{name}]", "default_capabilities")
         if name not in host.capabilities:
             why.host(f"process.capabilities[{name}]", "not in our own bounding set")
     return host.capabilities & frozenset(names)
@@ -148,10 +104,9 @@ def _named(names: Iterable[str], field: str, host: types.HostFacts) -> frozenset
 
 
 def _capability(name: str, field: str, host: types.HostFacts) -> str:
-    upper = name.upper()
-    if upper == "ALL":
-        return upper
-    full = upper if upper.startswith("CAP_") else f"CAP_{upper}"
+    if name.upper() == "ALL":
+        return "ALL"
+    full = capability.full(name)
     if full not in host.known_capabilities:
         raise errors.InvalidArgument(f"{field}: {name[:80]!r} is not a capability of this kernel")
     return full

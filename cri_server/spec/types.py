@@ -9,25 +9,8 @@ frozen.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cri_server import limits
+from cri_server import capability, limits
 from cri_server.pb import api_pb2 as api
-
-DEFAULT_CAPABILITIES = (
-    "CAP_CHOWN",
-    "CAP_DAC_OVERRIDE",
-    "CAP_FOWNER",
-    "CAP_FSETID",
-    "CAP_KILL",
-    "CAP_SETGID",
-    "CAP_SETUID",
-    "CAP_SETPCAP",
-    "CAP_NET_BIND_SERVICE",
-    "CAP_NET_RAW",
-    "CAP_SYS_CHROOT",
-    "CAP_MKNOD",
-    "CAP_AUDIT_WRITE",
-    "CAP_SETFCAP",
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +82,7 @@ class PodFiles:
 class Defaults:
     """What a handler's configuration gives to each container that does not ask."""
 
-    capabilities: tuple[str, ...] = DEFAULT_CAPABILITIES
+    capabilities: tuple[str, ...] = capability.DEFAULT
     rlimits: tuple[limits.Rlimit, ...] = limits.rlimits(limits.DEFAULT)
 
 

@@ -3,7 +3,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 from cri_server import apparmor, spec
 from cri_server.pb import api_pb2 as api
 from tests.fakes.kubelet import Kubelet, Pod, refusal
+from tests.lab import server
 
 pytestmark = [pytest.mark.needs("root", "busybox", "netns"), pytest.mark.ours]
 
@@ -114,6 +115,19 @@ def test_a_user_other_than_root_has_only_ambient_capabilities(
     bound = frozenset({"CAP_NET_BIND_SERVICE"})
     assert found.pop("CapBnd") == DEFAULTS | {"CAP_NET_ADMIN"}
     assert found == dict.fromkeys(("CapInh", "CapPrm", "CapEff", "CapAmb"), bound)
+
+
+def test_a_handler_has_its_own_default_capabilities(
+    make_site: Callable[..., server.Site],
+    client_of: Callable[[server.Site], Kubelet],
+    reference: str,
+) -> None:
+    narrow = {"path": "runc", "default_capabilities": ["chown", "CAP_NET_BIND_SERVICE", "syslog"]}
+    own_kubelet = client_of(make_site(**{"runtimes.narrow": narrow}))
+    own_kubelet.pull(reference)
+    pod = own_kubelet.run_pod(handler="narrow")
+    found = capability_sets(said(own_kubelet, pod, reference, "grep Cap /proc/self/status"))
+    assert found["CapBnd"] == {"CAP_CHOWN", "CAP_NET_BIND_SERVICE", "CAP_SYSLOG"}
 
 
 def test_a_capability_that_does_not_exist_is_refused(

@@ -230,6 +230,8 @@ def test_a_wrong_type_is_refused_with_its_place(read: Read, text: str, words: st
         "[runtime]\nruntime_timeout = inf",
         "[images]\nmax_parallel_downloads = 0",
         "[runtimes.a]\npath = 'bin/runc'",
+        "[runtimes.a]\ndefault_capabilities = ['FLY']",
+        "[runtimes.a]\ndefault_capabilities = 'CHOWN'",
         "[runtimes.a]\ndefault_rlimits = 'nofile=2:1'",
         "[runtimes.a]\ndefault_rlimits = ['nofile=2']",
         "[runtimes.a]\ndefault_shm_size = '64MB'",
