@@ -45,11 +45,11 @@ def linux(**security: Any) -> api.LinuxContainerConfig:
 
 
 def said(kubelet: Kubelet, pod: Pod, image: str, script: str, **security: Any) -> list[str]:
-    """Run a script in a container of its own and return the lines that it printed."""
+    """Run a script in a container of its own and return the lines of its standard output."""
     name = f"c{len(kubelet.containers())}"
     container = kubelet.run(pod, image, ("sh", "-c", script), name=name, linux=linux(**security))
     kubelet.wait_exit(container)
-    return [line.text for line in kubelet.log(container)]
+    return [line.text for line in kubelet.log(container) if line.stream == "stdout"]
 
 
 @pytest.mark.parametrize(
