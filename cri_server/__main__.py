@@ -21,10 +21,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = _settings(arguments)
     except (config.ConfigError, OSError) as e:
-        print(f"cri-server: {e}", file=sys.stderr)
-        return 2
-    status: int = arguments.run(settings, arguments)
+        return _refuse(e)
+    try:
+        status: int = arguments.run(settings, arguments)
+    except config.ConfigError as e:  # what only the host could tell
+        return _refuse(e)
     return status
+
+
+def _refuse(error: Exception) -> int:
+    print(f"cri-server: {error}", file=sys.stderr)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:

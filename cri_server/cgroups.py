@@ -10,11 +10,16 @@
     cgroupfs   /kubepods/pod1              /kubepods/pod1/<id>            the same
     systemd    /kube.slice/kube-x.slice    kube-x.slice:cri-server:<id>   .../cri-server-<id>.scope
 
+With a prefix the last part is `<prefix>-<id>`, or `<prefix>-<id>.scope`: some tools recognise
+containers by that. Such a tool looks for a pod's network at the pod's own container, so that a pod
+without an init gets an empty cgroup of that name (`mark`).
+
 The OCI runtime (through systemd, with that driver) makes the directories and removes the
 container's own. It also makes missing parents, and leaves them: `missing` tells which before a pod
 begins, `remove` takes them away with the pod. A kubelet makes its own, which are never ours.
 """
 
+import contextlib
 import errno
 import os
 from collections.abc import Iterable, Mapping
@@ -99,9 +104,10 @@ class Cgroups:
         driver: Literal["cgroupfs", "systemd"],
         *,
         root: str = f"/{PREFIX}",
+        prefix: str = "",
     ) -> None:
         self.hierarchy, self.driver = hierarchy, driver
-        self._root = root
+        self._root, self._prefix = root, prefix
         self._leftover: dict[str, None] = {}
 
     def pod_parent(self, pod_id: str, cgroup_parent: str) -> str:
@@ -124,8 +130,10 @@ class Cgroups:
     def container_path(self, pod_id: str, cgroup_parent: str, container_id: str) -> str:
         """Return linux.cgroupsPath for the OCI runtime."""
         if self.driver == "systemd":
-            return f"{posix_basename(cgroup_parent) or 'system.slice'}:{PREFIX}:{container_id}"
-        return f"{self.pod_parent(pod_id, cgroup_parent)}/{container_id}"
+            unit = posix_basename(cgroup_parent) or "system.slice"
+            return f"{unit}:{self._prefix or PREFIX}:{container_id}"
+        name = f"{self._prefix}-{container_id}" if self._prefix else container_id
+        return f"{self.pod_parent(pod_id, cgroup_parent)}/{name}"
 
     def directories(self, cgroups_path: str) -> dict[str, str]:
         """Return the directories behind a `container_path`: controller name ("" for v2) to
@@ -161,6 +169,17 @@ class Cgroups:
         name, directory = next(iter(directories.items()))
         path = directory.removeprefix(str(self.hierarchy.v1[name]))
         return {**directories, "unified": f"{self.hierarchy.unified}{path}"}
+
+    def mark(self, cgroups_path: str) -> None:
+        """Make an empty cgroup, where its parent is; `remove_all` removes it.
+
+        A slice that is not there yet is systemd's to make: then there is no mark.
+        """
+        for directory in self.directories(cgroups_path).values():
+            with contextlib.suppress(FileNotFoundError, FileExistsError):
+                if self.driver == "cgroupfs":
+                    os.makedirs(os.path.dirname(directory), exist_ok=True)
+                os.mkdir(directory)
 
     def missing(self, parent: str) -> tuple[str, ...]:
         """Return `parent` and those of its parents that do not exist yet, deepest first."""

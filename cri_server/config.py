@@ -48,6 +48,7 @@ class Server:
     state: Path = Path("/run/cri-server")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["console", "json"] = "console"
+    crio_socket: str = ""
 
     def __post_init__(self) -> None:
         """Refuse what no server can use, also when it comes from the command line."""
@@ -55,6 +56,8 @@ class Server:
             raise ConfigError(f"listen: {self.listen!r} is not unix:///PATH")
         for name in ("root", "state"):
             _check_absolute(name, getattr(self, name))
+        if self.crio_socket:
+            _check_absolute("crio_socket", Path(self.crio_socket))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,6 +127,7 @@ class Runtime:
     cgroup_driver: CgroupDriver = "auto"
     exec_drain_timeout: Seconds = 2.0
     runtime_timeout: Seconds = 120.0
+    cgroup_prefix: Annotated[str, msgspec.Meta(pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]*)?$")] = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

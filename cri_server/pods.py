@@ -158,6 +158,8 @@ class Pods:
                 )
             )
         self.watch(self._store.pod(pod.id))
+        if self._settings.server.crio_socket and not pid:
+            await asyncio.to_thread(self._groups.mark, self._init_cgroup(pod))
         recipe.done()
 
     def _create_files(self, pod: state.Pod) -> None:
@@ -244,6 +246,7 @@ class Pods:
         async with contextlib.AsyncExitStack() as each:  # pushed last, run first; all are run
             each.push_async_callback(self._volumes.remove, pod.id)
             each.push_async_callback(asyncio.to_thread, netns.remove, pod.netns)
+            each.push_async_callback(asyncio.to_thread, self._unmark, pod)
             each.push_async_callback(self._stop_shim, pod)
             each.push_async_callback(self._detach, pod)
             each.push_async_callback(self._containers.stop_all, pod.id)
@@ -258,6 +261,11 @@ class Pods:
             each.push_async_callback(self._containers.remove_all, pod.id)
             each.push_async_callback(self._halt, pod)
         await self._store.forget_pod(pod.id)
+
+    def _unmark(self, pod: state.Pod) -> None:
+        """Remove the empty cgroup that stood for the pod, where there is one."""
+        with contextlib.suppress(errors.InvalidArgument):  # made under another cgroup driver
+            self._groups.remove_all(self._init_cgroup(pod))
 
     async def _stop_shim(self, pod: state.Pod) -> None:
         stopped = await self._shims.stop(pod, self._release_request(pod))

@@ -21,6 +21,7 @@ from cri_server import (
     cgroups,
     config,
     containers,
+    crio,
     errors,
     events,
     exec,
@@ -28,6 +29,7 @@ from cri_server import (
     imagehost,
     imagevolumes,
     info,
+    localhttp,
     metrics,
     podfiles,
     pods,
@@ -67,7 +69,7 @@ async def serve(settings: config.Config) -> None:
 async def running(settings: config.Config) -> AsyncIterator[None]:
     """Have a server running for the block."""
     _make_directories(settings)
-    groups = cgroups.Cgroups(cgroups.detect(), cgroups.driver(settings.runtime.cgroup_driver))
+    groups = _cgroups(settings)
     facts = host.probe(groups.hierarchy, await host.runtimes(settings))
     _warn_of_old_runtimes(facts)
     async with contextlib.AsyncExitStack() as stack:
@@ -83,6 +85,7 @@ async def running(settings: config.Config) -> AsyncIterator[None]:
         await graph.collector.start()
         await _collect_addresses(graph.network)
         edge.ready = True
+        await _open_crio(settings, graph.crio)
         log.info("ready", network=graph.network.status().ready, handlers=list(settings.runtimes))
         for work in (_check_networks(graph.pods), _measure(graph.layers)):
             stack.callback(asyncio.create_task(work).cancel)
@@ -100,6 +103,20 @@ def _warn_of_old_runtimes(facts: host.Host) -> None:
                 vulnerabilities=advisories.names(known),
                 remedy=advisories.remedy(known),
             )
+
+
+async def _open_crio(settings: config.Config, server: localhttp.Server) -> None:
+    if settings.server.crio_socket:
+        try:
+            await server.start()
+        except (errors.CriError, OSError) as e:
+            raise config.ConfigError(f"server.crio_socket: {e}") from e
+
+
+def _cgroups(settings: config.Config) -> cgroups.Cgroups:
+    driver = cgroups.driver(settings.runtime.cgroup_driver)
+    prefix = settings.runtime.cgroup_prefix or ("crio" if settings.server.crio_socket else "")
+    return cgroups.Cgroups(cgroups.detect(), driver, prefix=prefix)
 
 
 def _make_directories(settings: config.Config) -> None:
@@ -260,6 +277,14 @@ class Graph:
         stats_host = stats.Stats(
             pod_host=self.pods, container_host=container_host, groups=groups, layers=self.layers
         )
+        self.crio = crio.Crio(
+            settings=settings,
+            pod_host=self.pods,
+            container_host=container_host,
+            groups=groups,
+            layers=self.layers,
+        ).server()
+        stack.push_async_callback(self.crio.close)
         info_host = info.Info(
             settings=settings,
             facts=facts,

@@ -164,6 +164,10 @@ class Snapshots:
 
     # ---- writable layers
 
+    def writable(self, key: str) -> Path:
+        """Return the folder with what a container has written."""
+        return self._writable / key / "fs"
+
     def create(self, key: str, layers: Sequence[str]) -> Overlay:
         """Make the writable layer of a container, if it is not there. Raises FailedPrecondition,
         OSError."""
