@@ -18,7 +18,7 @@ None.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 UNLIMITED = 1 << 62  # v1 says "no limit" by a number near 2^63
@@ -124,16 +124,17 @@ def _pressures(directory: str) -> dict[str, dict[str, Pressure]] | None:
 
 
 def _pressure(directory: str, name: str) -> dict[str, Pressure]:
-    lines = (line.split() for line in (text(directory, name) or "").splitlines())
-    return {words[0]: _pressure_line(dict(w.split("=") for w in words[1:])) for words in lines}
+    lines = (text(directory, name) or "").splitlines()
+    return {line[:4]: _pressure_line(line.split()) for line in lines}
 
 
-def _pressure_line(words: Mapping[str, str]) -> Pressure:
+def _pressure_line(words: Sequence[str]) -> Pressure:
+    """Parse "some avg10=0.00 avg60=0.00 avg300=0.00 total=0" (Documentation/accounting/psi.rst)."""
     return Pressure(
-        total=int(words["total"]) * 1000,
-        avg10=float(words["avg10"]),
-        avg60=float(words["avg60"]),
-        avg300=float(words["avg300"]),
+        avg10=float(words[1][6:]),
+        avg60=float(words[2][6:]),
+        avg300=float(words[3][7:]),
+        total=int(words[4][6:]) * 1000,
     )
 
 
@@ -142,8 +143,8 @@ def fields(directory: str, name: str) -> dict[str, int] | None:
     content = text(directory, name)
     if content is None:
         return None
-    lines = (line.partition(" ") for line in content.splitlines())
-    return {key: int(value) for key, _, value in lines if value.isdigit()}
+    words = content.split()
+    return dict(zip(words[::2], map(int, words[1::2]), strict=True))
 
 
 def number(directory: str, name: str) -> int | None:
