@@ -20,7 +20,7 @@ _POD_FIELDS = {"network": "network", "ipc": "ipc", "uts": "network", "user": "us
 def linux(wanted: types.ContainerInput, held: Iterable[str]) -> oci.Linux:
     """Return the whole part; `held` are the capabilities, which the seccomp profile follows."""
     context = wanted.security
-    why_cgroup(wanted.sandbox)
+    note_cgroup(wanted.sandbox)
     result = oci.Linux(
         namespaces=namespaces(wanted),
         devices=devices.nodes(wanted),
@@ -38,7 +38,7 @@ def linux(wanted: types.ContainerInput, held: Iterable[str]) -> oci.Linux:
     return result
 
 
-def why_cgroup(sandbox: api.PodSandboxConfig) -> None:
+def note_cgroup(sandbox: api.PodSandboxConfig) -> None:
     if sandbox.linux.cgroup_parent:
         why.pod("linux.cgroupsPath", "linux.cgroup_parent", "a cgroup of its own in the pod's")
     else:

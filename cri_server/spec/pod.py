@@ -312,7 +312,7 @@ def _explain(wanted: types.SandboxInput) -> None:
         why.default(part, because)
     if wanted.host.oom_score_adj_floor > _OOM_SCORE_ADJ:
         why.host("process.oomScoreAdj", "CAP_SYS_RESOURCE is missing to go lower")
-    linux.why_cgroup(wanted.config)
+    linux.note_cgroup(wanted.config)
 
 
 def seccomp_path(config: api.PodSandboxConfig) -> str:

@@ -193,6 +193,15 @@ def test_the_difference_between_asked_and_given(site: server.Site, container: st
     assert found["process.env[BROKEN]"]["decisions"][-1]["asked"] == "BROKEN"
 
 
+def test_an_update_is_explained(site: server.Site, kubelet: Kubelet, container: str) -> None:
+    limits = api.LinuxContainerResources(cpu_shares=99)
+    request = api.UpdateContainerResourcesRequest(container_id=container, linux=limits)
+    kubelet.runtime.UpdateContainerResources(request)
+    row = parts(site, container, "linux.resources.cpu.shares")["linux.resources.cpu.shares"]
+    assert row["value"] == 99
+    assert row["decisions"][-1]["because"] == "as updated"
+
+
 def test_a_listing_is_text_without_colours_or_control_characters(
     site: server.Site, container: str
 ) -> None:
