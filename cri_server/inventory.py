@@ -32,7 +32,7 @@ def of(
             "sysctls": spec.sysctls(wanted),
             "files": files.texts(pod.id),
             "shm": files.shm(pod),
-            "shm_size": shm_size if podfiles.own_ipc(wanted) else None,
+            **_shm_size(wanted, shm_size),
             "cgroup_parent": groups.pod_parent(pod.id, wanted.linux.cgroup_parent),
             "ports": [_port(m) for m in wanted.port_mappings],
             "init": init,
@@ -45,6 +45,14 @@ def _note_handler(pod: state.Pod) -> None:
         why.pod("sandbox.handler", "runtime_handler", "of RunPodSandboxRequest")
     else:
         why.handler("sandbox.handler", "[runtime] default", "the request names none")
+
+
+def _shm_size(wanted: api.PodSandboxConfig, size: int) -> dict[str, object]:
+    if podfiles.own_ipc(wanted):
+        return {"shm_size": size}
+    field = "linux.security_context.namespace_options.ipc"
+    why.pod("sandbox.shm_size", field, "the host's, as it is")
+    return {}
 
 
 def _port(mapping: api.PortMapping) -> str:

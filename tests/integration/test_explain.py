@@ -67,6 +67,7 @@ POD = {
     "sandbox.sysctls[net.ipv4.ping_group_range]": ("default", ""),
     "sandbox.files[/etc/resolv.conf]": ("pod", "dns_config"),
     "sandbox.files[/etc/hosts]": ("host", ""),
+    "sandbox.shm_size": ("pod", f"{CONTEXT}.namespace_options.ipc"),
     "sandbox.shm": ("pod", f"{CONTEXT}.namespace_options.ipc"),
     "sandbox.cgroup_parent": ("pod", "linux.cgroup_parent"),
     "sandbox.ports[0]": ("pod", "port_mappings"),
