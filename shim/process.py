@@ -150,7 +150,10 @@ def kill_orphans(*words: str) -> bool:
     pids = map(int, filter(str.isdigit, os.listdir("/proc")))
     found = [pid for pid in pids if wanted <= _words(pid)]
     for pid in found:
-        for victim in (*descendants(pid), pid):
+        for victim in (
+            pid,
+            *descendants(pid),
+        ):  # parents first: none sees its child die and goes on
             with contextlib.suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGKILL)
     return bool(found)
