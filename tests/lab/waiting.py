@@ -2,7 +2,7 @@
 """Waiting for a condition, with a deadline and a name for it.
 
 CRI_TESTS_PATIENCE says how many times slower than hardware this machine is (a guest without KVM);
-deadlines and limits of durations are that many times longer.
+deadlines, limits of durations and the pauses between two looks are that many times longer.
 """
 
 import os
@@ -20,7 +20,7 @@ def patient(seconds: float) -> float:
 
 
 def until(condition: Callable[[], T | None], what: str, *, seconds: float = 10.0) -> T:
-    """Return the first true value of `condition`, asked every 10 ms; AssertionError after
+    """Return the first true value of `condition`, asked every 10 ms (of hardware); AssertionError after
     `seconds` (of hardware).
     """
     seconds = patient(seconds)
@@ -31,4 +31,4 @@ def until(condition: Callable[[], T | None], what: str, *, seconds: float = 10.0
             return value
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {seconds:g} s in vain: {what} (last value: {value!r})")
-        time.sleep(0.01)
+        time.sleep(patient(0.01))
