@@ -75,6 +75,8 @@ class Container:
             terminal=spec.terminal, stdin=spec.stdin, silent=spec.silent, log=self._log
         )
         self._parts: list[cgroup.Cgroup] = []
+        self._kills_above = 0
+        self._condemned = False
         self._started_at = 0
         self._start_time = 0
         self._lock = loop.Lock()
@@ -92,6 +94,7 @@ class Container:
         async with self._lock:
             self.require(State.CREATED, verb="start")
             self.state = State.STARTING
+            self._kills_above = oom.above(self.spec.cgroups)
             self._launch = loop.spawn(self._run(), name="start")
             try:
                 self._begin(await self._launch.join())
@@ -108,6 +111,7 @@ class Container:
         too.
         """
         signum = signal.SIGKILL if everything else signum
+        self._condemned |= signum == signal.SIGKILL
         await self._settle_start(abort=signum == signal.SIGKILL)
         if self.state is State.STOPPED:
             return
@@ -220,11 +224,12 @@ class Container:
         await self._finish(pb.ExitRecord(exit_code=code, finished_at=time.time_ns()))
 
     async def _finish(self, record: pb.ExitRecord) -> None:
+        seen = oom.kills(self.spec.cgroups)  # at once: systemd may be about to remove the cgroup
         try:
             await self._settle()
         except Exception as error:  # An end must be told, whatever went wrong with the rest.
             diagnostics.report("cannot settle an end", container=self.spec.id, error=error)
-        if killed := oom.kills(self.spec.cgroups):
+        if killed := max(seen, oom.kills(self.spec.cgroups)) or self._unseen_kills(record):
             record.oom_killed = True
             record.message = record.message or f"{killed} process{'es' * (killed > 1)} OOM-killed"
         self._write(record)
@@ -232,6 +237,15 @@ class Container:
         self.state = State.STOPPED
         self._stopped.set()
         self._removal = loop.spawn(self._remove(), name="remove")
+
+    def _unseen_kills(self, record: pb.ExitRecord) -> int:
+        """Return the OOM kills that the pod has more than at the start, if they must be ours: the
+        init was killed, nobody had asked us to, and our own counter has gone with the cgroup.
+        """
+        killed = record.exit_code == 128 + signal.SIGKILL and not self._condemned
+        if not killed or any(map(os.path.exists, self.spec.cgroups.values())):
+            return 0
+        return max(0, oom.above(self.spec.cgroups) - self._kills_above)
 
     async def _settle(self) -> None:
         """Kill what the init has left and bring the last output into the log."""

@@ -36,14 +36,14 @@ class Pod:
 
     async def create(self, *args: str, **options: Any) -> bundle.Bundle:
         """Create a container; `options` are those of `bundle.make` and of CreateRequest."""
-        ours = {k: options.pop(k) for k in ("stdin", "stdin_once", "log_path") if k in options}
+        names = ("stdin", "stdin_once", "log_path", "cgroups")
+        ours = {k: options.pop(k) for k in names if k in options}
         made = bundle.make(self.folder / "containers", self.root, args or FOREVER, **options)
         request = pb.CreateRequest(
             id=made.id,
             bundle=os.fspath(made.path),
-            cgroups=made.cgroups,
             terminal=options.get("terminal", False),
-            **{"log_path": os.fspath(made.log), **ours},
+            **{"log_path": os.fspath(made.log), "cgroups": made.cgroups, **ours},
         )
         await self.shim.create(request)
         return made
@@ -278,6 +278,28 @@ async def test_out_of_memory(one: Pod, script: str) -> None:
 async def test_a_kill_is_not_out_of_memory(one: Pod) -> None:
     made = await one.run(resources={"memory": {"limit": 64 << 20}})
     await one.kill(made, signal.SIGKILL)
+    assert not (await one.wait(made)).oom_killed
+
+
+@pytest.mark.parametrize(("by_us", "told"), [(False, True), (True, False)])
+async def test_out_of_memory_is_told_when_systemd_has_removed_the_cgroup_already(
+    one: Pod, tmp_path: Path, by_us: bool, told: bool
+) -> None:
+    counter = tmp_path / "memory.events"
+    counter.write_text("oom_kill 5\n")
+    made = await one.run(cgroups={"": os.fspath(tmp_path / "gone.scope")})
+    counter.write_text("oom_kill 6\n")
+    if by_us:
+        await one.kill(made, signal.SIGKILL)
+    else:
+        os.kill((await one.state(made)).pid, signal.SIGKILL)
+    assert (await one.wait(made)).oom_killed is told
+
+
+async def test_a_kill_by_another_is_not_out_of_memory(one: Pod, tmp_path: Path) -> None:
+    (tmp_path / "memory.events").write_text("oom_kill 5\n")
+    made = await one.run(cgroups={"": os.fspath(tmp_path / "gone.scope")})
+    os.kill((await one.state(made)).pid, signal.SIGKILL)
     assert not (await one.wait(made)).oom_killed
 
 

@@ -20,8 +20,8 @@ def patient(seconds: float) -> float:
 
 
 def until(condition: Callable[[], T | None], what: str, *, seconds: float = 10.0) -> T:
-    """Return the first true value of `condition`, asked every 10 ms (of hardware); AssertionError after
-    `seconds` (of hardware).
+    """Return the first true value of `condition`, asked every 10 ms; AssertionError after
+    `seconds`. Both are times of hardware.
     """
     seconds = patient(seconds)
     deadline = time.monotonic() + seconds
