@@ -171,6 +171,7 @@ def _annotations(wanted: types.ContainerInput) -> dict[str, str]:
     return {
         **wanted.annotations,
         **pod.annotations("container", wanted.pod_id, wanted.sandbox),
+        **pod.scope_annotations(wanted.cgroups_path),
         **pod.noted_annotations(
             {
                 "io.kubernetes.cri.container-name": wanted.config.metadata.name,

@@ -27,6 +27,7 @@ from cri_server.spec import (
 
 NOBODY = 65534
 INIT = "/catatonit"
+SUBGROUP = "run.oci.systemd.subgroup"
 # The last to be killed and the first to yield, as for a pause container.
 _OOM_SCORE_ADJ, _CPU_SHARES = -998, 2
 _REASONS = {
@@ -296,6 +297,7 @@ def sandbox(wanted: types.SandboxInput) -> oci.Spec:
         annotations={
             **wanted.annotations,
             **annotations("sandbox", wanted.id, wanted.config),
+            **scope_annotations(wanted.cgroups_path),
             **_sizing(wanted.config),
         },
         linux=_linux(wanted),
@@ -362,6 +364,16 @@ def _sizing(config: api.PodSandboxConfig) -> Mapping[str, str]:
         "memory": asked.memory_limit_in_bytes,
     }
     return noted_annotations({f"{prefix}{k}": str(v) for k, v in known.items() if v})
+
+
+def scope_annotations(cgroups_path: str) -> Mapping[str, str]:
+    """Have crun keep a container in its scope itself, as runc does: where systemd makes cgroups v2
+    it would make one more, `container`, below the scope (crun(1)).
+    """
+    if cgroups_path.startswith("/"):
+        return {}
+    why.default(f"annotations[{SUBGROUP}]", "the scope is the container's cgroup, with crun too")
+    return {SUBGROUP: ""}
 
 
 def noted_annotations(ours: Mapping[str, str]) -> Mapping[str, str]:

@@ -33,6 +33,13 @@ def test_annotations_are_containerds_and_the_allowed_ones() -> None:
     }
 
 
+def test_the_cgroup_of_a_container_of_crun_is_its_scope_itself() -> None:
+    key = "run.oci.systemd.subgroup"
+    given = wishes.given(cgroups_path="a.slice:cri-server:c1", annotations={key: "mine"})
+    assert spec.container(given)["annotations"][key] == ""
+    assert key not in spec.container(wishes.given())["annotations"]
+
+
 def test_nothing_of_a_requests_annotations_gets_in_by_itself() -> None:
     hostile = {"run.oci.hooks": "x", "org.systemd.property.ExecStartPre": "x"}
     given = wishes.given(
