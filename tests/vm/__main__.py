@@ -4,6 +4,7 @@
 import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,16 @@ CONSOLE = CACHE / "console.log"
 RESULTS = CACHE / "results"
 PAGE = payload.REPOSITORY / "docs" / "guest-run.md"
 TAIL = 60  # lines of the console to show again when the guest did not come to its end
-DRIVERS = ("systemd", "cgroupfs")
-DEPLOYED = "tests/integration/test_deployed.py"
+HERE = "tests/integration"
+DEPLOYED = f"{HERE}/test_deployed.py"
+# What has to do with cgroups, or with what happens to a node: with each driver. The rest: once.
+DRIVEN = tuple(
+    f"{HERE}/test_{name}.py"
+    for name in ("server", "pods", "containers", "exec", "resources", "stats", "ends", "recovery")
+)
+OTHERS = (HERE, *(f"--ignore={path}" for path in (*DRIVEN, DEPLOYED)))
 KERNEL = ("tests/unit/test_mounts.py", "tests/unit/test_linux.py", "tests/contract")
+RUNS = ("unit", "systemd", "cgroupfs", "others", "kernel")
 # What the deployed unit is asked by.
 SOCKET = {
     "CRI_ENDPOINT": "unix:///run/cri-server/cri-server.sock",
@@ -35,26 +43,29 @@ def main() -> int:
         guest = machine.Machine(root=root, payload=disk, accelerator=wanted.accelerator)
         in_time = guest.run(CONSOLE, seconds=wanted.deadline)
         payload.results(disk, RESULTS)
-    found = report.runs(RESULTS, [(run["name"], " ".join(run["tests"])) for run in todo])
+    found = report.runs(RESULTS, [(run["name"], run["tests"]) for run in todo])
     if wanted.page:
         PAGE.write_text(report.page(RESULTS, found))
     return verdict(wanted, found, in_time=in_time)
 
 
 def plan(wanted: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the runs of pytest, in order: name, tests, cgroup driver, further environment."""
+    """Return the runs of pytest, in order: name, arguments, cgroup driver, further environment."""
     if wanted.tests:
-        return [
-            {"name": driver, "tests": wanted.tests, "driver": driver, "env": {}}
-            for driver in wanted.drivers
-        ]
-    each = [
-        {"name": driver, "tests": ["tests/integration"], "driver": driver, "env": {}}
-        for driver in wanted.drivers
-    ]
-    unit = {"name": "unit", "tests": [DEPLOYED], "driver": "systemd", "env": SOCKET}
-    kernel = {"name": "kernel", "tests": [*KERNEL], "driver": "cgroupfs", "env": {}}
-    return [unit, *each, kernel]
+        drivers = [run for run in wanted.runs if run in ("systemd", "cgroupfs")]
+        return [_run(driver, wanted.tests, driver) for driver in drivers]
+    known = {
+        "unit": _run("unit", [DEPLOYED], "systemd", **SOCKET),
+        "systemd": _run("systemd", DRIVEN, "systemd"),
+        "cgroupfs": _run("cgroupfs", DRIVEN, "cgroupfs"),
+        "others": _run("others", OTHERS, "systemd"),
+        "kernel": _run("kernel", KERNEL, "cgroupfs"),
+    }
+    return [known[name] for name in wanted.runs]
+
+
+def _run(name: str, tests: Sequence[str], driver: str, **env: str) -> dict[str, Any]:
+    return {"name": name, "tests": [*tests], "driver": driver, "env": env}
 
 
 def verdict(wanted: argparse.Namespace, found: list[report.Run], *, in_time: bool) -> int:
@@ -73,7 +84,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.vm", description=__doc__)
     parser.add_argument("--deadline", type=float, default=7200, metavar="SECONDS")
     parser.add_argument("--accelerator", default="tcg", help="of qemu: tcg or kvm")
-    parser.add_argument("--drivers", nargs="+", default=DRIVERS, choices=DRIVERS)
+    parser.add_argument("--runs", nargs="+", default=RUNS, choices=RUNS, help="these alone")
     parser.add_argument("--page", action="store_true", help="write docs/guest-run.md")
     parser.add_argument("tests", nargs="*", help="pytest's arguments, in place of the whole plan")
     return parser.parse_args()

@@ -42,7 +42,7 @@ class Machine:
             "-kernel", os.fspath(self.root.kernel), "-initrd", os.fspath(self.root.initrd),
             "-append", PARAMETERS,
             "-drive", f"file={self.root.disk},if=virtio,format=raw,snapshot=on",
-            "-drive", f"file={self.payload},if=virtio,format=raw",
+            "-drive", f"file={self.payload},if=virtio,format=raw,cache=unsafe",
         ]  # fmt: skip
 
     def run(self, console: Path, *, seconds: float) -> bool:

@@ -39,9 +39,9 @@ class Run:
         return self.passed > 0 and not self.failed and not self.missing
 
 
-def runs(results: Path, names: Sequence[tuple[str, str]]) -> list[Run]:
+def runs(results: Path, names: Sequence[tuple[str, Sequence[str]]]) -> list[Run]:
     """Read the results of the runs of these names and tests."""
-    return [_run(results / f"{name}.xml", name, tests) for name, tests in names]
+    return [_run(results / f"{name}.xml", name, _short(tests)) for name, tests in names]
 
 
 def _run(file: Path, name: str, tests: str) -> Run:
@@ -62,6 +62,16 @@ def _run(file: Path, name: str, tests: str) -> Run:
         skipped=tuple(skipped),
         seconds=float(suite.get("time") or 0),
     )
+
+
+def _short(arguments: Sequence[str]) -> str:
+    """Return pytest's arguments as they are for people: file names, and one word for what is left
+    out.
+    """
+    names = [word for word in arguments if not word.startswith("--ignore=")]
+    rest = " (the others)" if len(names) < len(arguments) else ""
+    folder = "tests/integration/test_"
+    return ", ".join(n.removeprefix(folder).removesuffix(".py") for n in names) + rest
 
 
 def page(results: Path, found: Sequence[Run]) -> str:
