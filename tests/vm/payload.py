@@ -21,7 +21,8 @@ from tests.vm import image
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SOURCES = ("cri_server", "shim", "pyproject.toml", "README.md", "LICENSE")
-TOOLS = ("pytest", "pytest-asyncio", "pytest-timeout")
+TOOLS = ("pytest", "pytest-asyncio", "pytest-timeout", "blockbuster", "hypothesis")
+SDISTS = ("forbiddenfruit",)  # what these need and nobody offers as a wheel; pure Python
 TESTS = ("tests", "deploy", "proto", "pyproject.toml")
 SIZE = "2G"  # sparse
 _JUNK = shutil.ignore_patterns("__pycache__", "build")
@@ -66,9 +67,11 @@ def tools() -> list[str]:
 
 def _wheels(target: Path, tree: Path, python: str) -> None:
     copy(SOURCES, tree)
-    _pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", target, tree)
+    build = ("--no-deps", "--no-build-isolation", "-w", target)
+    _pip("wheel", *build, "--no-index", tree)
     ours = next(target.glob("*.whl"))
-    for_guest = ("--only-binary=:all:", "--python-version", python)
+    _pip("wheel", *build, *SDISTS)
+    for_guest = ("--only-binary=:all:", "--python-version", python, "-f", target)
     _pip("download", *for_guest, "-d", target, ours, *tools())
 
 
