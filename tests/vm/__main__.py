@@ -2,6 +2,7 @@
 """`python -m tests.vm`: build, boot, wait, report. See the package's docstring."""
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ def main() -> int:
     """Return 0 when every test that ran in the guest has passed."""
     wanted = arguments()
     todo = plan(wanted)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the guest ends with us
     root = image.provide(CACHE / "images")
     with tempfile.TemporaryDirectory(prefix="run-", dir=CACHE) as home:
         disk = Path(home, "payload")
@@ -43,7 +45,7 @@ def main() -> int:
         guest = machine.Machine(root=root, payload=disk, accelerator=wanted.accelerator)
         in_time = guest.run(CONSOLE, seconds=wanted.deadline)
         payload.results(disk, RESULTS)
-    found = report.runs(RESULTS, [(run["name"], run["tests"]) for run in todo])
+    found = report.runs(RESULTS, todo)
     if wanted.page:
         PAGE.write_text(report.page(RESULTS, found))
     return verdict(wanted, found, in_time=in_time)

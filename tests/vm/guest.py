@@ -44,8 +44,8 @@ def facts() -> dict[str, Any]:
     return {
         "system": said("sh", "-c", '. /etc/os-release; echo "$PRETTY_NAME"'),
         "kernel": os.uname().release,
-        "cgroups": said("stat", "-fc", "%T", "/sys/fs/cgroup"),
-        "controllers": Path("/sys/fs/cgroup/cgroup.controllers").read_text().strip(),
+        "cgroup file system": said("stat", "-fc", "%T", "/sys/fs/cgroup"),
+        "cgroup controllers": Path("/sys/fs/cgroup/cgroup.controllers").read_text().strip(),
         "init": said("systemctl", "--version").partition("\n")[0],
         "security modules": Path("/sys/kernel/security/lsm").read_text().strip(),
         "runc": said("runc", "--version").partition("\n")[0],
@@ -106,7 +106,7 @@ def pytest(*, name: str, tests: list[str], driver: str, env: dict[str, str]) -> 
         for line in run.stdout:
             log.write(line)
             print(line.decode(errors="replace").rstrip()[:150], flush=True)
-        run.wait()
+        (RESULTS / f"{name}.status").write_text(str(run.wait()))
 
 
 def write(name: str, value: object) -> None:

@@ -7,7 +7,6 @@ results can be read from it, also after a kill.
 """
 
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -76,5 +75,5 @@ class Machine:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+            start_new_session=True,  # Ctrl-C is for us, and we end it
         )

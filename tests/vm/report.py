@@ -7,9 +7,10 @@ A run without its JUnit file has not ended, and counts as failed.
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 PAGE = """\
@@ -24,29 +25,35 @@ against that unit, and the integration tests with each cgroup driver on servers 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """One run of pytest: what became of its tests. `missing`: it never came to its end."""
+    """One run of pytest: what became of its tests. `missing`: it never came to its end.
+
+    `status` is that of pytest: 1 also when tests passed and left something behind.
+    """
 
     name: str
+    driver: str
     tests: str
     passed: int = 0
     failed: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()  # the reason of each
     seconds: float = 0.0
     missing: bool = False
+    status: int = 1
 
     @property
     def good(self) -> bool:
-        return self.passed > 0 and not self.failed and not self.missing
+        return self.passed > 0 and self.status == 0 and not self.failed and not self.missing
 
 
-def runs(results: Path, names: Sequence[tuple[str, Sequence[str]]]) -> list[Run]:
-    """Read the results of the runs of these names and tests."""
-    return [_run(results / f"{name}.xml", name, _short(tests)) for name, tests in names]
+def runs(results: Path, plan: Sequence[Mapping[str, Any]]) -> list[Run]:
+    """Read the results of a plan: name, cgroup driver and arguments (tests) of each run."""
+    return [_run(results, each["name"], each["driver"], _short(each["tests"])) for each in plan]
 
 
-def _run(file: Path, name: str, tests: str) -> Run:
+def _run(results: Path, name: str, driver: str, tests: str) -> Run:
+    file = results / f"{name}.xml"
     if not file.exists():
-        return Run(name=name, tests=tests, missing=True)
+        return Run(name=name, driver=driver, tests=tests, missing=True)
     suite = next(ElementTree.parse(file).getroot().iter("testsuite"))
     failed, skipped = [], []
     for case in suite.iter("testcase"):
@@ -56,11 +63,13 @@ def _run(file: Path, name: str, tests: str) -> Run:
     cases = len({(c.get("classname"), c.get("name")) for c in suite.iter("testcase")})
     return Run(
         name=name,
+        driver=driver,
         tests=tests,
         passed=cases - len({*failed}) - len(skipped),
         failed=tuple(dict.fromkeys(failed)),
         skipped=tuple(skipped),
         seconds=float(suite.get("time") or 0),
+        status=int((results / f"{name}.status").read_text()),
     )
 
 
@@ -87,17 +96,19 @@ def _facts(file: Path) -> Iterator[str]:
 
 
 def _table(found: Sequence[Run]) -> Iterator[str]:
-    yield "| run | tests | passed | failed | skipped | minutes |"
-    yield "|---|---|---|---|---|---|"
+    yield "| run | cgroup driver | tests | passed | failed | skipped | minutes |"
+    yield "|---|---|---|---|---|---|---|"
     for run in found:
         failed = "did not end" if run.missing else str(len(run.failed))
         numbers = f"{run.passed} | {failed} | {len(run.skipped)} | {run.seconds / 60:.0f}"
-        yield f"| {run.name} | {run.tests} | {numbers} |"
+        yield f"| {run.name} | {run.driver} | {run.tests} | {numbers} |"
     yield ""
 
 
 def _details(found: Sequence[Run]) -> Iterator[str]:
     for run in found:
+        if run.status and not run.failed and not run.missing:
+            yield from (f"{run.name}: pytest ended with {run.status}, see its log.", "")
         if run.failed:
             yield from (f"Failed in {run.name}:", "", *(f"- {name}" for name in run.failed), "")
     reasons = Counter(reason for run in found for reason in run.skipped)
