@@ -5,6 +5,7 @@
         config.json   rootfs/      what the OCI runtime reads
         origins.json               why config.json is as it is: for `cri-server explain`
         exit.json                  what the shim writes when the container has ended
+        mounts/                    id-mapped copies of volumes, until it has started
 
 A hostile image must not steer us or the OCI runtime (hazards.md §3): the user is resolved and the
 mount targets are made here, inside the mounted root, before any runtime looks at it.
@@ -34,6 +35,7 @@ from cri_server import (
     config,
     errors,
     host,
+    idmap,
     imagevolumes,
     labels,
     limits,
@@ -61,6 +63,7 @@ LOOK_TIMEOUT = (
 )
 LABEL_TIMEOUT = 600.0  # seconds for all files of all volumes that are to be labelled
 KILL_TIMEOUT = 10.0
+_SYSFS = "sysfs"  # among copies, whose other names are absolute paths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +82,16 @@ class Request:
     def config(self) -> api.ContainerConfig:
         return self.container.config
 
+    @property
+    def ids(self) -> spec.IdMap | None:
+        """What the pod's own user namespace maps."""
+        return spec.ids(self.pod.config)
+
+    @property
+    def owner(self) -> tuple[int, int]:
+        """Uid and gid of the container's root on the host."""
+        return podfiles.root_of(self.pod)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Host:
@@ -88,6 +101,8 @@ class _Host:
     devices: tuple[spec.DeviceNode, ...]
     host_devices: tuple[spec.DeviceNode, ...]
     seccomp: Mapping[str, object] | None
+    copies: Mapping[str, idmap.Copy] = dataclasses.field(default_factory=dict)
+    locked: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 class Bundles:
@@ -128,13 +143,16 @@ class Bundles:
                 found = await self._with_images(wanted, found)
         with recipe.step("rootfs"):
             await asyncio.to_thread(self._mount, wanted)
+        if wanted.ids:
+            with recipe.step("id-mapped mounts"):
+                found = await self._mapped(wanted, found)
         with recipe.step("spec"):
             return await asyncio.to_thread(self._prepare, wanted, found)
 
     async def _with_images(self, wanted: Request, found: _Host) -> _Host:
         options = self._pod_labels(wanted.pod).mount_options
         places = await self._image_volumes.mount(
-            wanted.pod.id, wanted.config, wanted.volumes, options
+            wanted.pod.id, wanted.config, wanted.volumes, options, self._userns(wanted)
         )
         added = {k: sources.Source(path=p, directory=True) for k, p in places.items()}
         return dataclasses.replace(found, mounts={**found.mounts, **added})
@@ -175,12 +193,45 @@ class Bundles:
         return spec.labels_of_pod(pod.config, pod.selinux_level, self._facts.facts(pod.handler))
 
     def _mount(self, wanted: Request) -> None:
-        container = wanted.container
-        root = self.directory(container.id) / "rootfs"
-        root.mkdir(parents=True, mode=0o700)
-        self._snapshots.create(container.id, container.layers)
+        """Mount the root, where nobody but the container's own root can reach it."""
+        container, folder = wanted.container, self.directory(wanted.container.id)
+        folder.mkdir(parents=True, mode=0o700)
+        podfiles.admit(folder, wanted.owner)
+        root = folder / "rootfs"
+        root.mkdir(mode=0o700)
         options = self._labels(wanted).mount_options
-        self._snapshots.mount(container.id, container.layers, root, options)
+        self._snapshots.mount(
+            container.id, container.layers, root, options, mapped=self._userns(wanted)
+        )
+
+    def _userns(self, wanted: Request) -> snapshots.Mapped | None:
+        """Return whose ids the files of images must show, None for the host's."""
+        if wanted.ids is None:
+            return None
+        return snapshots.Mapped(userns=self._files.userns(wanted.pod), ids=wanted.ids)
+
+    async def _mapped(self, wanted: Request, found: _Host) -> _Host:
+        """Attach what the container takes from the host in the shape in which it may have it."""
+        folder = self.directory(wanted.container.id) / "mounts"
+        sources = {path: source.path for path, source in found.mounts.items()}
+        copies = idmap.of_container(
+            wanted.config, folder, sources=sources, userns=self._files.userns(wanted.pod)
+        )
+        if not wanted.pod.own_network:
+            copies[_SYSFS] = idmap.sysfs(folder)
+
+        shallow = self._facts.facts(wanted.pod.handler).shallow_binds
+
+        def work() -> dict[str, tuple[str, ...]]:
+            if shallow:
+                idmap.check_flat(sources.values(), wanted.pod.handler)
+            if copies:
+                idmap.attach(copies.values(), folder)
+            paths = [*sources.values(), *(c.target for c in copies.values()), str(self.root)]
+            return {path: idmap.locked(path) for path in paths}
+
+        locked = await apart.call(work, within=LOOK_TIMEOUT, what="a mount source")
+        return dataclasses.replace(found, copies=copies, locked=locked)
 
     def _prepare(self, wanted: Request, found: _Host) -> state.Container:
         """Make config.json and origins.json."""
@@ -195,18 +246,22 @@ class Bundles:
         """Resolve the user, write config.json, make what the runtime will mount on."""
         root = str(self.directory(wanted.container.id) / "rootfs")
         user = rootfs.resolve_user(root, spec.user_request(wanted.config, wanted.image.config))
+        spec.check_user(user, wanted.ids, "run_as_user")
         document = spec.container(self._input(wanted, found, user))
         plain = {s.path for s in found.mounts.values() if not s.directory}
         plain |= {str(p) for p in self._pod_files(wanted.pod) if Path(p).is_file()}
+        plain |= {c.target for c in found.copies.values() if not os.path.isdir(c.target)}
+        plain |= {node.host_path for node in found.devices}
         images = {s.path for key, s in found.mounts.items() if not key.startswith("/")}
+        owner = wanted.owner
         document["mounts"] = rootfs.make_mountpoints(
-            root, document["mounts"], files=plain, images=images
+            root, document["mounts"], files=plain, images=images, owner=owner
         )
         covered = [m["destination"] for m in document["mounts"]]
-        rootfs.make_workdir(root, document["process"]["cwd"], covered=covered)
+        rootfs.make_workdir(root, document["process"]["cwd"], covered=covered, owner=owner)
         if asked := spec.image_volumes(wanted.config, wanted.image.config):  # last: it copies
             folder = self._snapshots.volumes(wanted.container.id)
-            made = volumes.make(root, asked, folder, covered=covered)
+            made = volumes.make(root, asked, folder, covered=covered, owner=owner)
             document["mounts"] = spec.with_volumes(document["mounts"], made)
             if label := self._labels(wanted).mount:
                 relabel.relabel(os.path.realpath(folder), label)
@@ -246,6 +301,10 @@ class Bundles:
             seccomp_profile=found.seccomp,
             selinux_level=pod.selinux_level,
             annotations=self._annotations(wanted),
+            ids=wanted.ids,
+            mapped={path: copy.target for path, copy in found.copies.items()},
+            sysfs="" if pod.own_network or not wanted.ids else found.copies[_SYSFS].target,
+            locked=self._locked(wanted, found),
         )
 
     def _defaults(self, handler: str) -> spec.Defaults:
@@ -254,6 +313,13 @@ class Bundles:
             capabilities=capability.chosen(wanted.default_capabilities),
             rlimits=limits.rlimits(wanted.default_rlimits),
         )
+
+    def _locked(self, wanted: Request, found: _Host) -> dict[str, tuple[str, ...]]:
+        """Return the flags of sources that stay, also of the pod's files, by path."""
+        if not wanted.ids:
+            return {}
+        ours = found.locked[str(self.root)]  # one file system with the pods' folders
+        return {**found.locked, **dict.fromkeys(self._pod_files(wanted.pod), ours)}
 
     def _annotations(self, wanted: Request) -> dict[str, str]:
         """Return the annotations that the handler's configuration lets through to the runtime."""
@@ -286,9 +352,10 @@ class Bundles:
             str(directory / "hosts"),
         )
 
-    def request(self, container: state.Container) -> shim_pb2.CreateRequest:
+    def request(self, container: state.Container, pod: state.Pod) -> shim_pb2.CreateRequest:
         """Return what the shim must know to run the bundle."""
         wanted = container.config
+        uid, gid = podfiles.root_of(pod)
         return shim_pb2.CreateRequest(
             id=container.id,
             bundle=str(self.directory(container.id)),
@@ -297,6 +364,8 @@ class Bundles:
             stdin=wanted.stdin,
             stdin_once=wanted.stdin_once,
             cgroups=self._groups.directories(container.cgroups_path),
+            uid=uid,
+            gid=gid,
         )
 
     def limit(
@@ -323,6 +392,18 @@ class Bundles:
         temporary.replace(path)
         origins.amend(path.parent, found, "as updated")
 
+    async def let_go(self, container_id: str) -> None:
+        """Unmount our copies of a container's volumes, which it does not need once it has started.
+
+        What cannot be unmounted is logged and left to `remove`.
+        """
+        folder = self.directory(container_id) / "mounts"
+        if folder.exists():
+            try:
+                await asyncio.to_thread(idmap.remove, folder)
+            except OSError as e:
+                log.warning("id-mapped mounts stay", container=container_id, error=str(e))
+
     # -- remove -----------------------------------------------------------------------------------
 
     async def remove(self, container: state.Container) -> None:
@@ -334,7 +415,8 @@ class Bundles:
     def sweep(self, container_id: str) -> None:
         """Do the work of `remove`; blocks. Needs no free space."""
         directory = self.directory(container_id)
-        for target in mounts.mounts_below(str(directory)):
+        idmap.remove(directory / "mounts")  # nothing may be deleted while a volume is there
+        for target in mounts.mounts_below(os.path.realpath(directory)):
             mounts.unmount(target)
         if directory.exists():
             shutil.rmtree(directory)

@@ -35,6 +35,9 @@ TOOLS = {
 }
 
 
+NO_USERNS = "pods with hostUsers: false are refused"
+
+
 class Status(StrEnum):
     OK = "ok"
     LIMITED = "limited"
@@ -61,12 +64,13 @@ async def run(settings: config.Config, *, as_json: bool) -> int:
 async def look(settings: config.Config) -> list[Finding]:
     """Return a finding for everything that is looked at, in the order of the report."""
     hierarchy = cgroups.detect()
-    facts = host.probe(hierarchy, await host.runtimes(settings))
+    facts = host.probe(hierarchy, await host.runtimes(settings), places=settings.server)
     driver = cgroups.driver(settings.runtime.cgroup_driver)
     return [
         _kernel(facts),
         *_cgroups(facts, driver),
         *await asyncio.to_thread(_file_systems, settings.server.root),
+        _user_namespaces(facts.no_user_namespaces),
         *_security(facts),
         *_runtimes(settings, facts),
         *await asyncio.to_thread(lambda: list(_network(settings.network))),
@@ -103,10 +107,10 @@ def _cgroups(facts: host.Host, driver: str) -> Iterator[Finding]:
 
 
 def _file_systems(root: Path) -> list[Finding]:
-    """Try overlayfs and id-mapped mounts where the images will be."""
+    """Try overlayfs where the images will be."""
     place = _nearest(root)
     with tempfile.TemporaryDirectory(prefix="cri-server-check-", dir=place) as name:
-        return [_overlay(Path(name)), _mount_api(), _idmap(Path(name))]
+        return [_overlay(Path(name)), _mount_api()]
 
 
 def _nearest(path: Path) -> Path:
@@ -144,28 +148,10 @@ def _mount_api() -> Finding:
     return _ok("mount API", "fsopen works")
 
 
-def _idmap(directory: Path) -> Finding:
-    """Ask the kernel to id-map a bind mount with a user namespace that is not one: EINVAL says it
-    can.
-    """
-    fd = linux.open_tree(
-        linux.AT_FDCWD, str(directory), linux.OPEN_TREE_CLONE | linux.OPEN_TREE_CLOEXEC
-    )
-    own = os.open("/proc/self/ns/user", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        linux.mount_setattr(
-            fd, "", linux.AT_EMPTY_PATH, attr_set=linux.MOUNT_ATTR_IDMAP, userns_fd=own
-        )
-    except OSError as e:
-        if e.errno in (1, 22):  # EPERM: the initial user namespace is refused, as it should be
-            return _ok("id-mapped mounts", "the kernel knows them")
-        return _limited(
-            "id-mapped mounts", str(e.strerror), "user namespaces with volumes need Linux 5.12"
-        )
-    finally:
-        os.close(own)
-        os.close(fd)
-    return _ok("id-mapped mounts", "work")
+def _user_namespaces(why_not: str) -> Finding:
+    if why_not:
+        return _limited("user namespaces", why_not, f"{NO_USERNS}, unless that is mended")
+    return _ok("user namespaces", "pods can have their own; layers and volumes can be id-mapped")
 
 
 # -- security ------------------------------------------------------------------------------------
@@ -245,6 +231,9 @@ def _vulnerabilities(name: str, found: host.RuntimeFacts) -> Iterator[Finding]:
 
 def _quirks(name: str, facts: host.Host) -> Iterator[Finding]:
     """What a runtime is known to refuse on hosts like this one."""
+    why_not = facts.why_no_user_namespaces(name)
+    if why_not and why_not != facts.no_user_namespaces:
+        yield _limited(f"{name}: user namespaces", why_not, NO_USERNS)
     hugetlb = facts.hierarchy.mode == "hybrid" and "hugetlb" not in facts.hierarchy.v1
     if name == "crun" and hugetlb:
         yield _limited(

@@ -188,15 +188,18 @@ class Containers:
                 raise errors.FailedPrecondition(
                     f"container {container.id[:13]} is {_state_name(container)}: cannot be started"
                 )
-            self._ready_pod(container.pod_id)
-            await self._start(container)
+            pod = self._ready_pod(container.pod_id)
+            try:
+                await self._start(container, pod)
+            finally:
+                await self._bundles.let_go(container.id)
 
-    async def _start(self, container: state.Container) -> None:
+    async def _start(self, container: state.Container, pod: state.Pod) -> None:
         recipe = steps.Steps("container started", pod=container.pod_id, container=container.id)
         try:
             async with self._shims.asked(container.pod_id) as shim:
                 with recipe.step("shim create"):
-                    await shim.create(self._bundles.request(container))
+                    await shim.create(self._bundles.request(container, pod))
                 with recipe.step("runtime run"):
                     answer = await shim.start(shim_pb2.StartRequest(id=container.id))
         except errors.CriError as e:
@@ -279,9 +282,10 @@ class Containers:
         if not container.complete:
             await self._undo(container, "the server was killed while it made this container")
         elif container.finished_at:
-            return
+            await self._bundles.let_go(container.id)
         elif seen is not None and seen.state in (shim_pb2.RUNNING, shim_pb2.STOPPED):
             noted = await self._store.note_container(_started(container, seen))
+            await self._bundles.let_go(container.id)
             following = self.follow(noted)
             if seen.state == shim_pb2.STOPPED:
                 await asyncio.wait([following], timeout=RECOVERY_PATIENCE)
@@ -327,10 +331,13 @@ class Containers:
 
     async def stop_all(self, pod_id: str) -> None:
         """Kill every container of the pod (CRI StopPodSandbox: no grace)."""
-        running = [c for c in self._store.containers(pod_id) if c.id in self._running]
+        known = self._store.containers(pod_id)
         async with asyncio.TaskGroup() as group:
-            for container in running:
-                group.create_task(self.stop(container.id, 0))
+            for container in known:
+                if container.id in self._running:
+                    group.create_task(self.stop(container.id, 0))
+                else:  # it will never start: the kubelet wants to unmount its volumes
+                    group.create_task(self._bundles.let_go(container.id))
 
     # -- remove -----------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from cri_server import apparmor, cgroups, commands, config, labels, limits, spec
+from cri_server import apparmor, cgroups, commands, config, labels, limits, spec, userns
 from shim import linux
 
 _SIZES = {"kB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
@@ -42,10 +42,24 @@ class RuntimeFacts:
     def recursive_read_only(self) -> bool:
         return "rro" in self.features.get("mountOptions", ())
 
+    @property
+    def user_namespaces(self) -> bool:
+        """Whether it joins a user namespace."""
+        if self.old_crun:
+            return True
+        return "user" in self.features.get("linux", {}).get("namespaces", ())
+
+    @property
+    def old_crun(self) -> bool:
+        """crun without `features`, as Debian 12 has it: it joins user namespaces, but in one its
+        bind mounts are never recursive.
+        """
+        return not self.features and os.path.basename(self.path) == "crun"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """The facts of the kernel and of our own rights."""
+    """The facts of the kernel and of our own rights. `no_user_namespaces`: see `userns.why_not`."""
 
     kernel: str
     hierarchy: cgroups.Hierarchy
@@ -62,6 +76,7 @@ class Host:
     hugepage_sizes: frozenset[str]
     overlayfs: bool
     runtimes: Mapping[str, RuntimeFacts] = field(default_factory=dict)
+    no_user_namespaces: str = ""
 
     @property
     def kernel_version(self) -> tuple[int, int]:
@@ -79,6 +94,19 @@ class Host:
         """
         facts = self.runtimes.get(handler)
         return facts is not None and facts.recursive_read_only and self.kernel_version >= (5, 12)
+
+    def why_no_user_namespaces(self, handler: str) -> str:
+        """Return why pods of a handler cannot have user namespaces of their own, "" if they can.
+
+        Volumes with mappings are ours to make (`idmap`); the runtime need not know them.
+        """
+        if self.kernel_version < userns.LAYERS:
+            needed = ".".join(map(str, userns.LAYERS))
+            return f"overlayfs takes no id-mapped layers before Linux {needed}"
+        runtime = self.runtimes.get(handler)
+        if not self.no_user_namespaces and runtime and not runtime.user_namespaces:
+            return f"{runtime.path} does not list user namespaces among its features"
+        return self.no_user_namespaces
 
     @cached_property
     def _facts(self) -> dict[str, spec.HostFacts]:
@@ -104,13 +132,23 @@ class Host:
             swap_accounting=self.swap_accounting,
             hugepage_sizes=self.hugepage_sizes,
             recursive_read_only=self.recursive_read_only(handler),
+            no_user_namespaces=self.why_no_user_namespaces(handler),
+            shallow_binds=(runtime := self.runtimes.get(handler)) is not None and runtime.old_crun,
             rlimit_ceilings=_rlimit_ceilings(raised=self.raises_limits),
             memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         )
 
 
-def probe(hierarchy: cgroups.Hierarchy, found: Mapping[str, RuntimeFacts]) -> Host:
-    """Look at the kernel and at this process. Blocks for some milliseconds, leaves nothing."""
+def probe(
+    hierarchy: cgroups.Hierarchy,
+    found: Mapping[str, RuntimeFacts],
+    *,
+    places: config.Server | None = None,
+) -> Host:
+    """Look at the kernel and at this process; with `places` also at what can be mounted there.
+
+    Blocks for some milliseconds, leaves nothing.
+    """
     controllers = hierarchy.controllers()
     known = _known_capabilities()
     return Host(
@@ -129,6 +167,7 @@ def probe(hierarchy: cgroups.Hierarchy, found: Mapping[str, RuntimeFacts]) -> Ho
         hugepage_sizes=_hugepage_sizes() if "hugetlb" in controllers else frozenset(),
         overlayfs="overlay" in Path("/proc/filesystems").read_text(),
         runtimes=found,
+        no_user_namespaces=userns.why_not(places.root, places.state) if places else "",
     )
 
 

@@ -51,37 +51,50 @@ class ImageVolumes:
         config: api.ContainerConfig,
         images: Mapping[str, store.Image],
         options: Sequence[str] = (),
+        mapped: snapshots.Mapped | None = None,
     ) -> dict[str, str]:
         """Mount what the container wants and is not mounted yet; return folders by
         `spec.source_key`.
 
-        `options` are mount options beside the usual ones: the pod's SELinux label. `config` and
-        `images` are from `resolve`; who calls has claimed the layers. Raises CriError with the
-        kubelet's prefix.
+        `options` are mount options beside the usual ones: the pod's SELinux label. `mapped` is the
+        pod's user namespace, whose root the files then belong to. `config` and `images` are from
+        `resolve`; who calls has claimed the layers. Raises CriError with the kubelet's prefix.
         """
         found: dict[str, str] = {}
         for wanted in spec.image_mounts(config):
             with spec.explained(wanted.container_path):
-                fs = await self._mount(pod_id, images[wanted.image.image], options)
+                fs = await self._mount(pod_id, images[wanted.image.image], options, mapped)
                 found[spec.source_key(wanted)] = await asyncio.to_thread(
                     _inside, fs, wanted.image_sub_path
                 )
         return found
 
-    async def _mount(self, pod_id: str, image: store.Image, options: Sequence[str]) -> Path:
+    async def _mount(
+        self,
+        pod_id: str,
+        image: store.Image,
+        options: Sequence[str],
+        mapped: snapshots.Mapped | None,
+    ) -> Path:
         folder = self._folder(pod_id) / image.id.removeprefix("sha256:")
         async with self._locks.held(pod_id):
             self._mounted.setdefault(pod_id, {})[folder.name] = image.layers
-            await asyncio.to_thread(self._make, folder, image.layers, options)
+            await asyncio.to_thread(self._make, folder, image.layers, options, mapped)
         return folder / "fs"
 
-    def _make(self, folder: Path, layers: _Layers, options: Sequence[str]) -> None:
+    def _make(
+        self,
+        folder: Path,
+        layers: _Layers,
+        options: Sequence[str],
+        mapped: snapshots.Mapped | None,
+    ) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         note = folder / "layers.json"
         if not note.exists():
             (folder / "layers.tmp").write_bytes(msgspec.json.encode(layers))
             (folder / "layers.tmp").rename(note)
-        self._snapshots.mount_readonly(layers, folder / "fs", (*OPTIONS, *options))
+        self._snapshots.mount_readonly(layers, folder / "fs", (*OPTIONS, *options), mapped)
 
     async def remove(self, pod_id: str) -> None:
         """Unmount all images of a pod. Idempotent. Raises OSError."""

@@ -81,7 +81,10 @@ class Info:
         return api.StatusResponse(
             status=api.RuntimeStatus(conditions=conditions),
             runtime_handlers=[self._handler(name) for name in ("", *self._settings.runtimes)],
-            features=api.RuntimeFeatures(supplemental_groups_policy=True),
+            features=api.RuntimeFeatures(
+                supplemental_groups_policy=True,
+                user_namespaces_host_network=self._user_namespaces(self._settings.runtime.default),
+            ),
             info=self._status_info() if verbose else {},
         )
 
@@ -96,9 +99,15 @@ class Info:
         )
 
     def _handler(self, name: str) -> api.RuntimeHandler:
-        recursive = self._facts.recursive_read_only(name or self._settings.runtime.default)
-        features = api.RuntimeHandlerFeatures(recursive_read_only_mounts=recursive)
+        handler = name or self._settings.runtime.default
+        features = api.RuntimeHandlerFeatures(
+            recursive_read_only_mounts=self._facts.recursive_read_only(handler),
+            user_namespaces=self._user_namespaces(handler),
+        )
         return api.RuntimeHandler(name=name, features=features)
+
+    def _user_namespaces(self, handler: str) -> bool:
+        return not self._facts.why_no_user_namespaces(handler)
 
     def _status_info(self) -> dict[str, str]:
         network = self._network.status()
@@ -121,6 +130,7 @@ class Info:
             "seccomp": facts.seccomp,
             "capSysResource": facts.raises_limits,
             "swapAccounting": facts.swap_accounting,
+            "noUserNamespaces": facts.no_user_namespaces,
             "runtimes": {n: dataclasses.asdict(r) for n, r in facts.runtimes.items()},
             "podCIDR": self._pod_cidr,
         }

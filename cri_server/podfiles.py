@@ -3,11 +3,14 @@
 
     <state>/pods/<pod id>/
         shim.sock           the shim listens here
-        ns/{ipc,uts}        pinned namespaces
+        ns/{user,ipc,uts}   pinned namespaces
         sandbox/            bundle of the sandbox container, where the pod has one
         shm/                /dev/shm: a tmpfs, unless the pod uses the host's IPC namespace
         hostname  hosts  resolv.conf
         sandbox.json  origins.json    for `cri-server explain`
+
+Other users cannot enter, but for the root of the pod's own user namespace: it is what the OCI
+runtime is when it looks for the sandbox container's root.
 
 `create` and `remove` are a pair: `remove` takes away whatever is there and does not ask how far
 `create` got. All functions block; callers run them in a thread.
@@ -62,23 +65,32 @@ class PodFiles:
         paths = {"network": pod.netns, "uts": str(pins / "uts")} if pod.own_network else {}
         if own_ipc(pod.config):
             paths["ipc"] = str(pins / "ipc")
+        if spec.ids(pod.config):
+            paths["user"] = self.userns(pod)
         if pod.pid:
             paths["pid"] = f"/proc/{pod.pid}/ns/pid"
         return paths
 
+    def userns(self, pod: state.Pod) -> str:
+        """Return where the pod's user namespace is pinned, if it has its own."""
+        return str(self.directory(pod.id) / "ns/user")
+
     def create(self, pod: state.Pod, *, shm_size: int, labels: spec.Labels) -> None:
         """Make the directory, its files and the shm mount of `shm_size` bytes; `labels` are the
-        pod's for SELinux.
+        pod's for SELinux, and the pod's root is the owner.
         """
-        directory = self.directory(pod.id)
-        (directory / "ns").mkdir(parents=True, mode=0o700)
+        directory, owner = self.directory(pod.id), root_of(pod)
+        directory.mkdir(parents=True, mode=0o700, exist_ok=True)
+        admit(directory, owner)
+        (directory / "ns").mkdir(mode=0o700)
         why.default("sandbox.files[/etc/hostname]", "the pod's host name")
-        _write(directory / "hostname", hostname(pod) + "\n")
+        _write(directory / "hostname", hostname(pod) + "\n", owner)
         why.host("sandbox.files[/etc/hosts]", "a copy of the host's; the kubelet mounts its own")
-        _write(directory / "hosts", _read("/etc/hosts") or "127.0.0.1\tlocalhost\n")
-        _write(directory / "resolv.conf", resolv_conf(pod.config.dns_config))
+        _write(directory / "hosts", _read("/etc/hosts") or "127.0.0.1\tlocalhost\n", owner)
+        _write(directory / "resolv.conf", resolv_conf(pod.config.dns_config), owner)
         if own_ipc(pod.config):
-            _mount_shm(directory / "shm", shm_size, labels.mount_options)
+            belongs = (f"uid={owner[0]}", f"gid={owner[1]}")
+            _mount_shm(directory / "shm", shm_size, (*belongs, *labels.mount_options))
         self.relabel(pod.id, labels.mount)
 
     def relabel(self, pod_id: str, label: str) -> None:
@@ -103,6 +115,21 @@ def _note_namespaces(pod: state.Pod) -> None:
     for kind, field in (("network", "network"), ("uts", "network"), ("ipc", "ipc")):
         own = own_ipc(pod.config) if kind == "ipc" else pod.own_network
         why.pod(f"sandbox.namespaces[{kind}]", f"{_OPTIONS}.{field}", whose[own])
+    own = spec.ids(pod.config) is not None
+    why.pod("sandbox.namespaces[user]", f"{_OPTIONS}.userns_options", whose[own])
+
+
+def root_of(pod: state.Pod) -> tuple[int, int]:
+    """Return uid and gid of the pod's root on the host."""
+    mapped = spec.ids(pod.config)
+    return mapped.owner(0, 0) if mapped else (0, 0)
+
+
+def admit(directory: Path, owner: tuple[int, int]) -> None:
+    """Let the group of a pod's root pass through a directory of ours, and nobody else."""
+    if owner != (0, 0):
+        os.chown(directory, 0, owner[1])
+        directory.chmod(0o710)
 
 
 def own_ipc(config: api.PodSandboxConfig) -> bool:
@@ -134,9 +161,9 @@ def resolv_conf(dns: api.DNSConfig) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _mount_shm(target: Path, size: int, label: Sequence[str]) -> None:
+def _mount_shm(target: Path, size: int, more: Sequence[str]) -> None:
     target.mkdir(mode=0o1777)
-    options = ("nosuid", "nodev", "noexec", "mode=1777", f"size={size}", *label)
+    options = ("nosuid", "nodev", "noexec", "mode=1777", f"size={size}", *more)
     mounts.mount_all(
         [mounts.Mount(type="tmpfs", source="shm", target=os.fspath(target), options=options)]
     )
@@ -149,6 +176,7 @@ def _read(path: str) -> str:
         return ""
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, text: str, owner: tuple[int, int]) -> None:
     path.write_text(text, encoding="utf-8")
     path.chmod(0o644)
+    os.chown(path, *owner)

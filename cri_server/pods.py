@@ -395,6 +395,9 @@ class Pods:
         request = self._release_request(pod)
         request.hostname = podfiles.hostname(pod) if pod.own_network else ""
         request.sysctls.update(spec.sysctls(pod.config))
+        if mapped := spec.ids(pod.config):
+            request.uid_mappings.add(host_id=mapped.uid, size=mapped.uids)
+            request.gid_mappings.add(host_id=mapped.gid, size=mapped.gids)
         return request
 
     def _release_request(self, pod: state.Pod) -> shim_pb2.CreateSandboxRequest:
@@ -405,6 +408,7 @@ class Pods:
             network_path=pins.get("network", ""),
             uts_path=pins.get("uts", ""),
             ipc_path=pins.get("ipc", ""),
+            user_path=pins.get("user", ""),
         )
 
     def _init_cgroup(self, pod: state.Pod) -> str:
@@ -439,7 +443,9 @@ class Pods:
     def _write_init_bundle(self, pod: state.Pod, cgroups_path: str) -> None:
         """Write the bundle of the pod's init: catatonit from the host, in a root of its own."""
         bundle = self._files.bundle(pod.id)
-        (bundle / "rootfs").mkdir(parents=True)
+        bundle.mkdir(mode=0o700)
+        podfiles.admit(bundle, podfiles.root_of(pod))
+        (bundle / "rootfs").mkdir(mode=0o755)
         for name in ("proc", "dev", "sys"):
             (bundle / "rootfs" / name).mkdir()
         (bundle / "rootfs/catatonit").touch()

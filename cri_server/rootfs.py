@@ -4,7 +4,7 @@
 An image is hostile until shown otherwise (hazards.md §2.1, §3): a symlink at /dev makes a runtime
 work on the host, a FIFO at /etc/passwd hangs it. So users are read here, and mount targets and
 folders are made here, by paths that are resolved inside the root and never through a link that
-leads out.
+leads out. What is made belongs to `owner`, uid and gid of the pod's root on the host.
 
 Nothing else may change the root meanwhile: the container does not run yet. All functions block;
 they are quick, as the root lies on a local disk, and leave behind nothing but what they are asked
@@ -27,6 +27,7 @@ PASSWD, GROUP = "/etc/passwd", "/etc/group"
 PASSWD_LIMIT = 1 << 20  # bytes of either; longer ones are refused (CVE-2026-47262)
 _IN_ROOT = linux.RESOLVE_IN_ROOT | linux.RESOLVE_NO_MAGICLINKS
 _LINKS = 40  # as the kernel's own limit, path_resolution(7)
+ROOT = (0, 0)
 _KERNEL_TREES = ("/proc", "/sys", "/dev")
 
 
@@ -149,6 +150,7 @@ def make_mountpoints(
     *,
     files: AbstractSet[str],
     images: AbstractSet[str] = frozenset(),
+    owner: tuple[int, int] = ROOT,
 ) -> list[oci.Mount]:
     """Make the targets that are missing and return the mounts with targets that contain no symlink.
 
@@ -160,7 +162,7 @@ def make_mountpoints(
     with _opened(root) as top:
         for path in _KERNEL_TREES:
             _check_folder(top, path)
-        tree = _Tree(top)
+        tree = _Tree(top, owner=owner)
         return [_explained(tree, mount, files, images) for mount in mounts]
 
 
@@ -194,26 +196,30 @@ def _below(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
-def make_workdir(root: str, cwd: str, *, covered: Collection[str]) -> None:
-    """Make the working directory if it is missing, owned by root with mode 0755.
+def make_workdir(
+    root: str, cwd: str, *, covered: Collection[str], owner: tuple[int, int] = ROOT
+) -> None:
+    """Make the working directory if it is missing, with mode 0755.
 
     `covered` are the targets of the container's mounts: what lies below one is left to the OCI
     runtime. Raises InvalidArgument if it is not a folder or leads to a process's links in /proc
     (CVE-2024-21626).
     """
     with _opened(root) as top:
-        tree = _Tree(top, covered)
+        tree = _Tree(top, covered, owner=owner)
         target = processes.check_cwd(tree.resolve(cwd))
         tree.make(target, directory=True)
 
 
-def make_volumes(root: str, paths: Iterable[str], *, covered: Collection[str]) -> list[str]:
+def make_volumes(
+    root: str, paths: Iterable[str], *, covered: Collection[str], owner: tuple[int, int] = ROOT
+) -> list[str]:
     """Make the folders of an image's VOLUMEs and return where they are, without symlinks.
 
     What lies at or below one of `covered` is left out. Errors as in `make_workdir`.
     """
     with _opened(root) as top:
-        tree = _Tree(top, covered)
+        tree = _Tree(top, covered, owner=owner)
         found = [t for t in map(tree.resolve, paths) if not any(_below(t, c) for c in covered)]
         for target in found:
             checks.unsupported(target == "/", "image VOLUME", "the root cannot be a volume")
@@ -224,8 +230,10 @@ def make_volumes(root: str, paths: Iterable[str], *, covered: Collection[str]) -
 class _Tree:
     """The root as one call sees it. `covered` are paths on which something will be mounted."""
 
-    def __init__(self, top: int, covered: Collection[str] = ()) -> None:
-        self._top = top
+    def __init__(
+        self, top: int, covered: Collection[str] = (), *, owner: tuple[int, int] = ROOT
+    ) -> None:
+        self._top, self._owner = top, owner
         self.covered = set(covered)
         self._links: dict[str, str | None] = {}
 
@@ -269,7 +277,7 @@ class _Tree:
         if any(_below(path, c) for c in self.covered):
             return
         parent, name = posixpath.split(path)
-        with _folder(self._top, parent) as fd:
+        with _folder(self._top, parent, self._owner) as fd:
             if not name or _is_folder(fd, name, path, wanted=directory):
                 return
             if directory:
@@ -277,6 +285,7 @@ class _Tree:
             else:
                 flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW
                 os.close(os.open(name, flags, 0o644, dir_fd=fd))
+            os.chown(name, *self._owner, dir_fd=fd, follow_symlinks=False)
 
 
 def _readlink(top: int, path: str) -> str | None:
@@ -294,22 +303,23 @@ def _readlink(top: int, path: str) -> str | None:
 
 
 @contextlib.contextmanager
-def _folder(top: int, path: str) -> Iterator[int]:
+def _folder(top: int, path: str, owner: tuple[int, int]) -> Iterator[int]:
     """Open a resolved folder of the root, making it and its parents where they are missing."""
     fd = os.dup(top)
     try:
         for part in path.split("/"):
             if part:
-                fd = _enter(fd, part, path)
+                fd = _enter(fd, part, path, owner)
         yield fd
     finally:
         os.close(fd)
 
 
-def _enter(fd: int, name: str, path: str) -> int:
+def _enter(fd: int, name: str, path: str, owner: tuple[int, int]) -> int:
     """Return the folder `name` below `fd`, which is closed on success."""
     if not _is_folder(fd, name, path, wanted=True):
         os.mkdir(name, 0o755, dir_fd=fd)
+        os.chown(name, *owner, dir_fd=fd, follow_symlinks=False)
     inner = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
     os.close(fd)
     return inner

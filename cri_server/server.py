@@ -70,7 +70,7 @@ async def running(settings: config.Config) -> AsyncIterator[None]:
     """Have a server running for the block."""
     _make_directories(settings)
     groups = _cgroups(settings)
-    facts = host.probe(groups.hierarchy, await host.runtimes(settings))
+    facts = host.probe(groups.hierarchy, await host.runtimes(settings), places=settings.server)
     _warn_of_old_runtimes(facts)
     async with contextlib.AsyncExitStack() as stack:
         graph = Graph(settings, groups, facts, stack)
@@ -120,12 +120,17 @@ def _cgroups(settings: config.Config) -> cgroups.Cgroups:
 
 
 def _make_directories(settings: config.Config) -> None:
-    """Make root and state, closed to other users: images hold setuid files (CVE-2021-41103)."""
+    """Make root and state, closed to other users: images hold setuid files (CVE-2021-41103).
+
+    The folders of pods and containers can be passed through, by who is let into the one below.
+    """
     for directory in (settings.server.root, settings.server.state):
         directory.mkdir(parents=True, exist_ok=True)
         directory.chmod(0o700)
-    for name in ("pods", "containers", "runtimes"):
+    settings.server.state.chmod(0o711)
+    for name, mode in {"pods": 0o711, "containers": 0o711, "runtimes": 0o700}.items():
         (settings.server.state / name).mkdir(mode=0o700, exist_ok=True)
+        (settings.server.state / name).chmod(mode)
     Path("/run/netns").mkdir(mode=0o755, exist_ok=True)
 
 

@@ -190,7 +190,11 @@ class Shims:
         if not alive:
             self.kill(pod.id)  # it may be there and mute
         self._pids.pop(pod.id, None)
-        for path in (request.uts_path, request.ipc_path):  # what a dead shim left pinned
+        for path in (
+            request.uts_path,
+            request.ipc_path,
+            request.user_path,
+        ):  # what a dead shim left pinned
             if path:
                 await asyncio.to_thread(mounts.unmount, path)
         return alive

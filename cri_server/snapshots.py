@@ -19,6 +19,8 @@ whole file system. Sizes are counters and cached measurements: no request waits 
 """
 
 import asyncio
+import contextlib
+import dataclasses
 import errno
 import os
 import secrets
@@ -30,7 +32,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from cri_server import errors, trees
+from cri_server import errors, idmap, spec, trees
 from shim import mounts
 
 log = structlog.get_logger()
@@ -54,6 +56,14 @@ class Overlay:
     lowerdirs: tuple[str, ...]
     upper: str
     work: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mapped:
+    """Whose files a root shows: the pinned user namespace and what it maps."""
+
+    userns: str
+    ids: spec.IdMap
 
 
 class Snapshots:
@@ -168,7 +178,7 @@ class Snapshots:
         """Return the folder with what a container has written."""
         return self._writable / key / "fs"
 
-    def create(self, key: str, layers: Sequence[str]) -> Overlay:
+    def create(self, key: str, layers: Sequence[str], mapped: Mapped | None = None) -> Overlay:
         """Make the writable layer of a container, if it is not there. Raises FailedPrecondition,
         OSError."""
         lowerdirs = self.lowerdirs(layers)
@@ -179,7 +189,8 @@ class Snapshots:
             work.mkdir(mode=0o700, exist_ok=True)
             fresh = top / "new"
             fresh.mkdir(exist_ok=True)
-            _copy_owner(lowerdirs[0], fresh)  # overlayfs shows the root of the topmost layer
+            # overlayfs shows the root of the topmost layer
+            _copy_owner(lowerdirs[0], fresh, mapped.ids if mapped else None)
             fresh.rename(upper)
         return Overlay(lowerdirs=lowerdirs, upper=str(upper), work=str(work))
 
@@ -189,15 +200,29 @@ class Snapshots:
         return self._writable / key / "volumes"
 
     def mount(
-        self, key: str, layers: Sequence[str], target: str | Path, options: Sequence[str] = ()
+        self,
+        key: str,
+        layers: Sequence[str],
+        target: str | Path,
+        options: Sequence[str] = (),
+        *,
+        mapped: Mapped | None = None,
     ) -> None:
         """Mount the root file system of a container, if it is not mounted. Raises as `create`
-        does."""
+        does.
+
+        With `mapped` the layers' files show the owners of a user namespace, as those will that the
+        container writes; the layers stay as they are. It uses a mount point beside the target.
+        """
         target = Path(target)
         target.mkdir(mode=0o755, parents=True, exist_ok=True)
         if os.path.ismount(target):
             return
-        plan = self.create(key, layers)
+        plan = self.create(key, layers, mapped)
+        with _shown(plan.lowerdirs, mapped, target) as lowerdirs:
+            self._mount(dataclasses.replace(plan, lowerdirs=lowerdirs), target, options)
+
+    def _mount(self, plan: Overlay, target: Path, options: Sequence[str]) -> None:
         # A volatile mount that ended in a crash leaves a mark here that forbids the next one.
         trees.remove(Path(plan.work) / "work")
         try:
@@ -213,9 +238,16 @@ class Snapshots:
         mounts.overlay(plan.lowerdirs, plan.upper, plan.work, str(target), options)
 
     def mount_readonly(
-        self, layers: Sequence[str], target: str | Path, options: Sequence[str] = ()
+        self,
+        layers: Sequence[str],
+        target: str | Path,
+        options: Sequence[str] = (),
+        mapped: Mapped | None = None,
     ) -> None:
-        """Mount an image without a writable layer, if it is not mounted (CRI image volumes)."""
+        """Mount an image without a writable layer, if it is not mounted (CRI image volumes).
+
+        `mapped` as in `mount`.
+        """
         target = Path(target)
         target.mkdir(mode=0o755, parents=True, exist_ok=True)
         if not os.path.ismount(target):
@@ -224,7 +256,8 @@ class Snapshots:
                 # One layer alone would be a bind mount, which shows whiteouts as the devices they
                 # are.
                 lowerdirs = (*lowerdirs, str(self._empty))
-            mounts.overlay(lowerdirs, None, None, str(target), ("ro", *options))
+            with _shown(lowerdirs, mapped, target) as shown:
+                mounts.overlay(shown, None, None, str(target), ("ro", *options))
 
     def unmount(self, target: str | Path) -> None:
         """Unmount whatever is mounted at `target` and below it; nothing there is fine."""
@@ -288,8 +321,18 @@ def _measured(path: Path) -> Usage:
         return Usage()
 
 
-def _copy_owner(source: str, target: Path) -> None:
+def _shown(
+    lowerdirs: tuple[str, ...], mapped: Mapped | None, target: Path
+) -> contextlib.AbstractContextManager[tuple[str, ...]]:
+    """Return the layers as overlayfs is to see them."""
+    if mapped is None:
+        return contextlib.nullcontext(lowerdirs)
+    return idmap.layers(lowerdirs, mapped.userns, target.with_name(f"{target.name}.layers"))
+
+
+def _copy_owner(source: str, target: Path, ids: spec.IdMap | None) -> None:
     st = os.stat(source)
-    os.chown(target, st.st_uid, st.st_gid)
+    owner = (st.st_uid, st.st_gid)
+    os.chown(target, *(ids.owner(*owner) if ids else owner))
     target.chmod(stat.S_IMODE(st.st_mode))
     os.utime(target, ns=(st.st_atime_ns, st.st_mtime_ns))

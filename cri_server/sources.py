@@ -102,17 +102,18 @@ def _nodes(request: devices.Request) -> Iterator[spec.DeviceNode]:
     if stat.S_ISDIR(found.st_mode):
         yield from _below(request.host_path, request.container_path, request.access)
         return
-    node = _node(found, request.container_path, request.access)
+    node = _node(found, request.host_path, request.container_path, request.access)
     if node is None:
         raise errors.InvalidArgument(f"device {request.host_path[:200]!r} is not a device")
     yield node
 
 
-def _node(found: os.stat_result, path: str, access: str) -> spec.DeviceNode | None:
+def _node(found: os.stat_result, host_path: str, path: str, access: str) -> spec.DeviceNode | None:
     if not (stat.S_ISCHR(found.st_mode) or stat.S_ISBLK(found.st_mode)):
         return None
     return spec.DeviceNode(
         path=path,
+        host_path=host_path,
         kind="c" if stat.S_ISCHR(found.st_mode) else "b",
         major=os.major(found.st_rdev),
         minor=os.minor(found.st_rdev),
@@ -130,9 +131,8 @@ def _below(folder: str, target: str, access: str) -> Iterator[spec.DeviceNode]:
         folders[:] = sorted(set(folders) - _SKIPPED)
         for name in sorted(set(names) - _SKIPPED):
             path = os.path.join(here, name)
-            node = _node(
-                os.lstat(path), os.path.join(target, os.path.relpath(path, folder)), access
-            )
+            inside = os.path.join(target, os.path.relpath(path, folder))
+            node = _node(os.lstat(path), path, inside, access)
             if node is not None:
                 count += 1
                 if count > DEVICE_LIMIT:

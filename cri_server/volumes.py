@@ -29,15 +29,21 @@ _AT_ONCE = 1 << 30  # bytes for one sendfile(2)
 
 
 def make(
-    root: str, paths: Iterable[str], folder: Path, *, covered: Iterable[str]
+    root: str,
+    paths: Iterable[str],
+    folder: Path,
+    *,
+    covered: Iterable[str],
+    owner: tuple[int, int] = rootfs.ROOT,
 ) -> dict[str, str]:
     """Make a folder below `folder` for each of `paths`; return them by their place in the root.
 
-    What lies at or below one of `covered`, the targets of the container's mounts, gets none. Raises
+    What lies at or below one of `covered`, the targets of the container's mounts, gets none. What
+    the image does not have belongs to `owner`, as in `rootfs`. Raises
     InvalidArgument for a path that is no folder, OSError.
     """
     found: dict[str, str] = {}
-    for target in rootfs.make_volumes(root, paths, covered=tuple(covered)):
+    for target in rootfs.make_volumes(root, paths, covered=tuple(covered), owner=owner):
         folder.mkdir(mode=0o700, exist_ok=True)
         place = folder / str(len(found))
         _copy(root, target, place)

@@ -48,7 +48,10 @@ _WIRE = {
 
 
 class Spec(NamedTuple):
-    """What a container is made from. `silent`: nobody reads its output, so it gets /dev/null."""
+    """What a container is made from. `silent`: nobody reads its output, so it gets /dev/null.
+
+    `owner`: uid and gid of its root on the host.
+    """
 
     id: str
     bundle: str
@@ -58,6 +61,7 @@ class Spec(NamedTuple):
     stdin: bool = False
     stdin_once: bool = False
     silent: bool = False
+    owner: tuple[int, int] = stdio.ROOT
 
 
 class Container:
@@ -72,7 +76,11 @@ class Container:
         self.cgroup = cgroup.Cgroup(spec.cgroups)
         self._log = logfile.LogFile(spec.log_path)
         self.streams = stdio.Streams(
-            terminal=spec.terminal, stdin=spec.stdin, silent=spec.silent, log=self._log
+            terminal=spec.terminal,
+            stdin=spec.stdin,
+            silent=spec.silent,
+            log=self._log,
+            owner=spec.owner,
         )
         self._parts: list[cgroup.Cgroup] = []
         self._kills_above = 0

@@ -203,27 +203,42 @@ def _make_in_child(wanted: Namespaces, sysctls: Mapping[str, str]) -> None:
 
 
 def _expect(peer: socket.socket) -> None:
-    """Wait until the child has done its part. Raises OSError with what it met."""
+    """Wait until the child has done its part. Raises InvalidArgument or OSError: what it met."""
     answer = peer.recv(_ANSWER_LIMIT)
+    if answer[:1] == _REFUSED:
+        raise errors.InvalidArgument(answer[1:].decode())
     if answer != _MADE:
         raise OSError(answer[1:].decode() or "the process that makes them died")
 
 
 def _become_user(peer: socket.socket, wanted: Namespaces, sysctls: Mapping[str, str]) -> NoReturn:
+    """Make the other namespaces in a new user namespace."""
     try:
         linux.unshare(linux.CLONE_NEWUSER)
         peer.send(_MADE)
         peer.recv(1)
-        os.setresgid(0, 0, 0)
-        os.setresuid(0, 0, 0)
         linux.unshare(sum(_FLAGS[kind] for kind in wanted.paths if kind != "user"))
-        _furnish(wanted, sysctls)
+        _furnish_as_either(wanted, sysctls)
         peer.send(_MADE)
         peer.recv(1)
+    except errors.InvalidArgument as error:
+        peer.send(_REFUSED + error.message.encode())
     except BaseException as error:
         peer.send(_FAILED + str(error).encode())
     finally:
         os._exit(0)
+
+
+def _furnish_as_either(wanted: Namespaces, sysctls: Mapping[str, str]) -> None:
+    """Do it as the host's root, whom the user namespace does not have and to whom the sysctls of
+    IPC belong before Linux 6.11; if that fails, as its own root, to whom they belong since.
+    """
+    try:
+        _furnish(wanted, sysctls)
+    except errors.InvalidArgument:
+        os.setresgid(0, 0, 0)
+        os.setresuid(0, 0, 0)
+        _furnish(wanted, sysctls)
 
 
 def _furnish(wanted: Namespaces, sysctls: Mapping[str, str]) -> None:

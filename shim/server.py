@@ -179,6 +179,7 @@ class Service:
                 stdin=request.stdin,
                 stdin_once=request.stdin_once,
                 cgroups=dict(request.cgroups),
+                owner=(request.uid, request.gid),
             )
         )
         return pb.CreateResponse()

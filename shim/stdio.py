@@ -19,6 +19,7 @@ from typing import Protocol
 
 from shim import console, errors, logfile, loop, runtimes
 
+ROOT = (0, 0)
 _CHUNK = 65536
 _STALL_SECONDS = 30.0
 _CONSOLE_SECONDS = 5.0
@@ -39,7 +40,9 @@ class Streams:
     """The streams of one process. `connect` once, then `drain`, then `close`, which may also come
     at any time.
 
-    `silent`: there is no input and nobody will ever read the output, so all are /dev/null.
+    `silent`: there is no input and nobody will ever read the output, so all are /dev/null. `owner`
+    gets the pipes, so that it can open /dev/stdout by name; OCI runtimes can give them to others
+    inside a user namespace only if they belong to one of its users.
     """
 
     def __init__(
@@ -49,8 +52,10 @@ class Streams:
         stdin: bool,
         silent: bool = False,
         log: logfile.LogFile | None = None,
+        owner: tuple[int, int] = ROOT,
     ) -> None:
         self._silent = silent
+        self._owner = owner
         self._terminal = terminal
         self._wants_stdin = stdin
         self._log = log
@@ -164,6 +169,9 @@ class Streams:
                 ours, theirs = os.pipe()
                 ends.append(theirs)
                 self._pump(ours, stream)
+            if self._owner != ROOT:
+                for fd in ends:
+                    os.fchown(fd, *self._owner)
             yield runtimes.Stdio(stdin=stdin, stdout=ends[-2], stderr=ends[-1])
         finally:
             for fd in ends:

@@ -14,11 +14,21 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from cri_server import apparmor
+from cri_server import apparmor, userns
 from shim import linux
 
 ALLOWED = frozenset(
-    {"apparmor", "selinux", "systemd", "deployed", "cgroup-v1", "cgroup-v2", "kvm", "sys_resource"}
+    {
+        "apparmor",
+        "selinux",
+        "systemd",
+        "deployed",
+        "cgroup-v1",
+        "cgroup-v2",
+        "kvm",
+        "sys_resource",
+        "userns",
+    }
 )
 PROBES: dict[str, Callable[[], str]] = {}
 
@@ -70,6 +80,18 @@ def _overlay() -> str:
             return f"overlay: {e}"
         linux.umount2(os.fspath(top), 0)
     return ""
+
+
+@probe("userns")
+def _userns() -> str:
+    temporary = Path(tempfile.gettempdir())
+    old = host_version() < userns.LAYERS
+    return "overlayfs takes no id-mapped layers" if old else userns.why_not(temporary, temporary)
+
+
+def host_version() -> tuple[int, ...]:
+    """Return the first two numbers of the kernel's release."""
+    return tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
 
 
 @probe("cni")

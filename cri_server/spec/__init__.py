@@ -31,6 +31,7 @@ from cri_server.spec import (
     signals,
     types,
     updates,
+    userns,
     why,
 )
 from cri_server.spec.types import (
@@ -39,6 +40,7 @@ from cri_server.spec.types import (
     DeviceNode,
     ExecInput,
     HostFacts,
+    IdMap,
     ImageConfig,
     PodFiles,
     SandboxInput,
@@ -57,6 +59,7 @@ __all__ = [
     "ExecInput",
     "HostFacts",
     "HugepageLimit",
+    "IdMap",
     "ImageConfig",
     "Labels",
     "PodFiles",
@@ -72,9 +75,12 @@ __all__ = [
     "check_pod_annotations",
     "check_pod_update",
     "check_update",
+    "check_user",
     "container",
     "device_requests",
     "explained",
+    "id_mapped",
+    "ids",
     "image_mounts",
     "image_volumes",
     "labels_of_container",
@@ -111,6 +117,9 @@ sandbox = pod.sandbox
 sysctls = pod.sysctls
 pid_mode = pod.pid_mode
 pod_seccomp_path = pod.seccomp_path
+ids = userns.ids
+id_mapped = userns.mapped
+check_user = userns.check_user
 process = processes.exec_process
 resources = linux.resources
 oom_score_adj = linux.oom_score_adj

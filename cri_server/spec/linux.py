@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 
 from cri_server import errors
 from cri_server.pb import api_pb2 as api
-from cri_server.spec import checks, devices, mounts, oci, security, types, why
+from cri_server.spec import checks, devices, mounts, oci, security, types, userns, why
 
 _SET = re.compile(r"[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*")
 _UNIFIED_KEY = re.compile(r"(?!cgroup\.)[a-z0-9_]+(\.[a-zA-Z0-9_]+)+")
@@ -33,6 +33,7 @@ def linux(wanted: types.ContainerInput, held: Iterable[str]) -> oci.Linux:
     )
     if profile is not None:
         result["seccomp"] = profile
+    userns.fill(result, wanted.ids)
     if propagation := mounts.rootfs_propagation(wanted.config):
         result["rootfsPropagation"] = propagation
     return result

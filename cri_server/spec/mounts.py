@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from cri_server import errors
 from cri_server.pb import api_pb2 as api
-from cri_server.spec import checks, imagevolumes, oci, types, why
+from cri_server.spec import checks, devices, imagevolumes, oci, types, userns, why
 
 SHM = "/dev/shm"
 _REASONS = {
@@ -37,17 +37,30 @@ def mounts(wanted: types.ContainerInput) -> list[oci.Mount]:
     too.
     """
     base, shared = _defaults(wanted), list(_pod_files(wanted))
-    requested = [_requested(n, m, wanted.sources) for n, m in enumerate(wanted.config.mounts)]
+    requested = [_requested(n, m, wanted) for n, m in enumerate(wanted.config.mounts)]
+    requested += devices.binds(wanted)
     taken = {m["destination"] for m in requested}
     base = [m for m in base if not _replaced(m["destination"], taken)]
     shared = [m for m in shared if m["destination"] not in taken]
     targets = {m["destination"] for m in shared}
     base = [m for m in base if m["destination"] not in targets]
-    return sorted([*base, *shared, *requested], key=_depth)
+    return sorted([_kept(m, wanted.locked) for m in (*base, *shared, *requested)], key=_depth)
 
 
-def _requested(n: int, mount: api.Mount, sources: Mapping[str, str]) -> oci.Mount:
-    made = bind(mount, sources)
+def _kept(mount: oci.Mount, locked: Mapping[str, tuple[str, ...]]) -> oci.Mount:
+    """Name the flags that a bind mount has from its source and that a user namespace cannot take
+    off: to make it read-only, an OCI runtime sets all flags anew (mount_namespaces(7)).
+    """
+    if "ro" in mount["options"]:
+        for word in locked.get(mount["source"], ()):
+            mount["options"] += [word] if word not in mount["options"] else []
+    return mount
+
+
+def _requested(n: int, mount: api.Mount, wanted: types.ContainerInput) -> oci.Mount:
+    made = bind(mount, wanted.sources)
+    if userns.mapped(mount):
+        made["source"] = wanted.mapped.get(mount.container_path, made["source"])
     why.cri(f"mounts[{made['destination']}]", f"mounts[{n}]", _whence(mount, made["source"]))
     return made
 
@@ -55,6 +68,8 @@ def _requested(n: int, mount: api.Mount, sources: Mapping[str, str]) -> oci.Moun
 def _whence(mount: api.Mount, source: str) -> str:
     if mount.HasField("image"):
         return "the image, mounted once for the pod; without set-id programs and devices"
+    if userns.mapped(mount):
+        return "our id-mapped copy of the source: OCI runtimes may ignore mappings"
     return "" if source == mount.host_path else "the source without its symlinks"
 
 
@@ -85,13 +100,31 @@ def _defaults(wanted: types.ContainerInput) -> list[oci.Mount]:
             "newinstance",
             "ptmxmode=0666",
             "mode=0620",
-            "gid=5",
+            *(["gid=5"] if wanted.ids is None or wanted.ids.gids > 5 else []),
         ),
         _mount(SHM, "tmpfs", "nosuid", "noexec", "nodev", "mode=1777", "size=65536k"),
         _mount("/dev/mqueue", "mqueue", "nosuid", "noexec", "nodev"),
-        _mount("/sys", "sysfs", "nosuid", "noexec", "nodev", mode),
+        _sysfs(wanted, mode),
         _mount("/sys/fs/cgroup", "cgroup", "nosuid", "noexec", "nodev", "relatime", mode),
     ]
+
+
+def _sysfs(wanted: types.ContainerInput, mode: str) -> oci.Mount:
+    """Return /sys: new, or the host's, which only the owner of its network may mount anew."""
+    options = ("nosuid", "noexec", "nodev", mode)
+    if not wanted.sysfs:
+        return _mount("/sys", "sysfs", *options)
+    why.pod(
+        "mounts[/sys]",
+        "linux.security_context.namespace_options.network",
+        "the host's: nobody else may mount one of the host's network",
+    )
+    return oci.Mount(
+        destination="/sys",
+        type="bind",
+        source=wanted.sysfs,
+        options=["rbind", "rprivate", *options],
+    )
 
 
 def _mount(destination: str, kind: str, *options: str) -> oci.Mount:
@@ -152,8 +185,6 @@ def _check(mount: api.Mount, host: types.HostFacts) -> None:
         where,
         "image_sub_path needs image",
     )
-    mapped = bool(mount.uidMappings or mount.gidMappings)
-    checks.unsupported(mapped, where, "uidMappings and gidMappings are not supported yet")
     if mount.recursive_read_only:
         _check_recursive(mount, where, host)
 

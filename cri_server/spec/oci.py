@@ -64,6 +64,12 @@ class Namespace(TypedDict, total=False):
     path: str
 
 
+class IdMapping(TypedDict):
+    containerID: int
+    hostID: int
+    size: int
+
+
 class Device(TypedDict):
     path: str
     type: str
@@ -131,6 +137,8 @@ class Seccomp(TypedDict, total=False):
 
 class Linux(TypedDict, total=False):
     namespaces: list[Namespace]
+    uidMappings: list[IdMapping]
+    gidMappings: list[IdMapping]
     devices: list[Device]
     cgroupsPath: str
     resources: Resources

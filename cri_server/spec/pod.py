@@ -7,7 +7,7 @@ hold it.
 
 import ipaddress
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from cri_server import errors
@@ -22,6 +22,7 @@ from cri_server.spec import (
     selinux,
     types,
     updates,
+    userns,
     why,
 )
 
@@ -52,10 +53,6 @@ _OPTIONS = "linux.security_context.namespace_options"
 _WHOSE = {_Mode.POD: "the pod's", _Mode.CONTAINER: "its own", _Mode.NODE: "the host's"}
 _HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
 _SYSCTL = re.compile(r"[\w@:-]+(/[\w@:-]+)*(\.[\w@:-]+(/[\w@:-]+)*)+", re.ASCII)
-_UNPRIVILEGED = (
-    ("net.ipv4.ip_unprivileged_port_start", "0", "low ports without privilege: all are the pod's"),
-    ("net.ipv4.ping_group_range", "0 2147483647", "ping without privilege"),
-)
 _IPC_SYSCTLS = re.compile(r"kernel\.(shm|msg)\w+|kernel\.sem|fs\.mqueue\.\w+", re.ASCII)
 
 
@@ -81,8 +78,9 @@ def validate(config: api.PodSandboxConfig, host: types.HostFacts) -> None:
     _check_cgroup_parent(config.linux.cgroup_parent)
     updates.check_limits("linux.overhead", config.linux.overhead, host)
     updates.check_limits("linux.resources", config.linux.resources, host)
-    sysctls(config)
     _check_security(config.linux.security_context, host)
+    sysctls(config)
+    init_user(config)
 
 
 def _check_metadata(config: api.PodSandboxConfig) -> None:
@@ -125,7 +123,6 @@ def _check_cgroup_parent(parent: str) -> None:
 def _check_security(context: api.LinuxSandboxSecurityContext, host: types.HostFacts) -> None:
     if context.HasField("run_as_group") and not context.HasField("run_as_user"):
         raise errors.InvalidArgument("run_as_group: needs run_as_user")
-    init_user(context)
     checks.unsupported(
         bool(context.namespace_options.target_id),
         "namespace_options.target_id",
@@ -139,24 +136,13 @@ def _check_security(context: api.LinuxSandboxSecurityContext, host: types.HostFa
     _one_of(options.network, (_Mode.POD, _Mode.NODE), "network")
     _one_of(options.ipc, (_Mode.POD, _Mode.NODE), "ipc")
     _one_of(options.pid, (_Mode.POD, _Mode.CONTAINER, _Mode.NODE), "pid")
-    check_userns(options)
+    userns.validate(options, host)
 
 
 def _one_of(mode: _Mode.ValueType, allowed: tuple[_Mode.ValueType, ...], field: str) -> None:
     if mode not in allowed:
         name = _Mode.Name(mode) if mode in _Mode.values() else str(int(mode))
         raise errors.InvalidArgument(f"namespace_options.{field}: {name} is not possible here")
-
-
-def check_userns(options: api.NamespaceOption) -> None:
-    """Refuse user namespaces, which are not made yet, and mappings for the host's."""
-    if not options.HasField("userns_options"):
-        return
-    userns = options.userns_options
-    _one_of(userns.mode, (_Mode.POD, _Mode.NODE), "userns_options")
-    node, mapped = userns.mode == _Mode.NODE, bool(userns.uids or userns.gids)
-    checks.unsupported(node and mapped, "userns_options", "mode NODE has no mappings")
-    checks.unsupported(not node, "userns_options", "mode POD is not supported yet")
 
 
 # -- namespaces ------------------------------------------------------------------------------------
@@ -209,7 +195,7 @@ def check_namespaces(config: api.ContainerConfig, sandbox: api.PodSandboxConfig)
     for field, own in (("network", own_network(sandbox)), ("ipc", own_ipc(sandbox))):
         mode = getattr(options, field)
         _one_of(mode, (_Mode.POD,) if own else (_Mode.POD, _Mode.NODE), field)
-    check_userns(options)
+    userns.check_container(config, sandbox)
     pid_mode(config, sandbox)
 
 
@@ -233,11 +219,26 @@ def sysctls(config: api.PodSandboxConfig) -> dict[str, str]:
             )
         result[dotted] = checks.line(value.replace("\t", " "), f"sysctls: {dotted}")
     if own_network(config):
-        for name, value, because in _UNPRIVILEGED:
+        for name, value, because in _unprivileged(config):
             if name not in result:
                 why.default(f"sandbox.sysctls[{name}]", because)
                 result[name] = value
     return result
+
+
+def _unprivileged(config: api.PodSandboxConfig) -> Iterable[tuple[str, str, str]]:
+    """Yield what pods may do without privilege: names, values, reasons.
+
+    No group but those of its user namespace can be given to a pod that has one.
+    """
+    yield (
+        "net.ipv4.ip_unprivileged_port_start",
+        "0",
+        "low ports without privilege: all are the pod's",
+    )
+    mapped = userns.ids(config)
+    last = min(mapped.gids if mapped else 1 << 31, 1 << 31) - 1
+    yield "net.ipv4.ping_group_range", f"0 {last}", "ping without privilege"
 
 
 def _dotted(name: str) -> str:
@@ -258,19 +259,26 @@ def _namespaced(name: str, config: api.PodSandboxConfig) -> bool:
 # -- the pod's init --------------------------------------------------------------------------------
 
 
-def init_user(context: api.LinuxSandboxSecurityContext) -> types.User:
-    """Return who the pod's init runs as: the sandbox's run_as_user, else nobody."""
+def init_user(config: api.PodSandboxConfig) -> types.User:
+    """Return who the pod's init runs as: the sandbox's run_as_user, else nobody.
+
+    Raises InvalidArgument, also for one whom the pod's user namespace does not have.
+    """
+    context, mapped = config.linux.security_context, userns.ids(config)
     why.default("process.user", "nobody: the init needs no rights")
     if context.HasField("run_as_user"):
         why.pod("process.user", "linux.security_context.run_as_user")
-    uid = context.run_as_user.value if context.HasField("run_as_user") else NOBODY
+    nobody = min(NOBODY, mapped.uids - 1, mapped.gids - 1) if mapped else NOBODY
+    uid = context.run_as_user.value if context.HasField("run_as_user") else nobody
     gid = context.run_as_group.value if context.HasField("run_as_group") else uid
     groups = tuple(checks.identity(g, "supplemental_groups") for g in context.supplemental_groups)
-    return types.User(
+    user = types.User(
         uid=checks.identity(uid, "run_as_user"),
         gid=checks.identity(gid, "run_as_group"),
         additional_gids=groups,
     )
+    userns.check_user(user, mapped, "run_as_user")
+    return user
 
 
 def sandbox(wanted: types.SandboxInput) -> oci.Spec:
@@ -284,7 +292,7 @@ def sandbox(wanted: types.SandboxInput) -> oci.Spec:
         ociVersion=oci.VERSION,
         process=oci.Process(
             terminal=False,
-            user=processes.user(init_user(wanted.config.linux.security_context)),
+            user=processes.user(init_user(wanted.config)),
             args=[INIT, "-P"],
             env=[f"PATH={processes.DEFAULT_PATH}"],
             cwd="/",
@@ -336,6 +344,7 @@ def _linux(wanted: types.SandboxInput) -> oci.Linux:
     profile = security.seccomp_profile(context, held=(), host=wanted.host, localhost=local)
     if profile is not None:
         result["seccomp"] = profile
+    userns.fill(result, userns.ids(wanted.config))
     return result
 
 

@@ -55,10 +55,33 @@ class User:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class IdMap:
+    """A pod's user namespace: `uids` users from `uid` of the host are 0 and up inside; groups
+    alike.
+    """
+
+    uid: int
+    uids: int
+    gid: int
+    gids: int
+
+    def owner(self, uid: int, gid: int) -> tuple[int, int]:
+        """Return who on the host owns what belongs to these ids inside; to root if not mapped."""
+        return (
+            self.uid + (uid if uid < self.uids else 0),
+            self.gid + (gid if gid < self.gids else 0),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceNode:
-    """A device of the host as it was found. `kind` is "c" or "b", `mode` the permission bits."""
+    """A device of the host as it was found. `kind` is "c" or "b", `mode` the permission bits.
+
+    `host_path` is where the host has it, "" for the same path.
+    """
 
     path: str  # inside the container
+    host_path: str = ""
     kind: str
     major: int
     minor: int
@@ -106,7 +129,9 @@ class HostFacts:
     profile, "" where it cannot be loaded. `selinux` is None where SELinux is off. `rlimit_ceilings`
     holds our own hard limits where we may not raise them (no CAP_SYS_RESOURCE), and what the kernel
     allows to no one. `hugepage_sizes` are those with a cgroup controller, as CRI writes them:
-    "2MB", "1GB". `memory` is the host's, in bytes.
+    "2MB", "1GB". `memory` is the host's, in bytes. `no_user_namespaces` says why pods cannot have
+    their own, "" where they can; `shallow_binds`, that in them the runtime leaves out what is
+    mounted below a bind mount.
     """
 
     machine: str = "x86_64"
@@ -121,6 +146,8 @@ class HostFacts:
     swap_accounting: bool = False
     hugepage_sizes: frozenset[str] = frozenset()
     recursive_read_only: bool = False
+    no_user_namespaces: str = ""
+    shallow_binds: bool = False
     rlimit_ceilings: Mapping[str, int] = field(default_factory=dict)
     memory: int = 1 << 62
 
@@ -135,6 +162,10 @@ class ContainerInput:
     config.devices, `host_devices` all of the host's (for privileged). `seccomp_profile` is the
     parsed Localhost file that security.seccomp_path() named, `selinux_level` the pod's.
     `annotations` are the pod's and the container's that the handler's configuration lets through.
+
+    In a pod with a user namespace of its own, `ids` is what it maps, `mapped` are the id-mapped
+    copies of mounts that ask for one by container_path, `sysfs` is the host's /sys for a pod on the
+    host's network, and `locked` maps a source to the mount flags that cannot be taken off it there.
     """
 
     id: str
@@ -156,6 +187,10 @@ class ContainerInput:
     seccomp_profile: Mapping[str, object] | None = None
     selinux_level: str = ""
     annotations: Mapping[str, str] = field(default_factory=dict)
+    ids: IdMap | None = None
+    mapped: Mapping[str, str] = field(default_factory=dict)
+    sysfs: str = ""
+    locked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def security(self) -> api.LinuxContainerSecurityContext:

@@ -414,6 +414,8 @@ class CreateRequest(_message.Message):
     STDIN_FIELD_NUMBER: _builtins.int
     STDIN_ONCE_FIELD_NUMBER: _builtins.int
     CGROUPS_FIELD_NUMBER: _builtins.int
+    UID_FIELD_NUMBER: _builtins.int
+    GID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     bundle: _builtins.str
     """Holds config.json and rootfs; the shim writes pid and exit.json there."""
@@ -424,6 +426,9 @@ class CreateRequest(_message.Message):
     """Keep stdin open for attach; false connects /dev/null."""
     stdin_once: _builtins.bool
     """Close stdin when the first attached client ends."""
+    uid: _builtins.int
+    """Who owns the pipes of its streams on the host: the root of its user namespace, for it opens /dev/stdout by name."""
+    gid: _builtins.int
     @_builtins.property
     def cgroups(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Where the OCI runtime puts the container below each cgroup mount point ("/kubepods/pod1/<id>"), for OOM detection
@@ -441,10 +446,12 @@ class CreateRequest(_message.Message):
         stdin: _builtins.bool = ...,
         stdin_once: _builtins.bool = ...,
         cgroups: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        uid: _builtins.int = ...,
+        gid: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "cgroups", b"cgroups", "id", b"id", "log_path", b"log_path", "stdin", b"stdin", "stdin_once", b"stdin_once", "terminal", b"terminal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "cgroups", b"cgroups", "gid", b"gid", "id", b"id", "log_path", b"log_path", "stdin", b"stdin", "stdin_once", b"stdin_once", "terminal", b"terminal", "uid", b"uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -196,8 +196,11 @@ def test_v36_nobody_else_enters_our_folders(attack: Attack) -> None:
     mode = stat.S_IMODE(site.home.stat().st_mode)
     site.home.chmod(0o755)  # as /var/lib and /run are
     try:
-        for folder in (site.root, site.state):
-            assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert stat.S_IMODE(site.root.stat().st_mode) == 0o700
+        closed = [p for name in ("pods", "containers") for p in (site.state / name).iterdir()]
+        assert len(closed) == 2
+        assert [p for p in closed if p.stat().st_mode & 0o007] == []
+        for folder in (site.root, site.state, *closed):
             tried = subprocess.run(
                 ["find", folder, "-name", "evil"], capture_output=True, user=65534, check=False
             )

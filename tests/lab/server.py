@@ -126,6 +126,7 @@ class Site:
 def site(settings: Mapping[str, Mapping[str, Any]], *, prefix: str = "cri-") -> Iterator[Site]:
     """Make the folders of a server and remove them, and the server if it still runs, at the end."""
     home = Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp"))
+    home.chmod(0o711)  # the roots of pods with user namespaces look for their containers below it
     made = Site(home=home, settings=settings)
     try:
         yield made

@@ -173,7 +173,12 @@ def test_a_user_namespace_owns_the_others(paths: dict[str, str], tmp_path: Path)
     create(
         {"user": user, **paths},
         hostname="mapped",
-        sysctls={"net.ipv4.ip_default_ttl": "44"},
+        sysctls={
+            "net.ipv4.ip_default_ttl": "44",
+            "net.ipv4.ping_group_range": "0 65535",  # the pod's ids
+            "kernel.shmmni": "77",
+            "fs.mqueue.msg_max": "11",
+        },
         uid_map=mapping,
         gid_map=mapping,
     )
@@ -181,6 +186,10 @@ def test_a_user_namespace_owns_the_others(paths: dict[str, str], tmp_path: Path)
     both = (f"--user={user}", f"--net={paths['net']}")
     assert inside(*both, "cat", "/proc/sys/net/ipv4/ip_default_ttl") == "44"
     assert inside(*both, "ip", "link", "set", "lo", "down") == ""  # root in there
+    assert inside(both[1], "cat", "/proc/sys/net/ipv4/ping_group_range") == "100000\t165535"
+    ipc = f"--ipc={paths['ipc']}"
+    assert inside(ipc, "cat", "/proc/sys/kernel/shmmni") == "77"
+    assert inside(ipc, "cat", "/proc/sys/fs/mqueue/msg_max") == "11"
     assert inside(f"--uts={paths['uts']}", "hostname") == "mapped"
 
 
@@ -189,4 +198,19 @@ def test_a_mapping_that_the_kernel_refuses(paths: dict[str, str], tmp_path: Path
     user = os.fspath(tmp_path / "user")
     with pytest.raises(errors.ShimError, match="cannot make the pod's namespaces"):
         create({"user": user, **paths}, uid_map="0 0 0\n", gid_map="0 0 1\n")
+    assert pinned(tmp_path) == []
+
+
+@ROOT
+def test_a_sysctl_that_fails_in_a_user_namespace_is_named_too(
+    paths: dict[str, str], tmp_path: Path
+) -> None:
+    mapping = "0 100000 65536\n"
+    with pytest.raises(errors.InvalidArgument, match="ping_group_range"):
+        create(
+            {"user": os.fspath(tmp_path / "user"), **paths},
+            sysctls={"net.ipv4.ping_group_range": "0 65536"},  # more than the pod has
+            uid_map=mapping,
+            gid_map=mapping,
+        )
     assert pinned(tmp_path) == []
