@@ -15,6 +15,7 @@ so that no clean-up can walk into a volume. Needs Linux 5.12, for layers 5.19.
 """
 
 import contextlib
+import dataclasses
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -52,25 +53,57 @@ class Copy:
         """Make the mount point and mount the copy on it. Raises FailedPrecondition, OSError."""
         tree = self._clone()
         try:
-            if self.userns:
+            if self.userns and self.whole and not _can_map(tree, self.userns):
+                self._attach_each()
+                return
+            if self.userns and not self.whole:
                 self._map(tree)
-            if self.readonly:
-                _set(tree, attr_set=linux.MOUNT_ATTR_RDONLY)
-            self._part(tree)
-            _make_point(self.target, stat.S_ISDIR(os.fstat(tree).st_mode))
-            flags = linux.MOVE_MOUNT_F_EMPTY_PATH
-            linux.move_mount(tree, "", linux.AT_FDCWD, self.target, flags)
-            self._part(tree)  # below a shared mount it has become shared
+            self._attach(tree)
         finally:
             os.close(tree)
+
+    def _attach(self, tree: int) -> None:
+        if self.readonly:
+            _set(tree, attr_set=linux.MOUNT_ATTR_RDONLY)
+        self._part(tree)
+        _make_point(self.target, directory=stat.S_ISDIR(os.fstat(tree).st_mode))
+        point = _open(self.target)
+        try:
+            flags = linux.MOVE_MOUNT_F_EMPTY_PATH | linux.MOVE_MOUNT_T_EMPTY_PATH
+            linux.move_mount(tree, "", point, "", flags)
+        finally:
+            os.close(point)
+        self._part(tree)  # below a shared mount it has become shared
+
+    def _attach_each(self) -> None:
+        """Attach mount by mount, since not all below can be mapped: those stay as they are.
+
+        The kernel maps a tree as a whole, or one mount without what is below it.
+        """
+        top, points = dataclasses.replace(self, whole=False), _below(self.source)
+        top.attach()
+        for below in points:
+            source, target = f"{self.source.rstrip('/')}/{below}", f"{self.target}/{below}"
+            dataclasses.replace(top, source=source, target=target)._attach_if_possible()
+
+    def _attach_if_possible(self) -> None:
+        """Attach a mount of a tree: without a mapping if need be; or not, and say so, when it is
+        hidden by another, or when its folder belongs to ids that the copy above does not map.
+        """
+        try:
+            try:
+                self.attach()
+            except errors.FailedPrecondition:
+                log.info("not id-mapped", mount=self.what, path=self.source)
+                dataclasses.replace(self, userns="").attach()
+        except OSError as e:
+            log.warning("not mounted", mount=self.what, path=self.source, error=str(e))
 
     def _clone(self) -> int:
         """Return the detached copy. A symlink that somebody has put into the path since it was
         looked at is refused (CVE-2021-25741).
         """
-        here = linux.openat2(
-            linux.AT_FDCWD, self.source, os.O_PATH, resolve=linux.RESOLVE_NO_SYMLINKS
-        )
+        here = _open(self.source)
         whole = linux.AT_RECURSIVE if self.whole else 0
         try:
             return linux.open_tree(here, "", linux.OPEN_TREE_CLONE | linux.AT_EMPTY_PATH | whole)
@@ -78,39 +111,36 @@ class Copy:
             os.close(here)
 
     def _map(self, tree: int) -> None:
-        """Map the copy and, where their file systems can, the mounts below it."""
-        userns = os.open(self.userns, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            with contextlib.suppress(OSError):
-                return _set_map(tree, "", userns, linux.AT_RECURSIVE)
-            self._map_each(tree, userns)
-        finally:
-            os.close(userns)
-
-    def _map_each(self, tree: int, userns: int) -> None:
-        try:
-            _set_map(tree, "", userns)
+            _set_map(tree, self.userns)
         except OSError as e:
             raise errors.FailedPrecondition(
                 f"{self.what}: {self.source[:200]}: {_file_system(self.source)} cannot be mounted"
                 f" with mapped ids, which a pod with userns_options needs ({e.strerror})"
             ) from e
-        for below in self._below() if self.whole else ():
-            try:
-                _set_map(tree, below, userns)
-            except OSError as e:
-                log.warning(
-                    "not id-mapped", mount=self.what, path=f"{self.source}/{below}", error=str(e)
-                )
-
-    def _below(self) -> Iterator[str]:
-        top = self.source.rstrip("/") + "/"
-        for point in mounts.mounts_below(self.source):
-            if point.startswith(top) and len(point) > len(top):
-                yield point.removeprefix(top)
 
     def _part(self, tree: int) -> None:
         _set(tree, propagation=linux.MS_SLAVE if self.slave else linux.MS_PRIVATE)
+
+
+def _below(path: str) -> list[str]:
+    """Return where something is mounted below a path, parents first, relative to it."""
+    top = path.rstrip("/")
+    points = (p.removeprefix(f"{top}/") for p in mounts.mounts_below(top) if p not in (top, "/"))
+    return list(dict.fromkeys(reversed(list(points))))
+
+
+def _open(path: str) -> int:
+    return linux.openat2(linux.AT_FDCWD, path, os.O_PATH, resolve=linux.RESOLVE_NO_SYMLINKS)
+
+
+def _can_map(tree: int, userns: str) -> bool:
+    """Map a tree as a whole, and say whether that was possible."""
+    try:
+        _set_map(tree, userns)
+    except OSError:
+        return False
+    return True
 
 
 def _set(tree: int, *, attr_set: int = 0, propagation: int = 0) -> None:
@@ -118,16 +148,22 @@ def _set(tree: int, *, attr_set: int = 0, propagation: int = 0) -> None:
     linux.mount_setattr(tree, "", flags, attr_set=attr_set, propagation=propagation)
 
 
-def _set_map(tree: int, path: str, userns: int, flags: int = 0) -> None:
-    flags |= linux.AT_SYMLINK_NOFOLLOW if path else linux.AT_EMPTY_PATH
-    linux.mount_setattr(tree, path, flags, attr_set=linux.MOUNT_ATTR_IDMAP, userns_fd=userns)
+def _set_map(tree: int, userns: str) -> None:
+    namespace = os.open(userns, os.O_RDONLY | os.O_CLOEXEC)
+    flags = linux.AT_EMPTY_PATH | linux.AT_RECURSIVE
+    try:
+        linux.mount_setattr(tree, "", flags, attr_set=linux.MOUNT_ATTR_IDMAP, userns_fd=namespace)
+    finally:
+        os.close(namespace)
 
 
-def _make_point(path: str, directory: bool) -> None:
-    if directory:
-        os.mkdir(path, 0o700)
-    else:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+def _make_point(path: str, *, directory: bool) -> None:
+    """Make a mount point unless it is there, as it is in a copy of what is above."""
+    with contextlib.suppress(FileExistsError):
+        if directory:
+            os.mkdir(path, 0o700)
+        else:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
 
 
 def _file_system(path: str) -> str:
@@ -173,10 +209,9 @@ def sysfs(folder: Path) -> Copy:
 def check_flat(sources: Iterable[str], handler: str) -> None:
     """Refuse a source with mounts below it, for a runtime that would leave those out."""
     for path in sources:
-        below = [point for point in mounts.mounts_below(path) if point != path]
-        if below:
+        if below := _below(path):
             raise errors.FailedPrecondition(
-                f"mount source {path[:200]!r}: {below[-1][:200]} is mounted in it, which runtime"
+                f"mount source {path[:200]!r}: {below[0][:200]} is mounted in it, which runtime"
                 f" {handler} leaves out in a pod with userns_options: use a newer one, or runc"
             )
 
@@ -197,8 +232,8 @@ def remove(folder: Path) -> None:
         return
     for point in mounts.mounts_below(os.path.realpath(folder)):
         mounts.unmount(point)
-    for entry in os.scandir(folder):
-        os.rmdir(entry) if entry.is_dir(follow_symlinks=False) else os.unlink(entry)
+    for path in folder.iterdir():
+        path.rmdir() if path.is_dir() else path.unlink()
     folder.rmdir()
 
 

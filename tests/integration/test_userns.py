@@ -2,7 +2,9 @@
 """Pods with user namespaces of their own (CRI userns_options, KEP-127), on real OCI runtimes."""
 
 import contextlib
+import itertools
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -403,6 +405,18 @@ def test_what_is_mounted_in_a_volume_is_mapped_too(
         assert (below / "file").exists()
 
 
+def test_what_cannot_be_mapped_below_a_volume_is_there_as_it_is(
+    kubelet: Kubelet, make_pod: MakePod, pulled: str, handler: str
+) -> None:
+    """hostPath "/", as node-exporter has it: /proc and /sys are below."""
+    if handler:
+        pytest.skip("crun 1.8 leaves out what is below")
+    root = mount(Path("/"), "/host", readonly=True)
+    container = run(kubelet, make_pod(), pulled, mounts=[root])
+    script = "stat -c %u /host/etc/passwd /host/proc /host/sys; ls /host/proc/self/ns/uts"
+    assert said(kubelet, container, script) == ["0", "65534", "65534", "/host/proc/self/ns/uts"]
+
+
 def leaves_it_out(kubelet: Kubelet, pod: Pod, reference: str, mounts: Sequence[api.Mount]) -> None:
     """crun 1.8 of Debian 12 binds nothing but the top of a tree in a user namespace."""
     wish = container_config(kubelet, pod, reference, SLEEP, mounts=mounts)
@@ -644,6 +658,47 @@ def test_a_kill_while_copies_are_mounted_costs_no_file(
     assert not (site.state / "containers" / container).exists()
     assert [p.name for p in volume.iterdir()] == ["old"]
     client_of(site).remove_pod(pod.id)
+
+
+@pytest.mark.ours
+@pytest.mark.timeout(240)
+def test_no_kill_costs_a_file_of_a_volume(
+    make_site: Callable[..., server.Site],
+    client_of: Callable[[server.Site], Kubelet],
+    reference: str,
+    volume: Path,
+) -> None:
+    """The server dies before each thing that it does to make and start a container."""
+    site = make_site()
+    client_of(site).pull(reference)
+    trigger = site.home / "die-at"
+    site.kill()
+    site.program = (sys.executable, "-m", "tests.lab.crashing", os.fspath(trigger))
+    site.start()
+    steps = itertools.count(1)
+    while killed_at(next(steps), site, client_of(site), reference, volume, trigger):
+        assert [p.name for p in volume.iterdir()] == ["old"]
+        assert os.fspath(site.state / "containers") not in Path("/proc/self/mountinfo").read_text()
+    assert next(steps) > 8
+
+
+def killed_at(
+    step: int, site: server.Site, client: Kubelet, reference: str, volume: Path, trigger: Path
+) -> bool:
+    """Have the server die at this step, and see that the pod goes; False when there are fewer."""
+    pod = client.run_pod(config_of(client, wanted=userns()))
+    wish = container_config(client, pod, reference, SLEEP, mounts=[mount(volume)])
+    trigger.write_text(str(step))
+    with contextlib.suppress(grpc.RpcError):
+        client.start(client.create(pod, wish))
+        trigger.unlink()
+        client.remove_pod(pod.id)
+        return False
+    site.wait_death()
+    trigger.unlink()
+    site.start()
+    client.remove_pod(pod.id)
+    return True
 
 
 @pytest.mark.ours

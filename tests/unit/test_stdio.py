@@ -37,7 +37,7 @@ class Sink:
 class Job:
     """A shell command with streams, a log and one client."""
 
-    def __init__(self, folder: Path, **options: bool) -> None:
+    def __init__(self, folder: Path, **options: Any) -> None:
         self.folder = folder
         self.log = logfile.LogFile(os.fspath(folder / "log"))
         self.sink = Sink()
@@ -364,3 +364,18 @@ def test_silence_is_told_as_silence(tmp_path: Path) -> None:
         job.streams.close()
 
     driving.drive(work())
+
+
+@pytest.mark.needs("root")
+def test_the_pipes_belong_to_the_owner(tmp_path: Path) -> None:
+    """Who else may open /dev/stdout by name."""
+    job = Job(tmp_path, stdin=True, owner=(4000, 5000))
+
+    async def work() -> None:
+        await job.start("for n in 0 1 2; do stat -L -c %u:%g /proc/self/fd/$n; done")
+        await job.wait()
+        await job.streams.drain(5, patient=True)
+        job.streams.close()
+
+    driving.drive(work())
+    assert job.sink.data["stdout"] == b"4000:5000\n" * 3
