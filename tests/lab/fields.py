@@ -106,33 +106,12 @@ def _windows_container() -> None:
     _container(windows=api.WindowsContainerConfig())
 
 
-def _mapped_mount() -> None:
-    mapping = api.IDMapping(host_id=1, container_id=0, length=1)
-    mount = api.Mount(container_path="/v", host_path="/v", uidMappings=[mapping])
-    _container(mounts=[mount])
-
-
-def _userns_pod() -> None:
-    _pod(userns_options=api.UserNamespace(mode=api.NamespaceMode.POD))
-
-
-def _userns_container() -> None:
-    options = api.NamespaceOption(userns_options=api.UserNamespace(mode=api.NamespaceMode.POD))
-    _container(security=wishes.security(namespace_options=options))
-
-
 _OPTIONS = "linux.security_context.namespace_options"
-_MAPPINGS = "{uids,gids}.{host_id,container_id,length}"
 _REFUSED: Mapping[str, Callable[[], object]] = {
     f"PodSandboxConfig.{_OPTIONS}.target_id": lambda: _pod(target_id="f" * 64),
-    f"PodSandboxConfig.{_OPTIONS}.userns_options.mode": _userns_pod,
-    f"PodSandboxConfig.{_OPTIONS}.userns_options.{_MAPPINGS}": _userns_pod,
     "PodSandboxConfig.windows.security_context."
     "{run_as_username,credential_spec,host_process}": _windows_pod,
     "PodSandboxConfig.windows.security_context.namespace_options.network": _windows_pod,
-    "ContainerConfig.mounts.{uidMappings,gidMappings}.{host_id,container_id,length}": _mapped_mount,
-    f"ContainerConfig.{_OPTIONS}.userns_options.mode": _userns_container,
-    f"ContainerConfig.{_OPTIONS}.userns_options.{_MAPPINGS}": _userns_container,
     "ContainerConfig.windows.resources."
     "{cpu_shares,cpu_count,cpu_maximum,memory_limit_in_bytes,rootfs_size_in_bytes}": (
         _windows_container
