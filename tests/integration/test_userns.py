@@ -504,6 +504,32 @@ def test_an_image_volume_belongs_to_root(kubelet: Kubelet, make_pod: MakePod, pu
     assert said(kubelet, container, "stat -c %u:%g /img/etc/passwd /img") == ["0:0", "0:0"]
 
 
+def test_a_declared_volume_belongs_to_root(
+    kubelet: Kubelet, make_pod: MakePod, registry: registry.Registry
+) -> None:
+    built = image.busybox(Volumes={"/home": {}, "/made": {}})
+    reference = registry.push(built, "test/userns-volumes")
+    kubelet.pull(reference)
+    container = run(kubelet, make_pod(), reference)
+    script = "stat -c %u:%g /home /home/tester /made; touch /home/x /made/x && stat -c %u /made/x"
+    assert said(kubelet, container, script) == ["0:0", "0:0", "0:0", "0"]
+    kubelet.remove_pod(kubelet_pod(kubelet, container).id)
+    kubelet.remove_image(reference)
+
+
+def test_a_privileged_container_is_so_in_its_pod_alone(
+    kubelet: Kubelet, make_pod: MakePod, pulled: str
+) -> None:
+    def change(config: Any) -> None:
+        config.linux.security_context.privileged = True
+
+    security = api.LinuxContainerSecurityContext(privileged=True)
+    container = run(kubelet, make_pod(change), pulled, security=security)
+    script = "mkdir /m && mount -t tmpfs x /m && echo mounted; echo 1 > /sys/kernel/mm/ksm/run"
+    mounted_, denied = said(kubelet, container, f"{script}; mknod /n b 7 0")[:2]
+    assert (mounted_, "denied" in denied or "Read-only" in denied) == ("mounted", True), denied
+
+
 def test_a_device_may_have_another_path(kubelet: Kubelet, make_pod: MakePod, pulled: str) -> None:
     devices = [
         api.Device(host_path="/dev/zero", container_path="/dev/random2", permissions="rw"),
