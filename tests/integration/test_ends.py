@@ -16,7 +16,7 @@ import pytest
 from cri_server.pb import api_pb2 as api
 from tests.fakes.kubelet import Kubelet, Pod, refusal
 from tests.integration.conftest import SLEEP
-from tests.lab import image, registry, waiting
+from tests.lab import cgroups, image, registry, waiting
 
 pytestmark = pytest.mark.needs("root", "netns", "overlay", "cni", "runc", "docker-registry")
 V1 = Path("/sys/fs/cgroup")
@@ -171,20 +171,28 @@ def test_the_time_of_the_end_is_that_of_the_end(kubelet: Kubelet, pod: Pod, pull
 # -- ends that are hard to reach -------------------------------------------------------------------
 
 
-@pytest.mark.needs("cgroup-v1")
 @pytest.mark.parametrize(("timeout", "code"), [(20, 3), (0, 137)])
 def test_a_paused_container_hears_its_stop_signal_and_dies(
     kubelet: Kubelet, pod: Pod, pulled: str, timeout: int, code: int
 ) -> None:
     container = kubelet.run(pod, pulled, trap(15))
     kubelet.wait_log(container, "ready")
-    state = V1 / f"freezer{pod.config.linux.cgroup_parent}/{container}/freezer.state"
-    state.write_text("FROZEN")
-    waiting.until(lambda: state.read_text() == "FROZEN\n", "the container is frozen")
+    freeze(cgroups.place(pod.config.linux.cgroup_parent, container, "freezer"))
     begin = time.monotonic()
     kubelet.stop(container, timeout=timeout)
     assert kubelet.status(container).exit_code == code
     assert time.monotonic() - begin < 10
+
+
+def freeze(folder: Path) -> None:
+    """Pause a container, as somebody on the host would."""
+    if (folder / "cgroup.freeze").exists():
+        (folder / "cgroup.freeze").write_text("1")
+        state, frozen = folder / "cgroup.events", "frozen 1"
+    else:
+        state, frozen = folder / "freezer.state", "FROZEN"
+        state.write_text(frozen)
+    waiting.until(lambda: frozen in state.read_text(), "the container is frozen")
 
 
 def made_by_the_kubelet(config: api.PodSandboxConfig, **files: str) -> dict[Path, str]:

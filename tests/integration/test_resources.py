@@ -14,7 +14,7 @@ import pytest
 from cri_server.pb import api_pb2 as api
 from tests import probes
 from tests.fakes.kubelet import Kubelet, Pod, refusal
-from tests.integration.conftest import SLEEP
+from tests.integration.conftest import DRIVER, SLEEP
 from tests.lab import cgroups, server, waiting
 
 pytestmark = pytest.mark.needs("root", "netns", "overlay", "cni", "runc", "docker-registry")
@@ -284,6 +284,34 @@ def test_a_restart_of_the_server_forgets_no_update(
     assert spec_limits(kubelet, container) == {"cpu": cpu}
 
 
+def test_a_crash_after_the_kernel_and_before_the_record_is_made_good_by_the_repeat(
+    make_site: Sites, client_of: Clients, reference: str, tmp_path: Path
+) -> None:
+    victim, script = tmp_path / "pid", tmp_path / "runc"
+    script.write_text(
+        '#!/bin/sh\nrunc "$@" || exit\n'
+        f'case "$*" in *" update "*) if test -e {victim}; then kill -9 $(cat {victim}); fi;; esac\n'
+    )
+    script.chmod(0o755)
+    site = make_site(**{"runtimes.runc": {"path": os.fspath(script)}})
+    kubelet = client_of(site)
+    kubelet.pull(reference)
+    pod = kubelet.run_pod()
+    container = kubelet.run(pod, reference, SLEEP, linux=limited(cpu_shares=512))
+    victim.write_text(str(site.pid))
+    with pytest.raises(grpc.RpcError):
+        update(kubelet, container, cpu_shares=300)
+    site.wait_death()
+    victim.unlink()
+    site.start()
+    kubelet = client_of(site)
+    assert_limits(pod, container, {"cpu.shares": "300"})
+    assert resources(kubelet, container).cpu_shares == 512
+    update(kubelet, container, cpu_shares=300)
+    assert resources(kubelet, container).cpu_shares == 300
+    assert spec_limits(kubelet, container) == {"cpu": {"shares": 300}}
+
+
 # -- what it costs, and races ----------------------------------------------------------------------
 
 
@@ -454,3 +482,26 @@ def test_an_oom_score_that_the_host_does_not_allow_is_raised_and_told(
     mine = [line for line in told if container in line and "-998" in line]
     assert len(mine) == (0 if allowed else 1)
     assert resources(kubelet, container).oom_score_adj == -998
+
+
+# -- parents ---------------------------------------------------------------------------------------
+
+
+def test_parents_that_are_missing_are_made_and_go_with_the_pod(
+    kubelet: Kubelet, cgroup_parent: str, pulled: str
+) -> None:
+    keeper = kubelet.run(kubelet.run_pod(), pulled, SLEEP)  # keeps the run's own parent
+    made = [f"{cgroup_parent}/deep", f"{cgroup_parent}/deep/deeper"]
+    if DRIVER == "systemd":  # a slice's name holds those of all above
+        unit = cgroup_parent.strip("/").removesuffix(".slice")
+        made = [f"{cgroup_parent}/{unit}-deep.slice"]
+        made += [f"{made[0]}/{unit}-deep-deeper.slice"]
+    config = kubelet.pod_config()
+    config.linux.cgroup_parent = made[1]
+    pod = kubelet.run_pod(config)
+    container = kubelet.run(pod, pulled, SLEEP)
+    assert cgroups.place(made[1], container, "memory").is_dir()
+    kubelet.remove_pod(pod.id)
+    left = [h for h in cgroups.hierarchies() for p in made if (h / p.strip("/")).exists()]
+    assert left == []
+    assert kubelet.status(keeper).state == api.CONTAINER_RUNNING
