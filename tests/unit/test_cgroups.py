@@ -57,6 +57,43 @@ def test_systemd_paths() -> None:
     assert g.directories("-.slice:cri-server:c") == {"": "/sys/fs/cgroup/cri-server-c.scope"}
 
 
+def test_a_prefix_is_in_the_names_of_both_drivers() -> None:
+    found = cgroups.detect(V2.format(""))
+    g = cgroups.Cgroups(found, "cgroupfs", prefix="crio")
+    assert g.container_path("p", "/kubepods/pod1", "c") == "/kubepods/pod1/crio-c"
+    g = cgroups.Cgroups(found, "systemd", prefix="crio")
+    path = g.container_path("p", SLICE, "c")
+    assert g.directories(path) == {"": f"/sys/fs/cgroup{SLICE}/crio-c.scope"}
+    assert groups(driver="systemd").directories(path) == g.directories(path), "of an earlier run"
+
+
+def test_usage_is_read_from_v2_too_where_both_are() -> None:
+    g = groups(V1 + V2.format("/unified"))
+    assert g.accounts("/a/c")["unified"] == "/sys/fs/cgroup/unified/a/c"
+    assert g.pod_accounts("p", "/a")["unified"] == "/sys/fs/cgroup/unified/a"
+    assert "unified" not in g.directories("/a/c"), "nobody kills or limits by it"
+    for text in (V1, V2.format("")):
+        assert groups(text).accounts("/a/c") == groups(text).directories("/a/c")
+    systemd = groups(V1 + V2.format("/unified"), driver="systemd")
+    assert systemd.accounts("a.slice:x:c")["unified"] == "/sys/fs/cgroup/unified/a.slice/x-c.scope"
+    assert systemd.pod_accounts("p", "") == {}, "system.slice is not the pod's"
+
+
+def test_a_mark_is_an_empty_cgroup_that_goes_again(tmp_path: Path) -> None:
+    (tmp_path / "a.slice").mkdir()
+    found = cgroups.Hierarchy(mode="v2", v1={}, unified=tmp_path)
+    g = cgroups.Cgroups(found, "systemd", prefix="crio")
+    for _ in range(2):
+        g.mark("a.slice:crio:p")
+    g.mark("b.slice:crio:p")
+
+    assert (tmp_path / "a.slice/crio-p.scope").is_dir()
+    assert not (tmp_path / "b.slice").exists(), "a slice is systemd's to make"
+    for _ in range(2):
+        g.remove_all("a.slice:crio:p")
+    assert not (tmp_path / "a.slice/crio-p.scope").exists()
+
+
 def test_a_container_of_the_other_driver_is_found_too() -> None:
     path = groups(driver="systemd").container_path("p", "", "c")
     assert groups().directories(path) == groups(driver="systemd").directories(path)
