@@ -30,6 +30,7 @@ from cri_server import (
     apart,
     apparmor,
     capability,
+    cdi,
     cgroups,
     commands,
     config,
@@ -103,6 +104,7 @@ class _Host:
     seccomp: Mapping[str, object] | None
     copies: Mapping[str, idmap.Copy] = dataclasses.field(default_factory=dict)
     locked: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    cdi: spec.Injection | None = None
 
 
 class Bundles:
@@ -122,6 +124,7 @@ class Bundles:
         self._settings, self._files, self._groups = settings, files, groups
         self._snapshots, self._image_volumes, self._facts = layers, image_volumes, facts
         self._apparmor = apparmor.AppArmor()
+        self._cdi = cdi.Registry(settings.runtime.cdi_spec_dirs)
 
     def directory(self, container_id: str) -> Path:
         return self.root / container_id
@@ -135,7 +138,7 @@ class Bundles:
         host path does not answer.
         """
         with recipe.step("host paths"):
-            found = await _looked(wanted.config)
+            found = await _looked(wanted.config, self._cdi)
             await self.load_apparmor(wanted.config.linux.security_context, wanted.pod.handler)
             await self._label(wanted, found)
         if wanted.volumes:
@@ -249,6 +252,7 @@ class Bundles:
         spec.check_user(user, wanted.ids, "run_as_user")
         document = spec.container(self._input(wanted, found, user))
         plain = {s.path for s in found.mounts.values() if not s.directory}
+        plain |= found.cdi.files if found.cdi is not None else set()
         plain |= {str(p) for p in self._pod_files(wanted.pod) if Path(p).is_file()}
         plain |= {c.target for c in found.copies.values() if not os.path.isdir(c.target)}
         plain |= {node.host_path for node in found.devices}
@@ -271,7 +275,7 @@ class Bundles:
             wanted.container,
             uid=user.uid,
             gid=user.gid,
-            groups=user.additional_gids,
+            groups=tuple(document["process"]["user"]["additionalGids"]),  # with those of CDI
             cgroups_path=document["linux"]["cgroupsPath"],
         )
 
@@ -297,6 +301,7 @@ class Bundles:
             defaults=self._defaults(pod.handler),
             sources={key: source.path for key, source in found.mounts.items()},
             devices=found.devices,
+            cdi=found.cdi,
             host_devices=found.host_devices,
             seccomp_profile=found.seccomp,
             selinux_level=pod.selinux_level,
@@ -498,20 +503,22 @@ def note_annotations(allowed: Iterable[str], handler: str, key: str) -> None:
         why.handler(f"annotations[{name}]", f"[runtimes.{handler}] {key}", "let through")
 
 
-async def _looked(wanted: api.ContainerConfig) -> _Host:
+async def _looked(wanted: api.ContainerConfig, registry: cdi.Registry) -> _Host:
     """Look at the host paths without being stuck with them; without any, at once."""
     privileged = wanted.linux.security_context.privileged
-    if not (wanted.mounts or wanted.devices or privileged or spec.seccomp_path(wanted)):
+    asked = wanted.mounts or wanted.devices or spec.cdi_requests(wanted)
+    if not (asked or privileged or spec.seccomp_path(wanted)):
         return _Host(mounts={}, devices=(), host_devices=(), seccomp=None)
     what = "a mount source, device or seccomp profile"
-    return await apart.call(lambda: _look(wanted), within=LOOK_TIMEOUT, what=what)
+    return await apart.call(lambda: _look(wanted, registry), within=LOOK_TIMEOUT, what=what)
 
 
-def _look(wanted: api.ContainerConfig) -> _Host:
-    profile = spec.seccomp_path(wanted)
+def _look(wanted: api.ContainerConfig, registry: cdi.Registry) -> _Host:
+    profile, names = spec.seccomp_path(wanted), spec.cdi_requests(wanted)
     return _Host(
         mounts={m.host_path: sources.check_source(m) for m in wanted.mounts if m.host_path},
         devices=sources.device_nodes(spec.device_requests(wanted)),
         host_devices=sources.host_devices() if wanted.linux.security_context.privileged else (),
         seccomp=sources.seccomp_profile(profile) if profile else None,
+        cdi=registry.resolve(names) if names else None,
     )

@@ -126,6 +126,7 @@ class Runtime:
     default: str = "runc"
     cgroup_driver: CgroupDriver = "auto"
     exec_drain_timeout: Seconds = 2.0
+    cdi_spec_dirs: tuple[Path, ...] = (Path("/etc/cdi"), Path("/var/run/cdi"))
     runtime_timeout: Seconds = 120.0
     cgroup_prefix: Annotated[str, msgspec.Meta(pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]*)?$")] = ""
 

@@ -17,6 +17,8 @@ from cri_server import capability, errors
 from cri_server.pb import api_pb2 as api
 from cri_server.spec import (
     annotations,
+    cdi,
+    cdifile,
     checks,
     devices,
     imagevolumes,
@@ -42,6 +44,8 @@ from cri_server.spec.types import (
     HostFacts,
     IdMap,
     ImageConfig,
+    Injection,
+    Node,
     PodFiles,
     SandboxInput,
     SelinuxPolicy,
@@ -61,7 +65,9 @@ __all__ = [
     "HugepageLimit",
     "IdMap",
     "ImageConfig",
+    "Injection",
     "Labels",
+    "Node",
     "PodFiles",
     "Resources",
     "SandboxInput",
@@ -71,6 +77,8 @@ __all__ = [
     "apparmor_profile",
     "asked_level",
     "capability_names",
+    "cdi_requests",
+    "cdifile",
     "check_container_annotations",
     "check_pod_annotations",
     "check_pod_update",
@@ -138,6 +146,7 @@ labels_of_pod = selinux.of_sandbox
 labels_of_container = selinux.of_container
 capability_names = security.capability_names
 device_requests = devices.requests
+cdi_requests = cdi.requests
 image_mounts = imagevolumes.requests
 source_key = imagevolumes.key
 explained = imagevolumes.explained
@@ -168,6 +177,8 @@ def container(wanted: types.ContainerInput) -> oci.Spec:
         annotations=_annotations(wanted),
         linux=linux.linux(wanted, main["capabilities"]["bounding"]),
     )
+    if wanted.cdi is not None:
+        cdi.inject(document, wanted.cdi, wanted)
     level = wanted.selinux_level
     selinux.label(
         document, selinux.of_container(wanted.security, wanted.sandbox, level, wanted.host)
@@ -216,6 +227,7 @@ def validate_container(
     mounts.check(config, host)
     mounts.image_volumes(config, image)
     devices.requests(config)
+    cdi.requests(config)
     linux.resources(config.linux.resources, host)
     linux.oom_score_adj(config.linux.resources, host)
     linux.paths(context)

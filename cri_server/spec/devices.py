@@ -2,7 +2,7 @@
 """Devices: which nodes a container gets, and what its device cgroup lets through.
 
 Pure. `requests` says what is asked for; `cri_server.sources` looks at the nodes and hands them back
-as DeviceNode. CDI devices have their place here; until then they are refused.
+as DeviceNode. CDI devices are `cdi`'s.
 """
 
 from collections.abc import Iterable
@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from cri_server import errors
 from cri_server.pb import api_pb2 as api
 from cri_server.spec import checks, oci, types, why
-
-CDI_PREFIX = "cdi.k8s.io/"
 
 # The nodes themselves are made by the OCI runtime (config-linux.md, "Default Devices"). Making any
 # node is allowed as it gives nothing: opening it is what the other rules are about.
@@ -44,11 +42,6 @@ class Request:
 
 def requests(config: api.ContainerConfig) -> tuple[Request, ...]:
     """Return the devices asked for, checked. Raises InvalidArgument naming the field."""
-    checks.unsupported(bool(config.CDI_devices), "CDI_devices", "CDI is not supported yet")
-    for key in config.annotations:
-        checks.unsupported(
-            key.startswith(CDI_PREFIX), f"annotation {key[:100]!r}", "CDI is not supported yet"
-        )
     return tuple(_request(d) for d in config.devices)
 
 

@@ -44,7 +44,7 @@ def mounts(wanted: types.ContainerInput) -> list[oci.Mount]:
     shared = [m for m in shared if m["destination"] not in taken]
     targets = {m["destination"] for m in shared}
     base = [m for m in base if m["destination"] not in targets]
-    return sorted([_kept(m, wanted.locked) for m in (*base, *shared, *requested)], key=_depth)
+    return in_order([_kept(m, wanted.locked) for m in (*base, *shared, *requested)])
 
 
 def _kept(mount: oci.Mount, locked: Mapping[str, tuple[str, ...]]) -> oci.Mount:
@@ -78,6 +78,11 @@ def _replaced(destination: str, taken: set[str]) -> bool:
     if below:
         why.cri(f"mounts[{destination}]", "mounts", "left out: /dev is mounted over")
     return below or destination in taken
+
+
+def in_order(mounts: Iterable[oci.Mount]) -> list[oci.Mount]:
+    """Return the mounts in the order to make them: by depth, otherwise as they are."""
+    return sorted(mounts, key=_depth)
 
 
 def _depth(mount: oci.Mount) -> int:
@@ -287,4 +292,4 @@ def with_volumes(mounts: list[oci.Mount], volumes: Mapping[str, str]) -> list[oc
         oci.Mount(destination=target, type="bind", source=source, options=[*options])
         for target, source in volumes.items()
     ]
-    return sorted([*made, *mounts], key=_depth)
+    return in_order([*made, *mounts])

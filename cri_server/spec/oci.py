@@ -149,10 +149,18 @@ class Linux(TypedDict, total=False):
     mountLabel: str
 
 
+class Hook(TypedDict, total=False):
+    path: str
+    args: list[str]
+    env: list[str]
+    timeout: int
+
+
 class Spec(TypedDict, total=False):
     ociVersion: str
     process: Process
     root: Root
     mounts: list[Mount]
     annotations: dict[str, str]
+    hooks: dict[str, list[Hook]]
     linux: Linux

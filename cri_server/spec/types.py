@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from cri_server import capability, limits
 from cri_server.pb import api_pb2 as api
+from cri_server.spec import oci
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +93,38 @@ class DeviceNode:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Node:
+    """A device node of a CDI device; `kind` is "c", "b" or "p", owners are None for "as the
+    process", `access` is the cgroup rule's, "" for none.
+    """
+
+    path: str
+    kind: str
+    major: int
+    minor: int
+    mode: int | None
+    uid: int | None
+    gid: int | None
+    access: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Injection:
+    """All that the CDI devices of one container do to it, in the order in which it is done.
+
+    `files` are the sources of mounts that are no folders.
+    """
+
+    devices: tuple[str, ...]
+    env: tuple[str, ...] = ()
+    nodes: tuple[Node, ...] = ()
+    mounts: tuple[oci.Mount, ...] = ()
+    hooks: tuple[tuple[str, oci.Hook], ...] = ()
+    gids: tuple[int, ...] = ()
+    files: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PodFiles:
     """Host paths of what a pod's containers share; "" leaves the image's own in place."""
 
@@ -159,8 +192,9 @@ class ContainerInput:
     `namespaces` maps OCI types (network, ipc, uts, pid, user) to paths to join. A type that is
     missing is the host's; "pid" with an empty path is a new one of the container's own. `sources`
     maps a mount's `imagevolumes.key` to where it really is; `devices` are the nodes behind
-    config.devices, `host_devices` all of the host's (for privileged). `seccomp_profile` is the
-    parsed Localhost file that security.seccomp_path() named, `selinux_level` the pod's.
+    config.devices, `cdi` what the CDI devices do, `host_devices` all of the host's (for
+    privileged). `seccomp_profile` is the parsed Localhost file that security.seccomp_path() named,
+    `selinux_level` the pod's.
     `annotations` are the pod's and the container's that the handler's configuration lets through.
 
     In a pod with a user namespace of its own, `ids` is what it maps, `mapped` are the id-mapped
@@ -183,6 +217,7 @@ class ContainerInput:
     defaults: Defaults = field(default_factory=Defaults)
     sources: Mapping[str, str] = field(default_factory=dict)
     devices: tuple[DeviceNode, ...] = ()
+    cdi: Injection | None = None
     host_devices: tuple[DeviceNode, ...] = ()
     seccomp_profile: Mapping[str, object] | None = None
     selinux_level: str = ""

@@ -40,13 +40,6 @@ def test_a_request_that_cannot_be_is_refused(host: str, container: str, permissi
         wishes.validate(wishes.container(devices=[device]))
 
 
-def test_cdi_is_refused_by_name() -> None:
-    with pytest.raises(errors.InvalidArgument, match="CDI_devices"):
-        wishes.validate(wishes.container(CDI_devices=[api.CDIDevice(name="v/c=d")]))
-    with pytest.raises(errors.InvalidArgument, match=r"cdi\.k8s\.io/gpu"):
-        wishes.validate(wishes.container(annotations={"cdi.k8s.io/gpu": "v/c=d"}))
-
-
 def test_rules_deny_all_then_allow_the_defaults_and_the_listed() -> None:
     linux = spec.container(wishes.given(devices=(FUSE,)))["linux"]
     rules = linux["resources"]["devices"]
