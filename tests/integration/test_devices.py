@@ -31,7 +31,7 @@ def allowed(kubelet: Kubelet, container: str, path: str, how: str) -> bool:
 
 @pytest.fixture
 def board(tmp_path: Path) -> Path:
-    """Return a folder of devices that no container has by itself: those of fuse and of loop devices."""
+    """Return a folder of devices that no container has by itself: of fuse and of loops."""
     folder = tmp_path / "board"
     (folder / "sub").mkdir(parents=True)
     os.mknod(folder / "fuse", stat.S_IFCHR | 0o640, os.makedev(10, 229))
