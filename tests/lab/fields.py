@@ -119,9 +119,6 @@ _REFUSED: Mapping[str, Callable[[], object]] = {
     "ContainerConfig.windows.resources.affinity_cpus.{cpu_mask,cpu_group}": _windows_container,
     "ContainerConfig.windows.security_context."
     "{run_as_username,credential_spec,host_process}": _windows_container,
-    "ContainerConfig.CDI_devices.name": lambda: _container(
-        CDI_devices=[api.CDIDevice(name="vendor.example/device=1")]
-    ),
 }
 
 
