@@ -164,8 +164,10 @@ def _yaml(text: bytes) -> object:
         for event in yaml.parse(text, loader):  # first, as the fast loader dies of deep nesting
             depth += isinstance(event, yaml.CollectionStartEvent)
             depth -= isinstance(event, yaml.CollectionEndEvent)
-            if depth > DEPTH or isinstance(event, yaml.AliasEvent):
-                raise cdifile.Invalid("it is nested too deep, or has aliases")
+            if depth > DEPTH:
+                raise cdifile.Invalid("it is nested too deep")
+            if isinstance(event, yaml.AliasEvent):  # a few of them can stand for any amount
+                raise cdifile.Invalid("it has YAML aliases: write out what they stand for")
         return yaml.load(text, loader)  # noqa: S506  (a safe one)
     except yaml.YAMLError as e:
         raise cdifile.Invalid(f"it is not YAML: {e}") from e
