@@ -267,7 +267,7 @@ class Bundles:
             folder = self._snapshots.volumes(wanted.container.id)
             made = volumes.make(root, asked, folder, covered=covered, owner=owner)
             document["mounts"] = spec.with_volumes(document["mounts"], made)
-            if label := self._labels(wanted).mount:
+            if made and (label := self._labels(wanted).mount):
                 relabel.relabel(os.path.realpath(folder), label)
         path = self.directory(wanted.container.id) / "config.json"
         path.write_bytes(msgspec.json.encode(document))
