@@ -26,6 +26,7 @@ MetricGroup = Literal[
     "cpu", "memory", "network", "disk", "diskIO", "process", "oom", "hugetlb", "pressure", "spec"
 ]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]  # a day: endless waits help nobody
+Patience = Annotated[float, msgspec.Meta(ge=0, le=86400)]  # 0 is for ever
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
 INSTALLED = ("crun", "runc")  # offered where they are installed, and in this order as the default
@@ -36,6 +37,7 @@ _READ_LATER: Mapping[str, Callable[[Any], object]] = {
     "default_rlimits": limits.rlimits,
     "default_shm_size": limits.size,
 }
+_ADDRESS = re.compile(r"([^:\s]+|\[[0-9a-fA-F:]+\]):[0-9]{1,5}")  # [::1]:10010
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -49,6 +51,12 @@ class Server:
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["console", "json"] = "console"
     crio_socket: str = ""
+    stream_address: str = "127.0.0.1:0"
+    stream_idle_timeout: Seconds = 14400.0
+    stream_tls_cert: str = ""
+    stream_tls_key: str = ""
+    stream_tls_client_ca: str = ""
+    exec_abandoned_timeout: Patience = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what no server can use, also when it comes from the command line."""
@@ -58,6 +66,11 @@ class Server:
             _check_absolute(name, getattr(self, name))
         if self.crio_socket:
             _check_absolute("crio_socket", Path(self.crio_socket))
+        for name in ("stream_tls_cert", "stream_tls_key", "stream_tls_client_ca"):
+            if value := getattr(self, name):
+                _check_absolute(name, Path(value))
+        if not _ADDRESS.fullmatch(self.stream_address):
+            raise ConfigError(f"stream_address: {self.stream_address!r} is not HOST:PORT")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

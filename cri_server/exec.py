@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running a command in a container: ExecSync.
+"""Running a command in a container: ExecSync, and what an exec of a client that stays starts from.
 
 The process is the container's own (its user, capabilities, environment, working directory) with
 another command line. The shim runs it, kills the whole tree when the time is over or when we hang
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from cri_server import bundles, config, containers, errors, shims, spec
+from cri_server import bundles, config, containers, errors, shims, spec, state
 from shim import client
 from shim.pb import shim_pb2
 
@@ -48,18 +48,32 @@ class Exec:
         nothing of the exec is left then.
         """
         container = self._containers.running(wanted)
-        if not cmd:
-            raise errors.InvalidArgument("cmd is empty")
-        start = shim_pb2.ExecStart(
-            id=container.id,
-            process=self._process(container.id, cmd),
-            timeout_ms=max(int(timeout * 1000), 0),
-            drain_ms=int(self._settings.runtime.exec_drain_timeout * 1000),
-        )
+        start = self.start(container, cmd)
+        start.timeout_ms = max(int(timeout * 1000), 0)
         done = await self._run(container.pod_id, start)
         if done.timed_out:
             raise errors.DeadlineExceeded(f"command {cmd[0][:200]!r} timed out after {timeout:g} s")
         return done
+
+    def start(
+        self,
+        container: state.Container,
+        cmd: Sequence[str],
+        *,
+        terminal: bool = False,
+        stdin: bool = False,
+    ) -> shim_pb2.ExecStart:
+        """Return what a shim needs to run `cmd`. Raises InvalidArgument without a command,
+        FailedPrecondition for a damaged bundle.
+        """
+        if not cmd:
+            raise errors.InvalidArgument("cmd is empty")
+        return shim_pb2.ExecStart(
+            id=container.id,
+            process=self._process(container.id, cmd, terminal=terminal),
+            stdin=stdin,
+            drain_ms=int(self._settings.runtime.exec_drain_timeout * 1000),
+        )
 
     async def _run(self, pod_id: str, start: shim_pb2.ExecStart) -> client.ExecResult:
         """Have the shim do it; the shim watches the time, and we that the shim does."""
@@ -73,10 +87,12 @@ class Exec:
                 f"the shim of pod sandbox {pod_id[:13]} does not answer"
             ) from e
 
-    def _process(self, container_id: str, cmd: Sequence[str]) -> bytes:
+    def _process(self, container_id: str, cmd: Sequence[str], *, terminal: bool) -> bytes:
         try:
             text = (self._bundles.directory(container_id) / "config.json").read_bytes()
             process = self._decoder.decode(text).process
         except (OSError, msgspec.DecodeError) as e:
             raise errors.FailedPrecondition(f"the container's bundle is damaged: {e}") from e
-        return msgspec.json.encode(spec.process(spec.ExecInput(process=process, cmd=tuple(cmd))))
+        return msgspec.json.encode(
+            spec.process(spec.ExecInput(process=process, cmd=tuple(cmd), tty=terminal))
+        )

@@ -44,6 +44,8 @@ from cri_server.images import gc, pull, registry, store
 from cri_server.network import cni
 from cri_server.pb import api_pb2_grpc
 from cri_server.services import image, interceptors, runtime
+from cri_server.streaming import requests
+from cri_server.streaming import server as streaming
 from shim import client
 
 log = structlog.get_logger()
@@ -81,6 +83,7 @@ async def running(settings: config.Config) -> AsyncIterator[None]:
         stack.callback(graph.events.close)
         log.info("listening", address=settings.server.listen, cgroup_driver=groups.driver)
         await graph.zygote.start()
+        await graph.streaming.start()
         await graph.recovery.run()
         await graph.collector.start()
         await _collect_addresses(graph.network)
@@ -299,6 +302,8 @@ class Graph:
             container_host=container_host,
             bundle_host=bundle_host,
         )
+        self.streaming = streaming.Server(settings.server, shim_host=shim_host)
+        stack.push_async_callback(self.streaming.close)
         self.runtime = runtime.RuntimeService(
             pod_host=self.pods,
             container_host=container_host,
@@ -313,6 +318,12 @@ class Graph:
             ),
             info_host=info_host,
             event_host=self.events,
+            stream_requests=requests.Requests(
+                pod_host=self.pods,
+                container_host=container_host,
+                exec_host=exec_host,
+                streaming=self.streaming,
+            ),
         )
         registry_client = registry.Client(
             settings.images.registry_config_dirs,

@@ -8,6 +8,7 @@ from cri_server import containers, errors, events, exec, info, metrics, pods, st
 from cri_server.pb import api_pb2 as api
 from cri_server.pb import api_pb2_grpc
 from cri_server.services import parts
+from cri_server.streaming import requests
 
 if TYPE_CHECKING:
     from grpc.aio import ServicerContext
@@ -28,7 +29,9 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
         metrics_host: metrics.Metrics,
         info_host: info.Info,
         event_host: events.Events,
+        stream_requests: requests.Requests,
     ) -> None:
+        self._requests = stream_requests
         self._events = event_host
         self._pods, self._containers, self._exec = pod_host, container_host, exec_host
         self._stats, self._metrics, self._info = stats_host, metrics_host, info_host
@@ -137,15 +140,15 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
         )
 
     async def Exec(self, request: api.ExecRequest, context: Context) -> api.ExecResponse:
-        raise _not_yet("Exec")
+        return api.ExecResponse(url=self._requests.exec(request))
 
     async def Attach(self, request: api.AttachRequest, context: Context) -> api.AttachResponse:
-        raise _not_yet("Attach")
+        return api.AttachResponse(url=self._requests.attach(request))
 
     async def PortForward(
         self, request: api.PortForwardRequest, context: Context
     ) -> api.PortForwardResponse:
-        raise _not_yet("PortForward")
+        return api.PortForwardResponse(url=self._requests.port_forward(request))
 
     # -- stats and metrics ------------------------------------------------------------------------
 

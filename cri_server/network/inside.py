@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Do something quick inside a pinned network namespace.
+
+A namespace belongs to a thread, so the work is done in a thread that enters it and then ends: no
+thread of a pool is ever left in a pod's network. Blocks; call it from a thread.
+"""
+
+import os
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from shim import linux
+
+T = TypeVar("T")
+
+
+def run(netns: str, work: Callable[[], T]) -> T:
+    """Return what `work` returns in the namespace at `netns`, or raise what it raises.
+
+    Raises OSError when there is no namespace.
+    """
+    done: list[T] = []
+    failed: list[BaseException] = []
+    thread = threading.Thread(target=_enter, args=(netns, work, done, failed), name="inside netns")
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+    return done[0]
+
+
+def _enter(netns: str, work: Callable[[], T], done: list[T], failed: list[BaseException]) -> None:
+    try:
+        fd = os.open(netns, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            linux.setns(fd, linux.CLONE_NEWNET)
+        finally:
+            os.close(fd)
+        done.append(work())
+    except BaseException as e:  # the caller's thread raises it
+        failed.append(e)

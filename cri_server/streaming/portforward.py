@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Port-forward: TCP connections into a pod's network namespace, for a client outside.
+
+    client ──data──► Pair ──► socket made inside the namespace, to 127.0.0.1:port, else [::1]:port
+           ◄──error── what went wrong, as text; nothing when all went well
+
+No program of the image takes part. Each connection is a pair of streams and a task of its own; one
+that fails leaves the others alone. Everything ends with the client.
+"""
+
+import asyncio
+import contextlib
+import functools
+import socket
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from cri_server import errors
+from cri_server.network import inside
+from cri_server.streaming import peer
+
+CONNECT_TIMEOUT = 10.0  # seconds
+_CHUNK = 64 << 10  # bytes
+_LINGER = 1.0  # seconds that the client may go on when the pod's side has ended, as with the peers
+_LOOPBACKS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
+
+
+class Pair(Protocol):
+    """One connection of a client."""
+
+    port: int
+
+    async def read(self) -> bytes:
+        """Return what the client sent, b"" at its end."""
+
+    async def write(self, data: bytes) -> None:
+        """Send to the client; returns when it takes it. Raises Gone."""
+
+    async def finish(self) -> None:
+        """Say that nothing more comes from the pod. Raises Gone."""
+
+    async def end(self, error: str) -> None:
+        """Tell what went wrong, "" for nothing, and end both streams. Raises Gone."""
+
+
+async def serve(pairs: AsyncIterator[Pair], netns: str) -> None:
+    """Forward every pair that comes, until no more come and all have ended.
+
+    `netns` is where the pod's network is pinned, "" for the host's.
+    """
+    running: set[asyncio.Task[None]] = set()
+    try:
+        async for pair in pairs:
+            task = asyncio.create_task(forward(pair, netns), name=f"port-forward {pair.port}")
+            running.add(task)
+            task.add_done_callback(running.discard)
+        if running:
+            await asyncio.wait(running)
+    finally:
+        for task in running:
+            task.cancel()
+
+
+async def forward(pair: Pair, netns: str) -> None:
+    """Connect to the pair's port and copy both ways to the end."""
+    with contextlib.suppress(peer.Gone):
+        try:
+            reader, writer = await _connect(pair.port, netns)
+        except errors.CriError as e:
+            await pair.end(e.message)
+            return
+        try:
+            await _copy(pair, reader, writer)
+        finally:
+            writer.transport.abort()
+
+
+async def _connect(port: int, netns: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Return a connection to a port of the pod's loopback. Raises Unavailable, DeadlineExceeded."""
+    refusals = []
+    for family, address in _LOOPBACKS:
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                return await _dial(family, address, port, netns)
+        except TimeoutError as e:
+            raise errors.DeadlineExceeded(f"{address}:{port}: no answer") from e
+        except OSError as e:
+            refusals.append(f"{address}: {e.strerror}")
+    raise errors.Unavailable(f"cannot connect to port {port} in the pod: {', '.join(refusals)}")
+
+
+async def _dial(
+    family: int, address: str, port: int, netns: str
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    make = functools.partial(socket.socket, family, socket.SOCK_STREAM)
+    sock = await asyncio.to_thread(inside.run, netns, make) if netns else make()
+    try:
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, (address, port))
+        return await asyncio.open_connection(sock=sock, limit=_CHUNK)
+    except BaseException:
+        sock.close()
+        raise
+
+
+async def _copy(pair: Pair, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    sending = asyncio.create_task(_to_pod(pair, writer))
+    try:
+        problem = await _to_client(pair, reader)
+        await pair.finish()
+        await asyncio.wait([sending], timeout=_LINGER)
+        await pair.end(problem)
+    finally:
+        sending.cancel()
+
+
+async def _to_pod(pair: Pair, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):  # the pod's end of it is told by what is read
+        while data := await pair.read():
+            writer.write(data)
+            await writer.drain()
+        writer.write_eof()
+
+
+async def _to_client(pair: Pair, reader: asyncio.StreamReader) -> str:
+    """Copy to the client; return what went wrong, "" for nothing."""
+    try:
+        while data := await reader.read(_CHUNK):
+            await pair.write(data)
+    except OSError as e:
+        return f"port {pair.port} in the pod: {e.strerror}"
+    return ""

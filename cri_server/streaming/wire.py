@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes to and from a client: a socket, or SPDY inside the messages of a WebSocket.
+
+`Wire` is what `spdylink` and `wspeer` stand on. Writers wait for each other and until the client
+takes what it is sent; a reader that waits too long, while nothing is sent either, is ended.
+"""
+
+import asyncio
+import contextlib
+from typing import Protocol
+
+from cri_server.streaming import peer
+
+_READ = 64 << 10  # bytes
+
+
+class Wire(Protocol):
+    """A connection in both directions."""
+
+    async def read(self) -> bytes:
+        """Return what comes next, b"" at the end. Raises OSError, TimeoutError, Gone."""
+
+    async def write(self, data: bytes) -> None:
+        """Send; returns when the client takes it. Raises Gone."""
+
+    async def finish(self) -> None:
+        """Say that nothing more will be sent, where that can be said."""
+
+    def abort(self) -> None:
+        """End it now; what was written and not sent is lost."""
+
+
+class Socket:
+    """A TCP or TLS connection; `seconds` of silence both ways end it."""
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, seconds: float
+    ) -> None:
+        self._reader, self._writer, self._seconds = reader, writer, seconds
+        self._writing = asyncio.Lock()
+        self._active = 0.0
+
+    async def read(self) -> bytes:
+        self._active = asyncio.get_running_loop().time()
+        reading = asyncio.ensure_future(self._reader.read(_READ))
+        try:
+            while not reading.done():
+                await asyncio.wait([reading], timeout=self._left())
+            return reading.result()
+        finally:
+            reading.cancel()
+
+    def _left(self) -> float:
+        """Return the seconds that silence may still last. Raises TimeoutError when it may not."""
+        left = self._active + self._seconds - asyncio.get_running_loop().time()
+        if left <= 0:
+            raise TimeoutError("the client was silent for too long")
+        return left
+
+    async def write(self, data: bytes) -> None:
+        async with self._writing:
+            self._active = asyncio.get_running_loop().time()
+            self._writer.write(data)
+            try:
+                await self._writer.drain()
+            except OSError as e:
+                raise peer.Gone from e
+
+    async def finish(self) -> None:
+        """Half-close: closing a socket with unread input would reset it, and the client could lose
+        the last of our output.
+        """
+        with contextlib.suppress(OSError):
+            if self._writer.can_write_eof():  # TLS cannot
+                self._writer.write_eof()
+
+    def abort(self) -> None:
+        self._writer.transport.abort()

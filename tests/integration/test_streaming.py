@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exec and attach as a client sees them, over SPDY and over WebSocket (behaviour.md §3)."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from cri_server.pb import api_pb2 as api
+from tests.fakes import streams
+from tests.fakes.kubelet import Kubelet, Pod
+from tests.lab import waiting
+
+pytestmark = pytest.mark.needs("root", "netns", "overlay", "cni", "runc", "docker-registry")
+Open = Callable[..., Any]
+BOTH = ("stdout", "stderr")
+
+
+@pytest.fixture(params=[streams.Spdy, streams.WebSocket])
+def connect(request: pytest.FixtureRequest) -> Open:
+    """Return a way to connect to a URL: (url, streams) to a session."""
+    kind: Open = request.param
+    return kind
+
+
+def exec_url(kubelet: Kubelet, container: str, *cmd: str, **fields: bool) -> str:
+    wanted = {"stdout": True, "stderr": not fields.get("tty", False), **fields}
+    request = api.ExecRequest(container_id=container, cmd=cmd, **wanted)
+    return str(kubelet.runtime.Exec(request).url)
+
+
+def attach_url(kubelet: Kubelet, container: str, **fields: bool) -> str:
+    wanted = {"stdout": True, "stderr": not fields.get("tty", False), **fields}
+    return str(kubelet.runtime.Attach(api.AttachRequest(container_id=container, **wanted)).url)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [(streams.Spdy, "GET"), (streams.Spdy, "POST"), (streams.WebSocket, "GET")],
+)
+def test_output_and_exit_code(kubelet: Kubelet, container: str, kind: Open, method: str) -> None:
+    url = exec_url(kubelet, container, "sh", "-c", "echo out; echo err >&2; exit 3")
+    with kind(url, (*BOTH, "error"), method=method) as session:
+        status = streams.ending(session)
+    assert session.received["stdout"] == b"out\n"
+    assert session.received["stderr"] == b"err\n"
+    assert streams.exit_code(status) == 3
+
+
+def test_all_output_comes_before_the_status(
+    kubelet: Kubelet, container: str, connect: Open
+) -> None:
+    url = exec_url(kubelet, container, "sh", "-c", "head -c 5000000 /dev/zero", stderr=False)
+    with connect(url, ("stdout", "error")) as session:
+        while not session.received["error"] and session.step():
+            continue
+        assert session.received["error"]
+        assert len(session.received["stdout"]) == 5_000_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "protocol"),
+    [(streams.Spdy, streams.V4), (streams.WebSocket, "v5.channel.k8s.io")],
+    ids=["spdy", "websocket"],
+)
+def test_the_end_of_stdin_ends_cat_and_not_its_output(
+    kubelet: Kubelet, container: str, kind: Open, protocol: str
+) -> None:
+    url = exec_url(kubelet, container, "sh", "-c", "cat; echo end", stdin=True)
+    with kind(url, ("stdin", *BOTH, "error"), protocol) as session:
+        for _ in range(40):
+            session.send("stdin", b"0123456789" * 1000)
+        session.finish("stdin")
+        assert streams.exit_code(streams.ending(session)) == 0
+    assert session.received["stdout"] == b"0123456789" * 40_000 + b"end\n"
+
+
+def test_a_terminal_and_its_size(kubelet: Kubelet, container: str, connect: Open) -> None:
+    url = exec_url(kubelet, container, "sh", tty=True, stdin=True)
+    with connect(url, ("stdin", "stdout", "error", "resize")) as session:
+        for size, shown in (((120, 33), b"33 120"), ((80, 25), b"25 80")):
+            session.send("resize", json.dumps({"Width": size[0], "Height": size[1]}).encode())
+            session.send("stdin", b"while [ '%b' != \"$(stty size)\" ]; do :; done; echo a''b%d\n"
+                         % (shown, size[0]))  # fmt: skip
+            streams.until(session, "stdout", b"ab%d" % size[0])
+        session.send("stdin", b"exit 7\n")
+        assert streams.exit_code(streams.ending(session)) == 7
+
+
+@pytest.mark.parametrize(
+    "version", ["v3.channel.k8s.io", "v2.channel.k8s.io", "channel.k8s.io", ""]
+)
+def test_older_spdy_clients_get_a_line_of_text_for_a_failure(
+    kubelet: Kubelet, container: str, version: str
+) -> None:
+    url = exec_url(kubelet, container, "sh", "-c", "echo out; exit 4", stderr=False)
+    with streams.Spdy(url, ("stdout", "error"), version) as session:
+        while session.step():
+            pass
+    assert session.received["stdout"] == b"out\n"
+    assert session.received["error"] == b"command terminated with non-zero exit code: 4"
+
+
+@pytest.mark.parametrize(
+    "protocol", ["", "channel.k8s.io", "base64.channel.k8s.io", "v4.base64.channel.k8s.io",
+                 "v5.channel.k8s.io"],
+)  # fmt: skip
+def test_every_websocket_protocol(kubelet: Kubelet, container: str, protocol: str) -> None:
+    url = exec_url(kubelet, container, "sh", "-c", "read x; echo got $x", stdin=True)
+    with streams.WebSocket(url, ("stdin", *BOTH, "error"), protocol) as session:
+        session.send("stdin", b"word\n")
+        while session.step():
+            pass
+    assert session.received["stdout"] == b"got word\n"
+
+
+def test_no_common_protocol_is_forbidden_and_says_which_there_are(
+    kubelet: Kubelet, container: str, connect: Open
+) -> None:
+    with pytest.raises(streams.Refused) as refused:
+        connect(exec_url(kubelet, container, "true"), ("stdout", "error"), "v9.channel.k8s.io")
+    assert refused.value.status == 403
+    if connect is streams.Spdy:
+        assert "X-Accepted-Stream-Protocol-Versions: v4.channel.k8s.io" in refused.value.head
+
+
+def test_a_command_that_is_not_there(kubelet: Kubelet, container: str, connect: Open) -> None:
+    with connect(exec_url(kubelet, container, "/nope"), (*BOTH, "error")) as session:
+        status = streams.ending(session)
+    assert (status["status"], status["reason"], status["code"]) == ("Failure", "InternalError", 500)
+    assert "/nope" in status["message"]
+
+
+def test_a_token_is_good_once_and_for_its_kind(
+    kubelet: Kubelet, container: str, connect: Open
+) -> None:
+    url = exec_url(kubelet, container, "true")
+    with connect(url, (*BOTH, "error")) as session:
+        streams.ending(session)
+    other = exec_url(kubelet, container, "true").replace("/exec/", "/attach/")
+    for bad in (url, other, other.replace("/attach/", "/exec/"), f"{url}x"):
+        with pytest.raises(streams.Refused) as refused:
+            connect(bad, (*BOTH, "error"))
+        assert refused.value.status == 404
+
+
+def test_a_client_that_leaves_does_not_end_the_process(
+    kubelet: Kubelet, container: str, connect: Open
+) -> None:
+    script = "until [ -e /go ]; do sleep 0.05; done; head -c 200000 /dev/zero; touch /done"
+    with connect(exec_url(kubelet, container, "sh", "-c", script), (*BOTH, "error")):
+        pass
+    kubelet.exec_sync(container, ["touch", "/go"])
+    waiting.until(
+        lambda: kubelet.exec_sync(container, ["test", "-e", "/done"]).exit_code == 0,
+        "the process came to its end",
+    )
+
+
+# -- attach ----------------------------------------------------------------------------------------
+
+
+def test_attached_clients_see_output_and_the_end(
+    kubelet: Kubelet, pod: Pod, pulled: str, connect: Open
+) -> None:
+    script = "while read x; do echo got $x; [ $x = end ] && exit 0; done"
+    container = kubelet.run(pod, pulled, ("sh", "-c", script), stdin=True)
+    url, other = attach_url(kubelet, container, stdin=True), attach_url(kubelet, container)
+    with (
+        connect(url, ("stdin", *BOTH, "error")) as session,
+        connect(other, (*BOTH, "error")) as watcher,
+    ):
+        session.send("stdin", b"one\n")
+        streams.until(session, "stdout", b"got one\n")
+        session.send("stdin", b"end\n")
+        for each in (session, watcher):
+            assert streams.exit_code(streams.ending(each)) == 0
+    assert watcher.received["stdout"].endswith(b"got end\n")
+    assert [line.text for line in kubelet.log(container)] == ["got one", "got end"]
+
+
+def test_detaching_does_no_harm(kubelet: Kubelet, pod: Pod, pulled: str, connect: Open) -> None:
+    script = "while read x; do echo got $x; done; echo ended"
+    container = kubelet.run(pod, pulled, ("sh", "-c", script), stdin=True)
+    for word in (b"one", b"two"):
+        url = attach_url(kubelet, container, stdin=True)
+        with connect(url, ("stdin", *BOTH, "error")) as session:
+            session.send("stdin", word + b"\n")
+            streams.until(session, "stdout", b"got " + word)
+    assert [line.text for line in kubelet.log(container)] == ["got one", "got two"]
+
+
+def test_stdin_once_ends_with_the_first_client(
+    kubelet: Kubelet, pod: Pod, pulled: str, connect: Open
+) -> None:
+    script = ("sh", "-c", "cat; echo ended")
+    container = kubelet.run(pod, pulled, script, stdin=True, stdin_once=True)
+    with connect(attach_url(kubelet, container, stdin=True), ("stdin", *BOTH, "error")) as session:
+        session.send("stdin", b"word\n")
+        streams.until(session, "stdout", b"word\n")
+    kubelet.wait_exit(container)
+    assert [line.text for line in kubelet.log(container)] == ["word", "ended"]

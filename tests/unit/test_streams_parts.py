@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small parts of streaming: mailboxes, terminal sizes, statuses."""
+
+import asyncio
+import json
+
+import pytest
+
+from cri_server.streaming import peer, resize, status
+
+
+async def test_a_full_mailbox_holds_the_sender_until_it_is_read() -> None:
+    box = peer.Mailbox()
+    await box.put(bytes(peer.MAILBOX + 1))
+    waiting = asyncio.create_task(box.put(b"more"))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    assert len(await box.get()) == peer.MAILBOX + 1
+    await waiting
+    assert await box.get() == b"more"
+
+
+@pytest.mark.parametrize("end", [peer.Mailbox.end, peer.Mailbox.drop])
+async def test_the_end_wakes_who_waits(end: object) -> None:
+    box = peer.Mailbox()
+    reading = asyncio.create_task(box.get())
+    await asyncio.sleep(0)
+    end(box)  # type: ignore[operator]
+    assert await reading == b""
+    await box.put(b"late")
+    assert await box.get() == b""
+
+
+async def test_what_nobody_reads_is_dropped_and_holds_nobody() -> None:
+    box = peer.Mailbox()
+    await box.put(bytes(peer.MAILBOX + 1))
+    waiting = asyncio.create_task(box.put(b"more"))
+    await asyncio.sleep(0)
+    box.drop()
+    await waiting
+    assert await box.get() == b""
+
+
+@pytest.mark.parametrize(
+    ("parts", "size"),
+    [
+        ([b'{"Width":80,"Height":24}'], (80, 24)),
+        ([b'{"Width":80,', b'"Height":24}\n'], (80, 24)),
+        ([b'{"Width":80,"Height":24}{"Width":81,"Height":25}'], (81, 25)),
+        ([b'{"Width":0,"Height":24}'], None),
+        ([b'{"Width":-1,"Height":24}{"Width":70000,"Height":1}{}'], None),
+    ],
+)
+def test_terminal_sizes(parts: list[bytes], size: tuple[int, int] | None) -> None:
+    sizes = resize.Sizes()
+    assert [sizes.feed(part) for part in parts][-1] == size
+
+
+def test_what_is_no_size_ends_the_session() -> None:
+    sizes = resize.Sizes()
+    assert sizes.feed(b"{garbage" * 500) is None
+    with pytest.raises(peer.Gone):
+        sizes.feed(b"{garbage" * 100)
+
+
+def test_statuses_by_version() -> None:
+    assert json.loads(status.exited(0, 4)) == {"metadata": {}, "status": "Success"}
+    assert status.exited(0, 3) == b""
+    assert json.loads(status.exited(3, 5))["details"] == {
+        "causes": [{"reason": "ExitCode", "message": "3"}]
+    }
+    assert status.exited(3, 1) == b"command terminated with non-zero exit code: 3"
+    assert json.loads(status.failure("no such file", 4))["code"] == 500
+    assert status.failure("no such file", 2) == b"no such file"
