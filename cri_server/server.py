@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the object graph once, in order, by hand; starts it and stops it.
+"""Starts and stops the server; its objects are made by `graph`.
 
 The socket answers from the first moment, UNAVAILABLE until recovery is done. Stopping lets accepted
 mutations finish for a while and leaves every pod running: its shim is its own process.
@@ -17,36 +17,18 @@ import structlog
 
 from cri_server import (
     advisories,
-    bundles,
     cgroups,
     config,
-    containers,
-    crio,
     errors,
-    events,
-    exec,
+    graph,
     host,
-    imagehost,
-    imagevolumes,
-    info,
     localhttp,
-    metrics,
-    podfiles,
     pods,
-    recovery,
-    shims,
     snapshots,
-    state,
-    stats,
-    updates,
 )
-from cri_server.images import gc, pull, registry, store
 from cri_server.network import cni
 from cri_server.pb import api_pb2_grpc
-from cri_server.services import image, interceptors, runtime
-from cri_server.streaming import requests
-from cri_server.streaming import server as streaming
-from shim import client
+from cri_server.services import interceptors
 
 log = structlog.get_logger()
 MESSAGE_LIMIT = 32 << 20  # peers accept 16 and 80 MiB; a kubelet receives 16
@@ -75,22 +57,22 @@ async def running(settings: config.Config) -> AsyncIterator[None]:
     facts = host.probe(groups.hierarchy, await host.runtimes(settings), places=settings.server)
     _warn_of_old_runtimes(facts)
     async with contextlib.AsyncExitStack() as stack:
-        graph = Graph(settings, groups, facts, stack)
+        objects = graph.Graph(settings, groups, facts, stack)
         edge = interceptors.Edge()
-        server = _listen(settings.server.listen, edge, graph)
+        server = _listen(settings.server.listen, edge, objects)
         await server.start()
         stack.push_async_callback(_end, server, edge)
-        stack.callback(graph.events.close)
+        stack.callback(objects.events.close)
         log.info("listening", address=settings.server.listen, cgroup_driver=groups.driver)
-        await graph.zygote.start()
-        await graph.streaming.start()
-        await graph.recovery.run()
-        await graph.collector.start()
-        await _collect_addresses(graph.network)
+        await objects.zygote.start()
+        await objects.streaming.start()
+        await objects.recovery.run()
+        await objects.collector.start()
+        await _collect_addresses(objects.network)
         edge.ready = True
-        await _open_crio(settings, graph.crio)
-        log.info("ready", network=graph.network.status().ready, handlers=list(settings.runtimes))
-        for work in (_check_networks(graph.pods), _measure(graph.layers)):
+        await _open_crio(settings, objects.crio)
+        log.info("ready", network=objects.network.status().ready, handlers=list(settings.runtimes))
+        for work in (_check_networks(objects.pods), _measure(objects.layers)):
             stack.callback(asyncio.create_task(work).cancel)
         yield
 
@@ -137,7 +119,7 @@ def _make_directories(settings: config.Config) -> None:
     Path("/run/netns").mkdir(mode=0o755, exist_ok=True)
 
 
-def _listen(address: str, edge: interceptors.Edge, graph: "Graph") -> grpc.aio.Server:
+def _listen(address: str, edge: interceptors.Edge, objects: graph.Graph) -> grpc.aio.Server:
     """Make the gRPC server on a unix socket that only root can open."""
     path = Path(address.removeprefix("unix://"))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,8 +129,8 @@ def _listen(address: str, edge: interceptors.Edge, graph: "Graph") -> grpc.aio.S
         ("grpc.so_reuseport", 0),
     ]
     server = grpc.aio.server(interceptors=[edge], options=options)
-    api_pb2_grpc.add_RuntimeServiceServicer_to_server(graph.runtime, server)
-    api_pb2_grpc.add_ImageServiceServicer_to_server(graph.image, server)
+    api_pb2_grpc.add_RuntimeServiceServicer_to_server(objects.runtime, server)
+    api_pb2_grpc.add_ImageServiceServicer_to_server(objects.image, server)
     umask = os.umask(0o177)
     try:
         server.add_insecure_port(f"unix:{path}")
@@ -191,157 +173,3 @@ async def _measure(layers: snapshots.Snapshots) -> None:
         except OSError as e:  # the next look may go well; the old sizes stand until then
             log.warning("sizes of writable layers not measured", error=str(e))
         await asyncio.sleep(MEASURE_EVERY)
-
-
-class Graph:
-    """Every long-lived object, made in dependency order; what needs closing is on the stack."""
-
-    def __init__(
-        self,
-        settings: config.Config,
-        groups: cgroups.Cgroups,
-        facts: host.Host,
-        stack: contextlib.AsyncExitStack,
-    ) -> None:
-        root = settings.server.root
-        records = state.Store(root)
-        records.load()
-        self.layers = snapshots.Snapshots(root)
-        files = podfiles.PodFiles(settings.server.state)
-        self.network = cni.Network(settings.network)
-        stack.push_async_callback(self.network.close)
-        self.zygote = client.Zygote()
-        shim_host = shims.Shims(settings, zygote=self.zygote, files=files, driver=groups.driver)
-        stack.push_async_callback(shim_host.close)
-        volumes = imagevolumes.ImageVolumes(settings.server.state, self.layers)
-        bundle_host = bundles.Bundles(
-            settings,
-            files=files,
-            groups=groups,
-            layers=self.layers,
-            image_volumes=volumes,
-            facts=facts,
-        )
-        image_store = store.Store(root, pinned=settings.images.pinned)
-        self.collector = gc.Collector(
-            image_store,
-            self.layers,
-            in_use=lambda: {
-                *(layer for c in records.containers() for layer in c.layers),
-                *volumes.in_use(),
-            },
-        )
-        self.events = events.Events(
-            lambda pod_id: (self.pods.status(pod_id), container_host.statuses(pod_id))
-        )
-        container_host = containers.Containers(
-            settings=settings,
-            store=records,
-            image_store=image_store,
-            collector=self.collector,
-            bundle_host=bundle_host,
-            shim_host=shim_host,
-            update_host=updates.Updates(
-                settings=settings,
-                store=records,
-                groups=groups,
-                bundle_host=bundle_host,
-                shim_host=shim_host,
-                facts=facts,
-            ),
-            facts=facts,
-            event_host=self.events,
-        )
-        stack.push_async_callback(container_host.close)
-        self.pods = pods.Pods(
-            settings=settings,
-            store=records,
-            files=files,
-            groups=groups,
-            network=self.network,
-            shim_host=shim_host,
-            container_host=container_host,
-            bundle_host=bundle_host,
-            volumes=volumes,
-            facts=facts,
-            event_host=self.events,
-        )
-        stack.push_async_callback(self.pods.close)
-        self.recovery = recovery.Recovery(
-            store=records,
-            pod_host=self.pods,
-            container_host=container_host,
-            shim_host=shim_host,
-            bundle_host=bundle_host,
-            files=files,
-            layers=self.layers,
-        )
-        exec_host = exec.Exec(
-            settings=settings,
-            container_host=container_host,
-            bundle_host=bundle_host,
-            shim_host=shim_host,
-        )
-        stats_host = stats.Stats(
-            pod_host=self.pods, container_host=container_host, groups=groups, layers=self.layers
-        )
-        self.crio = crio.Crio(
-            settings=settings,
-            pod_host=self.pods,
-            container_host=container_host,
-            groups=groups,
-            layers=self.layers,
-        ).server()
-        stack.push_async_callback(self.crio.close)
-        info_host = info.Info(
-            settings=settings,
-            facts=facts,
-            groups=groups,
-            network=self.network,
-            pod_host=self.pods,
-            container_host=container_host,
-            bundle_host=bundle_host,
-        )
-        self.streaming = streaming.Server(settings.server, shim_host=shim_host)
-        stack.push_async_callback(self.streaming.close)
-        self.runtime = runtime.RuntimeService(
-            pod_host=self.pods,
-            container_host=container_host,
-            exec_host=exec_host,
-            stats_host=stats_host,
-            metrics_host=metrics.Metrics(
-                settings=settings.metrics,
-                pod_host=self.pods,
-                container_host=container_host,
-                groups=groups,
-                layers=self.layers,
-            ),
-            info_host=info_host,
-            event_host=self.events,
-            stream_requests=requests.Requests(
-                pod_host=self.pods,
-                container_host=container_host,
-                exec_host=exec_host,
-                streaming=self.streaming,
-            ),
-        )
-        registry_client = registry.Client(
-            settings.images.registry_config_dirs,
-            progress_timeout=settings.images.pull_progress_timeout,
-        )
-        puller = pull.Puller(
-            client=registry_client,
-            images=image_store,
-            layer_host=self.layers,
-            collector=self.collector,
-            parallel=settings.images.max_parallel_downloads,
-        )
-        stack.push_async_callback(puller.close)
-        self.image = image.ImageService(
-            imagehost.ImageHost(
-                puller=puller,
-                image_store=image_store,
-                layers=self.layers,
-                collector=self.collector,
-            )
-        )

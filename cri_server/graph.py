@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every long-lived object of the server, made by hand, in dependency order.
+
+    ground      records, layers, namespaces, the network, shims, bundles
+    images      the image store, its collector, the registry client
+    pods        containers and pods, their events, recovery
+    services    what answers: exec, streaming, stats, metrics, info, cAdvisor's socket
+
+Making them does nothing to the host yet, but for reading the records; `server` starts them. What
+needs closing is on the stack, and closed the other way round.
+"""
+
+import contextlib
+
+from cri_server import (
+    bundles,
+    cgroups,
+    config,
+    containers,
+    crio,
+    events,
+    exec,
+    host,
+    imagehost,
+    imagevolumes,
+    info,
+    metrics,
+    podfiles,
+    pods,
+    recovery,
+    shims,
+    snapshots,
+    state,
+    stats,
+    updates,
+)
+from cri_server.images import gc, pull, registry, store
+from cri_server.network import cni
+from cri_server.services import image, runtime
+from cri_server.streaming import requests
+from cri_server.streaming import server as streaming
+from shim import client
+
+
+class Graph:
+    """The objects; those without an underscore are started or served by `server`."""
+
+    def __init__(
+        self,
+        settings: config.Config,
+        groups: cgroups.Cgroups,
+        facts: host.Host,
+        stack: contextlib.AsyncExitStack,
+    ) -> None:
+        self._settings, self._groups, self._facts = settings, groups, facts
+        self._stack = stack
+        self._make_ground()
+        self._make_images()
+        self._make_pods()
+        self._make_services()
+
+    def _make_ground(self) -> None:
+        settings, root = self._settings, self._settings.server.root
+        self._records = state.Store(root)
+        self._records.load()
+        self.layers = snapshots.Snapshots(root)
+        self._files = podfiles.PodFiles(settings.server.state)
+        self.network = cni.Network(settings.network)
+        self._stack.push_async_callback(self.network.close)
+        self.zygote = client.Zygote()
+        self._shims = shims.Shims(
+            settings, zygote=self.zygote, files=self._files, driver=self._groups.driver
+        )
+        self._stack.push_async_callback(self._shims.close)
+        self._volumes = imagevolumes.ImageVolumes(settings.server.state, self.layers)
+        self._bundles = bundles.Bundles(
+            settings,
+            files=self._files,
+            groups=self._groups,
+            layers=self.layers,
+            image_volumes=self._volumes,
+            facts=self._facts,
+        )
+
+    def _make_images(self) -> None:
+        wanted = self._settings.images
+        self._images = store.Store(self._settings.server.root, pinned=wanted.pinned)
+        self.collector = gc.Collector(self._images, self.layers, in_use=self._layers_in_use)
+        puller = pull.Puller(
+            client=registry.Client(
+                wanted.registry_config_dirs, progress_timeout=wanted.pull_progress_timeout
+            ),
+            images=self._images,
+            layer_host=self.layers,
+            collector=self.collector,
+            parallel=wanted.max_parallel_downloads,
+        )
+        self._stack.push_async_callback(puller.close)
+        self.image = image.ImageService(
+            imagehost.ImageHost(
+                puller=puller,
+                image_store=self._images,
+                layers=self.layers,
+                collector=self.collector,
+            )
+        )
+
+    def _layers_in_use(self) -> set[str]:
+        of_containers = (layer for c in self._records.containers() for layer in c.layers)
+        return {*of_containers, *self._volumes.in_use()}
+
+    def _make_pods(self) -> None:
+        self.events = events.Events(
+            lambda pod_id: (self.pods.status(pod_id), self._containers.statuses(pod_id))
+        )
+        self._containers = containers.Containers(
+            settings=self._settings,
+            store=self._records,
+            image_store=self._images,
+            collector=self.collector,
+            bundle_host=self._bundles,
+            shim_host=self._shims,
+            update_host=self._updates(),
+            facts=self._facts,
+            event_host=self.events,
+        )
+        self._stack.push_async_callback(self._containers.close)
+        self.pods = pods.Pods(
+            settings=self._settings,
+            store=self._records,
+            files=self._files,
+            groups=self._groups,
+            network=self.network,
+            shim_host=self._shims,
+            container_host=self._containers,
+            bundle_host=self._bundles,
+            volumes=self._volumes,
+            facts=self._facts,
+            event_host=self.events,
+        )
+        self._stack.push_async_callback(self.pods.close)
+        self.recovery = recovery.Recovery(
+            store=self._records,
+            pod_host=self.pods,
+            container_host=self._containers,
+            shim_host=self._shims,
+            bundle_host=self._bundles,
+            files=self._files,
+            layers=self.layers,
+        )
+
+    def _updates(self) -> updates.Updates:
+        return updates.Updates(
+            settings=self._settings,
+            store=self._records,
+            groups=self._groups,
+            bundle_host=self._bundles,
+            shim_host=self._shims,
+            facts=self._facts,
+        )
+
+    def _make_services(self) -> None:
+        exec_host = exec.Exec(
+            settings=self._settings,
+            container_host=self._containers,
+            bundle_host=self._bundles,
+            shim_host=self._shims,
+        )
+        self.runtime = runtime.RuntimeService(
+            pod_host=self.pods,
+            container_host=self._containers,
+            exec_host=exec_host,
+            stats_host=self._stats(),
+            metrics_host=self._metrics(),
+            info_host=self._info(),
+            event_host=self.events,
+            stream_requests=self._requests(exec_host),
+        )
+        self.crio = crio.Crio(
+            settings=self._settings,
+            pod_host=self.pods,
+            container_host=self._containers,
+            groups=self._groups,
+            layers=self.layers,
+        ).server()
+        self._stack.push_async_callback(self.crio.close)
+
+    def _requests(self, exec_host: exec.Exec) -> requests.Requests:
+        self.streaming = streaming.Server(self._settings.server, shim_host=self._shims)
+        self._stack.push_async_callback(self.streaming.close)
+        return requests.Requests(
+            pod_host=self.pods,
+            container_host=self._containers,
+            exec_host=exec_host,
+            streaming=self.streaming,
+        )
+
+    def _stats(self) -> stats.Stats:
+        return stats.Stats(
+            pod_host=self.pods,
+            container_host=self._containers,
+            groups=self._groups,
+            layers=self.layers,
+        )
+
+    def _metrics(self) -> metrics.Metrics:
+        return metrics.Metrics(
+            settings=self._settings.metrics,
+            pod_host=self.pods,
+            container_host=self._containers,
+            groups=self._groups,
+            layers=self.layers,
+        )
+
+    def _info(self) -> info.Info:
+        return info.Info(
+            settings=self._settings,
+            facts=self._facts,
+            groups=self._groups,
+            network=self.network,
+            pod_host=self.pods,
+            container_host=self._containers,
+            bundle_host=self._bundles,
+        )
