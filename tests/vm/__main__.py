@@ -21,7 +21,7 @@ DEPLOYED = f"{HERE}/test_deployed.py"
 # What has to do with cgroups, or with what happens to a node: with each driver. The rest: once.
 DRIVEN = tuple(
     f"{HERE}/test_{name}.py"
-    for name in ("server", "pods", "containers", "exec", "resources", "stats", "ends", "recovery")
+    for name in ("server", "pods", "containers", "exec", "resources", "stats", "ends")
 )
 OTHERS = (HERE, *(f"--ignore={path}" for path in (*DRIVEN, DEPLOYED)))
 KERNEL = ("tests/unit/test_mounts.py", "tests/unit/test_linux.py", "tests/contract")
