@@ -4,7 +4,8 @@
 # make test    all tests (docs/testing.md)
 # make test-vm the tests in a Debian guest under qemu: cgroup v2, systemd (docs/guest-run.md); VM="--help" for a part
 # make bench   our server next to Debian's containerd (docs/performance.md); BENCH="--rounds 5 --json" passes options
-.PHONY: setup run test test-vm bench
+# make bench-streams   the same for exec and port-forward
+.PHONY: setup run test test-vm bench bench-streams
 PYTHON = .venv/bin/python
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
@@ -23,4 +24,8 @@ test-vm: setup
 
 bench: setup
 	@deploy/setup.sh containerd
-	@$(PYTHON) -m bench.peers $(BENCH)
+	@$(PYTHON) -m bench.peers pods $(BENCH)
+
+bench-streams: setup
+	@deploy/setup.sh containerd
+	@$(PYTHON) -m bench.peers streams $(BENCH)

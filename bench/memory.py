@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PRIVATE = re.compile(r"^Private_\w+:\s+(\d+) kB$", re.MULTILINE)
+PEAK = re.compile(r"^VmHWM:\s+(\d+) kB$", re.MULTILINE)
 RESIDENT = re.compile(r"^VmRSS:\s+(\d+) kB$", re.MULTILINE)
 
 
@@ -40,6 +41,22 @@ def weigh(endpoint: str, *, pods: Set[str], containers: Set[str]) -> Weight:
     return Weight(
         server=_resident(server), private=sum(_private(pid) for pid in ours), processes=len(ours)
     )
+
+
+@contextlib.contextmanager
+def growth(endpoint: str, *, pods: Set[str], containers: Set[str]) -> Iterator[list[float]]:
+    """Yield a list that gets, when the block has ended, the MiB by which the runtime's processes
+    have grown within it, at their peaks (VmHWM, which writing 5 to clear_refs resets: proc(5)).
+    """
+    server = server_pid(endpoint)
+    ours = {server, *_descendants(server), *_mentioning(pods)} - set(_inside(containers))
+    for pid in ours:
+        with contextlib.suppress(OSError):  # it has ended
+            Path(f"/proc/{pid}/clear_refs").write_text("5")
+    before = {pid: _resident(pid) for pid in ours}
+    grown: list[float] = []
+    yield grown
+    grown.append(sum(max(0, _peak(pid) - before[pid]) for pid in ours) / 1024)
 
 
 def server_pid(endpoint: str) -> int:
@@ -105,6 +122,10 @@ def _private(pid: int) -> int:
 
 def _resident(pid: int) -> int:
     return sum(map(int, RESIDENT.findall(_read(pid, "status"))))
+
+
+def _peak(pid: int) -> int:
+    return sum(map(int, PEAK.findall(_read(pid, "status"))))
 
 
 def _read(pid: int, name: str) -> str:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our server and Debian's containerd, side by side: `make bench`.
+"""Our server and Debian's containerd, side by side: `make bench`, `make bench-streams`.
+
+    python -m bench.peers pods|streams [options of bench.pods or bench.streams]
 
 Both get the same runc, the same CNI configuration (bridge and portmap), the same registry and
 image, and folders of their own that are removed at the end. The pause image that containerd needs
@@ -17,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import pods
+from bench import pods, streams
 from tests.fakes import kubelet
 from tests.lab import cgroups, image, network, registry, server, waiting
 
@@ -51,7 +53,8 @@ runtime_type = "io.containerd.runc.v2"
 
 def main() -> int:
     """Set both up, measure, take both down."""
-    parser = pods.arguments()
+    kind = sys.argv.pop(1)
+    parser = {"pods": pods.arguments, "streams": streams.arguments}[kind]()
     parser.add_argument("--ours-only", action="store_true", help="leave containerd out")
     options = parser.parse_args()
     net = network.own("crib")
@@ -60,7 +63,8 @@ def main() -> int:
         stack.callback(cgroups.remove, f"/{net.name}")
         stack.callback(net.remove)
         sockets, reference = _set_up(stack, home, net, options)
-        return pods.run(sockets, reference, options, cgroup_parent=f"/{net.name}")
+        run = {"pods": pods.run, "streams": streams.run}[kind]
+        return run(sockets, reference, options, cgroup_parent=f"/{net.name}")
 
 
 def _set_up(

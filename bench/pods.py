@@ -18,12 +18,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from bench import memory
 from cri_server.pb import api_pb2 as api
 from tests.fakes import kubelet
 
+T = TypeVar("T")
 COMMAND = ("sleep", "86400")
 UP = ("RunPodSandbox", "CreateContainer", "StartContainer")
 DOWN = ("StopContainer", "RemoveContainer", "StopPodSandbox", "RemovePodSandbox")
@@ -185,7 +186,7 @@ def measure(subjects: Sequence[Subject], options: argparse.Namespace) -> list[Ro
     return table(subjects)
 
 
-def turns(subjects: Sequence[Subject], rounds: int) -> Iterator[Subject]:
+def turns(subjects: Sequence[T], rounds: int) -> Iterator[T]:
     """Yield every subject once a round, each round in the other direction."""
     for number in range(rounds):
         yield from subjects if number % 2 == 0 else reversed(subjects)
@@ -197,22 +198,27 @@ def table(subjects: Sequence[Subject]) -> list[Row]:
     units["server's resident memory"] = "MiB"
     order = ("pod up", *UP, "pod down", *DOWN, "ExecSync", "ContainerStats", "pods per second")
     many = ("ListPodSandbox", "ListContainers", "ListContainerStats")
-    rows = (*order, *many, "private memory per pod", "server's resident memory")
+    names = (*order, *many, "private memory per pod", "server's resident memory")
+    return rows(subjects, names, units)
+
+
+def rows(subjects: Sequence[Subject], names: Sequence[str], units: Mapping[str, str]) -> list[Row]:
+    """Return the medians of the samples of these names; a unit that is not told is "ms"."""
     return [
         Row(
-            name=row,
-            unit=units.get(row, "ms"),
-            values={s.name: statistics.median(s.samples[row]) for s in subjects},
+            name=name,
+            unit=units.get(name, "ms"),
+            values={s.name: statistics.median(s.samples[name]) for s in subjects},
         )
-        for row in rows
+        for name in names
     ]
 
 
-def missed(rows: Sequence[Row]) -> list[str]:
+def missed(rows: Sequence[Row], limits: Sequence[Limit]) -> list[str]:
     """Return a sentence for each limit that the first socket does not keep."""
     by_name = {row.name: row for row in rows}
     out = []
-    for limit in LIMITS:
+    for limit in limits:
         values = list(by_name[limit.row].values.values())
         if limit.of == "ratio" and len(values) == 1:
             continue
@@ -236,9 +242,9 @@ def show(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def report(rows: Sequence[Row], *, as_json: bool) -> int:
+def report(rows: Sequence[Row], limits: Sequence[Limit], *, as_json: bool) -> int:
     """Print the table and what was missed; return the exit status."""
-    misses = missed(rows)
+    misses = missed(rows, limits)
     if as_json:
         print(json.dumps({"rows": [dataclasses.asdict(row) for row in rows], "missed": misses}))
     else:
@@ -258,30 +264,38 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def run(
-    sockets: Mapping[str, str], image: str, options: argparse.Namespace, *, cgroup_parent: str
-) -> int:
-    """Measure name → endpoint, print, and return the exit status."""
+@contextlib.contextmanager
+def subjects(
+    sockets: Mapping[str, str], image: str, *, cgroup_parent: str
+) -> Iterator[list[Subject]]:
+    """Give a subject for each name → endpoint; their pods are removed at the end."""
     with contextlib.ExitStack() as stack:
-        subjects = []
+        made = []
         for name, endpoint in sockets.items():
             client = kubelet.Kubelet(endpoint, cgroup_parent=cgroup_parent, prefix=f"bench-{name}")
             stack.callback(client.close)
             stack.callback(client.remove_own_pods)
-            subjects.append(Subject(name=name, client=client, image=image))
-        return report(measure(subjects, options), as_json=options.json)
+            made.append(Subject(name=name, client=client, image=image))
+        yield made
 
 
-def main() -> int:
-    """Parse the command line and run."""
-    parser = arguments()
-    parser.add_argument("--image", required=True, help="an image with sleep and true")
+def run(
+    sockets: Mapping[str, str], image: str, options: argparse.Namespace, *, cgroup_parent: str
+) -> int:
+    """Measure name → endpoint, print, and return the exit status."""
+    with subjects(sockets, image, cgroup_parent=cgroup_parent) as made:
+        return report(measure(made, options), LIMITS, as_json=options.json)
+
+
+def command(parser: argparse.ArgumentParser, runner: Callable[..., int]) -> int:
+    """Parse the command line of a benchmark on given sockets and run it."""
+    parser.add_argument("--image", required=True, help="an image with busybox's applets")
     parser.add_argument("--cgroup-parent", default="", help="parent of the pods' cgroups")
     parser.add_argument("sockets", nargs="+", metavar="NAME=unix://SOCKET")
     options = parser.parse_args()
     sockets = dict(socket.split("=", 1) for socket in options.sockets)
-    return run(sockets, options.image, options, cgroup_parent=options.cgroup_parent)
+    return runner(sockets, options.image, options, cgroup_parent=options.cgroup_parent)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(arguments(), run))

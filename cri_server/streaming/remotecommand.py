@@ -12,7 +12,7 @@ shim kills them. Attached containers go on in any case.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 from google.protobuf.message import Message
@@ -75,7 +75,7 @@ async def _run(
             while (output := await call.recv()) is not None:
                 if output.HasField("exit"):
                     return output.exit.exit_code
-                await _pass_on(client, {"stdout": output.stdout, "stderr": output.stderr})
+                await _pass_on(client, output, command.streams)
     raise shim_errors.Internal("the command ended without saying how")
 
 
@@ -114,7 +114,7 @@ async def _join(client: peer.Peer, wanted: Attachment, shim_host: shims.Shims) -
     async with shim_host.of(wanted.pod_id).attach() as call:
         await call.send(pb.AttachInput(start=wanted.start))
         async with _inputs(client, _AttachInput(call.send), terminal=wanted.terminal) as feeding:
-            following = asyncio.create_task(_follow(client, call.recv))
+            following = asyncio.create_task(_follow(client, call.recv, wanted.streams))
             leaving = asyncio.create_task(client.closed.wait())
             ends = {following, leaving, *({feeding} if wanted.leaves else ())}
             try:
@@ -127,12 +127,14 @@ async def _join(client: peer.Peer, wanted: Attachment, shim_host: shims.Shims) -
 
 
 async def _follow(
-    client: peer.Peer, receive: Callable[[], Awaitable[pb.AttachOutput | None]]
+    client: peer.Peer,
+    receive: Callable[[], Awaitable[pb.AttachOutput | None]],
+    streams: frozenset[str],
 ) -> None:
     while (output := await receive()) is not None:
         if output.HasField("exit"):
             return
-        await _pass_on(client, {"stdout": output.stdout, "stderr": output.stderr})
+        await _pass_on(client, output, streams)
 
 
 # -- both ------------------------------------------------------------------------------------------
@@ -200,11 +202,14 @@ async def _resize(client: peer.Peer, target: _ExecInput | _AttachInput) -> None:
                 await target.resize(*size)
 
 
-async def _pass_on(client: peer.Peer, output: Mapping[str, bytes]) -> None:
-    for stream, data in output.items():
-        if data:
-            with contextlib.suppress(peer.Gone):
-                await client.write(stream, data)
+async def _pass_on(
+    client: peer.Peer, output: pb.ExecOutput | pb.AttachOutput, streams: frozenset[str]
+) -> None:
+    """Send output to the client, of the streams that it has asked for."""
+    stream = output.WhichOneof("output")
+    if stream in streams:
+        with contextlib.suppress(peer.Gone):
+            await client.write(stream, getattr(output, stream))
 
 
 async def _finish(client: peer.Peer, said: bytes) -> None:
