@@ -220,7 +220,7 @@ def missed(rows: Sequence[Row], limits: Sequence[Limit]) -> list[str]:
     out = []
     for limit in limits:
         values = list(by_name[limit.row].values.values())
-        if limit.of == "ratio" and len(values) == 1:
+        if limit.of == "ratio" and (len(values) == 1 or not values[-1]):
             continue
         found = values[0] if limit.of == "value" else values[0] / values[-1]
         if not limit.met_by(found):

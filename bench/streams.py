@@ -83,10 +83,10 @@ class Streamer:
     def transfers(self) -> None:
         """Move `size` bytes every way; the memory is the worst of all."""
         send = ("dd", "if=/dev/zero", "bs=64k", f"count={self.size >> 16}")
-        take = ("dd", "of=/dev/null", "bs=64k", "iflag=fullblock", f"count={self.size >> 16}")
+        take = ("sh", "-c", f"dd {_taking(self.size)} | tail -c 1")
         works: Sequence[Callable[[], float]] = (
             lambda: throughput.download(self._exec(*send), self.size),
-            lambda: throughput.upload(self._exec("dd", *take[1:3], stdin=True), self.size),
+            lambda: throughput.upload(self._exec("tail", "-c", "1", stdin=True), self.size),
             lambda: throughput.download_websocket(self._exec(*send), self.size),
             lambda: throughput.upload_websocket(self._exec(*take, stdin=True), self.size),
             lambda: throughput.forward_download(self._forward(DOWN), DOWN, self.size),
@@ -96,7 +96,7 @@ class Streamer:
             with memory.growth(
                 self.subject.client.endpoint, pods={self.pod.id}, containers={self.container}
             ) as grown:
-                self.subject.add(row, work())
+                self.subject.add(row, _or_none(work))
             self.subject.add("memory", grown[0])
 
     def _exec(self, *cmd: str, **fields: bool) -> str:
@@ -106,6 +106,15 @@ class Streamer:
     def _forward(self, port: int) -> str:
         request = api.PortForwardRequest(pod_sandbox_id=self.pod.id, port=[port])
         return self.subject.client.runtime.PortForward(request).url
+
+
+def _or_none(work: Callable[[], float]) -> float:
+    """Return the rate, 0 for a server that ends the session before all is there."""
+    try:
+        return work()
+    except (ConnectionError, TimeoutError) as e:
+        print(f"a transfer broke off: {e}", file=sys.stderr)
+        return 0.0
 
 
 def _ms(call: Callable[[], object]) -> float:
@@ -136,8 +145,13 @@ def streamer(subject: pods.Subject, size: int) -> Iterator[Streamer]:
 
 def _servers(size: int) -> tuple[str, ...]:
     send = f"nc -ll -p {DOWN} -e dd if=/dev/zero bs=64k count={size >> 16}"
-    take = f"nc -ll -p {UP} -e sh -c 'dd of=/dev/null bs=64k 2>/dev/null; echo'"
+    take = f"nc -ll -p {UP} -e sh -c 'dd {_taking(size)} | tail -c 1'"
     return ("sh", "-c", f"{send} & {take} & wait")
+
+
+def _taking(size: int) -> str:
+    """Return the arguments of a dd that ends by itself: peers take a half close for the end."""
+    return f"bs=64k iflag=fullblock count={size >> 16} 2>/dev/null"
 
 
 def _listens(client: kubelet.Kubelet, container: str) -> bool:

@@ -75,17 +75,15 @@ class Counter:
 
 
 def spdy_sender(connection: socket.socket, stream: int, size: int) -> Callable[[], None]:
-    """Return what sends `size` bytes on a SPDY stream and ends it."""
-    return _sender(
-        connection, spdy.data(stream, bytes(_PART)), size, spdy.data(stream, b"", spdy.FIN)
-    )
+    """Return what sends `size` bytes on a SPDY stream."""
+    return _sender(connection, spdy.data(stream, bytes(_PART)), size)
 
 
 def websocket_sender(connection: socket.socket, size: int) -> Callable[[], None]:
     """Return what sends `size` bytes as stdin. The mask is one of bytes that differ, so a server
     has all of its work.
     """
-    return _sender(connection, _masked(b"\0" + bytes(_PART)), size, b"")
+    return _sender(connection, _masked(b"\0" + bytes(_PART)), size)
 
 
 def _masked(payload: bytes) -> bytes:
@@ -96,13 +94,12 @@ def _masked(payload: bytes) -> bytes:
     return head + mask + number.to_bytes(len(payload), "big")
 
 
-def _sender(connection: socket.socket, frame: bytes, size: int, end: bytes) -> Callable[[], None]:
+def _sender(connection: socket.socket, frame: bytes, size: int) -> Callable[[], None]:
     batch = frame * _BATCH
 
     def send() -> None:
         for _ in range(size // (_PART * _BATCH)):
             connection.sendall(batch)
-        connection.sendall(end)
 
     return send
 
@@ -136,13 +133,18 @@ def upload(url: str, size: int) -> float:
     """Feed an exec's stdin over SPDY, to its end."""
     with streams.Spdy(url, ("stdin", "stdout", "error")) as session:
         connection = session.connection
-        send = spdy_sender(connection, session.streams["stdin"], size)
+        feed = spdy_sender(connection, session.streams["stdin"], size)
         counter = Counter(connection, spdy_head, session.streams["error"])
+
+        def send() -> None:
+            feed()
+            session.finish("stdin")
+
         return rate(size, lambda: _send_and_wait(send, counter))
 
 
 def upload_websocket(url: str, size: int) -> float:
-    """Feed an exec's stdin over WebSocket; its command ends by itself after `size` bytes."""
+    """Feed an exec's stdin over WebSocket."""
     connection, rest = _websocket(url)
     with connection:
         send = websocket_sender(connection, size)
@@ -171,7 +173,7 @@ def forward_download(url: str, port: int, size: int) -> float:
 
 
 def forward_upload(url: str, port: int, size: int) -> float:
-    """Write to a port of the pod, to the end, which its server answers with a byte."""
+    """Write to a port of the pod, whose server answers `size` bytes with one."""
     with streams.Spdy(url, (), "portforward.k8s.io") as session:
         _open_pair(session, port)
         send = spdy_sender(session.connection, session.streams["data"], size)

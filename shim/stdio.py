@@ -6,7 +6,7 @@
 
 A chunk is in the log before any client sees it. A client that is gone, or that takes nothing for
 half a minute, is dropped; a process never notices who listens. At most one chunk of 64 KiB per
-stream is in memory. If the shim dies the pipes break with it, which is why `cri_server` kills the
+stream is in memory, of 256 KiB for an exec. If the shim dies the pipes break with it, which is why `cri_server` kills the
 containers of a dead shim.
 """
 
@@ -21,6 +21,7 @@ from shim import console, errors, logfile, loop, runtimes
 
 ROOT = (0, 0)
 _CHUNK = 65536
+_EXEC_CHUNK = 1 << 18  # where there is no log: fewer turns of three processes
 _STALL_SECONDS = 30.0
 _CONSOLE_SECONDS = 5.0
 _WORDS_SECONDS = 0.2
@@ -59,6 +60,7 @@ class Streams:
         self._terminal = terminal
         self._wants_stdin = stdin
         self._log = log
+        self._chunk = _CHUNK if log else _EXEC_CHUNK
         self._sinks: list[Sink] = []
         self._pumps: list[_Pump] = []
         self._input = -1
@@ -161,12 +163,12 @@ class Streams:
         stdin, ends = None, []
         try:
             if self._wants_stdin:
-                stdin, self._input = os.pipe()
+                stdin, self._input = _pipe(self._chunk)
                 os.set_blocking(self._input, False)
                 ends.append(stdin)
             self._input_ready.set()
             for stream in ("stdout", "stderr"):
-                ours, theirs = os.pipe()
+                ours, theirs = _pipe(self._chunk)
                 ends.append(theirs)
                 self._pump(ours, stream)
             if self._owner != ROOT:
@@ -186,7 +188,7 @@ class Streams:
 
     def _pump(self, fd: int, stream: str) -> None:
         os.set_blocking(fd, False)
-        self._pumps.append(_Pump(fd, stream, self._log, self._deliver))
+        self._pumps.append(_Pump(fd, stream, self._log, self._deliver, self._chunk))
 
     async def _deliver(self, stream: str, data: bytes) -> None:
         for sink in tuple(self._sinks):
@@ -223,8 +225,10 @@ class _Pump:
         stream: str,
         log: logfile.LogFile | None,
         deliver: Callable[[str, bytes], Awaitable[None]],
+        chunk: int,
     ) -> None:
         self._fd = fd
+        self._chunk = chunk
         self._stream = stream
         self._log = log
         self._deliver = deliver
@@ -261,7 +265,7 @@ class _Pump:
             await self._wait()
         elif self._budget <= 0:
             return b""
-        chunk = _read(self._fd)
+        chunk = _read(self._fd, self._chunk)
         if self._budget is not None:
             self._budget -= len(chunk)
         return chunk
@@ -286,12 +290,20 @@ class _Pump:
                 raise
 
 
-def _read(fd: int) -> bytes:
+def _pipe(size: int) -> tuple[int, int]:
+    """Return a pipe that holds `size` bytes, or 64 KiB where the host's limits forbid more: pipe(7)."""
+    ends = os.pipe()
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(ends[0], fcntl.F_SETPIPE_SZ, size)
+    return ends
+
+
+def _read(fd: int, size: int) -> bytes:
     """Read what is there; b"" at the end or when nothing is. EIO is how a terminal ends, see
     pty(7).
     """
     try:
-        return os.read(fd, _CHUNK)
+        return os.read(fd, size)
     except BlockingIOError:
         return b""
     except OSError as error:

@@ -7,7 +7,6 @@ reading from the socket, and thereby the client.
 """
 
 import asyncio
-from collections import deque
 from typing import Protocol
 
 MAILBOX = 256 << 10  # bytes that wait in one stream until the client is held back
@@ -22,7 +21,7 @@ class Mailbox:
     """What a client has sent on one stream and nobody has read yet."""
 
     def __init__(self) -> None:
-        self._parts: deque[bytes] = deque()
+        self._parts: list[bytes] = []
         self._size = 0
         self._ended = False
         self._changed = asyncio.Event()
@@ -48,13 +47,14 @@ class Mailbox:
         self.end()
 
     async def get(self) -> bytes:
-        """Return the next data, b"" at the end."""
+        """Return all that has come, b"" at the end."""
         while not self._parts:
             if self._ended:
                 return b""
             await self._wait()
-        data = self._parts.popleft()
-        self._size -= len(data)
+        data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+        self._parts.clear()
+        self._size = 0
         self._changed.set()
         return data
 

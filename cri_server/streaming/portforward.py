@@ -20,7 +20,7 @@ from cri_server.network import inside
 from cri_server.streaming import peer
 
 CONNECT_TIMEOUT = 10.0  # seconds
-_CHUNK = 64 << 10  # bytes
+_CHUNK = 256 << 10  # bytes
 _LINGER = 1.0  # seconds that the client may go on when the pod's side has ended, as with the peers
 _LOOPBACKS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 
@@ -65,17 +65,15 @@ async def forward(pair: Pair, netns: str) -> None:
     """Connect to the pair's port and copy both ways to the end."""
     with contextlib.suppress(peer.Gone):
         try:
-            reader, writer = await _connect(pair.port, netns)
+            sock = await _connect(pair.port, netns)
         except errors.CriError as e:
             await pair.end(e.message)
             return
-        try:
-            await _copy(pair, reader, writer)
-        finally:
-            writer.transport.abort()
+        with sock:
+            await _copy(pair, sock)
 
 
-async def _connect(port: int, netns: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def _connect(port: int, netns: str) -> socket.socket:
     """Return a connection to a port of the pod's loopback. Raises Unavailable, DeadlineExceeded."""
     refusals = []
     for family, address in _LOOPBACKS:
@@ -89,44 +87,46 @@ async def _connect(port: int, netns: str) -> tuple[asyncio.StreamReader, asyncio
     raise errors.Unavailable(f"cannot connect to port {port} in the pod: {', '.join(refusals)}")
 
 
-async def _dial(
-    family: int, address: str, port: int, netns: str
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def _dial(family: int, address: str, port: int, netns: str) -> socket.socket:
     make = functools.partial(socket.socket, family, socket.SOCK_STREAM)
     sock = await asyncio.to_thread(inside.run, netns, make) if netns else make()
     try:
         sock.setblocking(False)
         await asyncio.get_running_loop().sock_connect(sock, (address, port))
-        return await asyncio.open_connection(sock=sock, limit=_CHUNK)
     except BaseException:
         sock.close()
         raise
+    return sock
 
 
-async def _copy(pair: Pair, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    sending = asyncio.create_task(_to_pod(pair, writer))
+async def _copy(pair: Pair, sock: socket.socket) -> None:
+    sending = asyncio.create_task(_to_pod(pair, sock))
     try:
-        problem = await _to_client(pair, reader)
+        problem = await _to_client(pair, sock)
         await pair.finish()
         await asyncio.wait([sending], timeout=_LINGER)
         await pair.end(problem)
     finally:
         sending.cancel()
+        await asyncio.wait([sending])  # it must let go of the socket before that is closed
 
 
-async def _to_pod(pair: Pair, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(OSError):  # the pod's end of it is told by what is read
+async def _to_pod(pair: Pair, sock: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    with contextlib.suppress(OSError, peer.Gone):  # the pod's end of it is told by what is read
         while data := await pair.read():
-            writer.write(data)
-            await writer.drain()
-        writer.write_eof()
+            await loop.sock_sendall(sock, data)
+            await asyncio.sleep(0)  # neither this nor the read has to wait: let others run too
+        sock.shutdown(socket.SHUT_WR)
 
 
-async def _to_client(pair: Pair, reader: asyncio.StreamReader) -> str:
+async def _to_client(pair: Pair, sock: socket.socket) -> str:
     """Copy to the client; return what went wrong, "" for nothing."""
+    loop = asyncio.get_running_loop()
     try:
-        while data := await reader.read(_CHUNK):
+        while data := await loop.sock_recv(sock, _CHUNK):
             await pair.write(data)
+            await asyncio.sleep(0)
     except OSError as e:
         return f"port {pair.port} in the pod: {e.strerror}"
     return ""

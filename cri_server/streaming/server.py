@@ -72,6 +72,7 @@ class Server:
             int(port),
             ssl=self._certificate.context if self._certificate else None,
             backlog=_BACKLOG,
+            limit=wire.READ // 2,  # twice as much is collected at most
         )
         bound = server.sockets[0].getsockname()[1]
         self._base = f"{'https' if self._certificate else 'http'}://{host}:{bound}"

@@ -11,6 +11,7 @@ knows no flow control but that of TCP, and neither do we: who does not read from
 the sender back.
 """
 
+import itertools
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,7 @@ VERSION = 3
 MAX_CONTROL = 16 << 10  # bytes of a control frame: what clients send is below 200
 MAX_HEADERS = 32 << 10  # bytes of a header block, decompressed (a bomb stops here)
 MAX_STREAMS = 2048  # open at a time
-MAX_DATA = 64 << 10  # bytes of a data frame that we send
+MAX_DATA = 256 << 10  # bytes of a data frame that we send
 _HEADER = struct.Struct(">II")
 _WORD = struct.Struct(">I")
 _FIN, _UNIDIRECTIONAL = 1, 2
@@ -189,7 +190,8 @@ class Connection:
 
     def _receive_payload(self, payload: _Payload) -> Iterator[Event]:
         """Pass on what there is of a payload; that of a stream which has ended is dropped."""
-        data = bytes(self._buffer[: payload.left])
+        with memoryview(self._buffer) as view:
+            data = bytes(view[: payload.left])
         del self._buffer[: len(data)]
         payload.left -= len(data)
         known = self._streams.get(payload.stream)
@@ -269,15 +271,17 @@ class Connection:
         known = self._streams.get(stream)
         if known is None or not known.ours:
             return b""
-        parts = [data[at : at + MAX_DATA] for at in range(0, len(data), MAX_DATA)]
+        view = memoryview(data)
+        parts = [view[at : at + MAX_DATA] for at in range(0, len(data), MAX_DATA)]
         if fin:
-            parts = parts or [b""]
+            parts = parts or [view]
             self._end(stream, theirs=False)
         last = len(parts) - 1
-        return b"".join(
-            _HEADER.pack(stream, (_FIN << 24 if fin and n == last else 0) | len(part)) + part
+        heads = (
+            _HEADER.pack(stream, (_FIN << 24 if fin and n == last else 0) | len(part))
             for n, part in enumerate(parts)
         )
+        return b"".join(itertools.chain.from_iterable(zip(heads, parts, strict=True)))
 
     def reset(self, stream: int, status: Status) -> bytes:
         """Give up a stream, or refuse one."""

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from cri_server.streaming import peer
 
-_READ = 64 << 10  # bytes
+READ = 256 << 10  # bytes that are read at once
 
 
 class Wire(Protocol):
@@ -38,28 +38,34 @@ class Socket:
     ) -> None:
         self._reader, self._writer, self._seconds = reader, writer, seconds
         self._writing = asyncio.Lock()
-        self._active = 0.0
+        self._loop = asyncio.get_running_loop()
+        self._active = self._loop.time()
+        self._timer = self._loop.call_later(seconds, self._watch)
 
     async def read(self) -> bytes:
-        self._active = asyncio.get_running_loop().time()
-        reading = asyncio.ensure_future(self._reader.read(_READ))
+        self._active = self._loop.time()
+        return await self._reader.read(READ)
+
+    def _watch(self) -> None:
+        """End the reading after too long a silence; else look again when that can be.
+
+        One timer for many reads: a deadline for each would cost more than the read.
+        """
         try:
-            while not reading.done():
-                await asyncio.wait([reading], timeout=self._left())
-            return reading.result()
-        finally:
-            reading.cancel()
+            self._timer = self._loop.call_later(self._left(), self._watch)
+        except TimeoutError as e:
+            self._reader.set_exception(e)
 
     def _left(self) -> float:
         """Return the seconds that silence may still last. Raises TimeoutError when it may not."""
-        left = self._active + self._seconds - asyncio.get_running_loop().time()
+        left = self._active + self._seconds - self._loop.time()
         if left <= 0:
             raise TimeoutError("the client was silent for too long")
         return left
 
     async def write(self, data: bytes) -> None:
         async with self._writing:
-            self._active = asyncio.get_running_loop().time()
+            self._active = self._loop.time()
             self._writer.write(data)
             try:
                 await self._writer.drain()
@@ -75,4 +81,5 @@ class Socket:
                 self._writer.write_eof()
 
     def abort(self) -> None:
+        self._timer.cancel()
         self._writer.transport.abort()

@@ -26,7 +26,7 @@ from shim.pb import ttrpc_pb2
 from shim.ttrpc import frames
 
 _INBOX = 16  # frames of a stream that wait for its handler
-_CHUNK = 65536
+_CHUNK = 1 << 18
 _ACCEPT_PAUSE = 0.1  # seconds, when there is no descriptor for another connection
 _RESOURCE_EXHAUSTED = 8
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
