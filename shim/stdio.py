@@ -6,8 +6,8 @@
 
 A chunk is in the log before any client sees it. A client that is gone, or that takes nothing for
 half a minute, is dropped; a process never notices who listens. At most one chunk of 64 KiB per
-stream is in memory, of 256 KiB for an exec. If the shim dies the pipes break with it, which is why `cri_server` kills the
-containers of a dead shim.
+stream is in memory, of 256 KiB for an exec. If the shim dies the pipes break with it, which is why
+`cri_server` kills the containers of a dead shim.
 """
 
 import contextlib
@@ -291,7 +291,7 @@ class _Pump:
 
 
 def _pipe(size: int) -> tuple[int, int]:
-    """Return a pipe that holds `size` bytes, or 64 KiB where the host's limits forbid more: pipe(7)."""
+    """Return a pipe that holds `size` bytes, or less where the host forbids more: pipe(7)."""
     ends = os.pipe()
     with contextlib.suppress(OSError):
         fcntl.fcntl(ends[0], fcntl.F_SETPIPE_SZ, size)
