@@ -25,16 +25,22 @@ class Client(Protocol):
 
 
 async def attach(owner: container.Container, start: pb.AttachStart, client: Client) -> None:
-    """Serve a client until the container has ended, and tell it how. Raises FailedPrecondition."""
+    """Serve a client until the container has ended, and tell it how. Raises FailedPrecondition,
+    DeadlineExceeded when the client was dropped because it takes no output.
+    """
     owner.require(container.State.RUNNING, verb="attach to")
     session = _Session(start, client)
     owner.streams.add(session)
     listener = loop.spawn(_listen(owner, start, client), name="attach input")
+    waiting = loop.spawn(session.wait(owner), name="attach end")
     try:
-        record = await owner.wait()
-        await client.send(pb.AttachOutput(exit=record))
+        await session.over.wait()
+        if session.dropped:
+            raise errors.DeadlineExceeded("output was not read for too long: detached")
+        await client.send(pb.AttachOutput(exit=session.record))
     finally:
         listener.cancel()
+        waiting.cancel()
         owner.streams.remove(session)
         await _leave_stdin(owner, start)
 
@@ -45,8 +51,25 @@ class _Session:
     def __init__(self, start: pb.AttachStart, client: Client) -> None:
         self._start = start
         self._client = client
+        self.over = loop.Event()
+        self.dropped = False
+        self.record: pb.ExitRecord | None = None
+
+    async def wait(self, owner: container.Container) -> None:
+        """Wait for the container's end; `over` is set then, or when the client was dropped."""
+        self.record = await owner.wait()
+        self.over.set()
 
     async def output(self, stream: str, data: bytes) -> None:
+        try:
+            await self._send(stream, data)
+        except loop.Cancelled as error:
+            if error.scope:  # a time-out: `stdio` will not call again
+                self.dropped = True
+                self.over.set()
+            raise
+
+    async def _send(self, stream: str, data: bytes) -> None:
         if stream == "stdout" and self._start.stdout:
             await self._client.send(pb.AttachOutput(stdout=data))
         if stream == "stderr" and self._start.stderr:

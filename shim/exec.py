@@ -47,7 +47,10 @@ class Exec:
         self._directory = os.path.join(owner.spec.bundle, name)
         self._part = owner.cgroup.part(name) if _splits(owner) else cgroup.Cgroup({})
         self._streams = stdio.Streams(
-            terminal=_terminal(start.process), stdin=start.stdin, owner=owner.spec.owner
+            terminal=_terminal(start.process),
+            stdin=start.stdin,
+            owner=owner.spec.owner,
+            waits=True,
         )
         self._process: reaper.Process | None = None
         self._end: loop.Task[int] | None = None

@@ -5,9 +5,9 @@
                                       └──► sink, sink …    (waits for the slowest: back-pressure)
 
 A chunk is in the log before any client sees it. A client that is gone, or that takes nothing for
-half a minute, is dropped; a process never notices who listens. At most one chunk of 64 KiB per
-stream is in memory, of 256 KiB for an exec. If the shim dies the pipes break with it, which is why
-`cri_server` kills the containers of a dead shim.
+half a minute, is dropped; a container never notices who listens, an exec waits for its client. At
+most one chunk of 64 KiB per stream is in memory, of 256 KiB for an exec. If the shim dies the pipes
+break with it, which is why `cri_server` kills the containers of a dead shim.
 """
 
 import contextlib
@@ -43,7 +43,8 @@ class Streams:
 
     `silent`: there is no input and nobody will ever read the output, so all are /dev/null. `owner`
     gets the pipes, so that it can open /dev/stdout by name; OCI runtimes can give them to others
-    inside a user namespace only if they belong to one of its users.
+    inside a user namespace only if they belong to one of its users. With `waits` the process waits
+    for its clients as long as they are there.
     """
 
     def __init__(
@@ -54,9 +55,11 @@ class Streams:
         silent: bool = False,
         log: logfile.LogFile | None = None,
         owner: tuple[int, int] = ROOT,
+        waits: bool = False,
     ) -> None:
         self._silent = silent
         self._owner = owner
+        self._stall = None if waits else _STALL_SECONDS
         self._terminal = terminal
         self._wants_stdin = stdin
         self._log = log
@@ -193,7 +196,7 @@ class Streams:
     async def _deliver(self, stream: str, data: bytes) -> None:
         for sink in tuple(self._sinks):
             try:
-                async with loop.timeout(_STALL_SECONDS):
+                async with loop.timeout(self._stall):
                     await sink.output(stream, data)
             except (OSError, errors.ShimError):  # TimeoutError is an OSError.
                 self.remove(sink)

@@ -51,6 +51,8 @@ class Certificate:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_alpn_protocols(["http/1.1"])
+        context.options |= ssl.OP_NO_TICKET  # every connection shows its certificate
+        context.num_tickets = 0
         context.load_cert_chain(certificate, key or None)
         if authority:
             context.load_verify_locations(authority)

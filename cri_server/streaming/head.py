@@ -61,13 +61,11 @@ async def read(reader: asyncio.StreamReader) -> Head:
             connection.receive_data(data)
             if not data:
                 raise ConnectionResetError("the client left before its request was whole")
-    return _head(event, received)
+    rest, _ = connection.trailing_data
+    return _head(event, received, end=len(received) - len(rest))
 
 
-def _head(request: h11.Request, received: bytes) -> Head:
-    end = (
-        received.index(b"\r\n\r\n") + 4 if b"\r\n\r\n" in received else received.index(b"\n\n") + 2
-    )
+def _head(request: h11.Request, received: bytes, *, end: int) -> Head:
     return Head(
         method=request.method.decode(),
         path=request.target.decode().partition("?")[0],

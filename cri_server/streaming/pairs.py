@@ -23,6 +23,7 @@ class SpdyPair:
 
     def __init__(self, port: int, data: spdylink.Stream, error: spdylink.Stream) -> None:
         self.port = port
+        self.closed = data.closed
         self._data, self._error = data, error
 
     async def read(self) -> bytes:
@@ -118,6 +119,7 @@ class WsPair:
 
     def __init__(self, link: wspeer.Link, number: int, port: int) -> None:
         self.port = port
+        self.closed = link.closed
         self._link, self._data, self._error = link, 2 * number, 2 * number + 1
 
     async def read(self) -> bytes:

@@ -7,9 +7,13 @@ reading from the socket, and thereby the client.
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Protocol
 
 MAILBOX = 256 << 10  # bytes that wait in one stream until the client is held back
+ROOM = 4 << 20  # bytes that wait in all streams of a connection
+LOOK_EVERY = 1.0  # seconds between looks whether a client that is held back is still there
+_PART = 64  # bytes that a part takes besides its data: many small ones fill a mailbox, too
 CREATION_TIMEOUT = 30.0  # seconds within which a client opens its streams, as with the peers
 
 
@@ -17,10 +21,38 @@ class Gone(Exception):
     """The client has left, or sent what cannot be understood."""
 
 
-class Mailbox:
-    """What a client has sent on one stream and nobody has read yet."""
+class Room:
+    """What all mailboxes of a connection hold together."""
 
     def __init__(self) -> None:
+        self.used = 0
+        self._freed = asyncio.Event()
+
+    def take(self, size: int) -> None:
+        self.used += size
+
+    def free(self, size: int) -> None:
+        self.used -= size
+        self._freed.set()
+
+    async def wait(self) -> None:
+        """Return when something was freed, or after a second."""
+        self._freed.clear()
+        try:
+            async with asyncio.timeout(LOOK_EVERY):
+                await self._freed.wait()
+        except TimeoutError:
+            return
+
+
+class Mailbox:
+    """What a client has sent on one stream and nobody has read yet. `look` is called each second
+    while the client is held back, and may raise: nobody reads from its socket then, so nobody would
+    see it leave.
+    """
+
+    def __init__(self, room: Room | None = None, look: Callable[[], None] | None = None) -> None:
+        self._room, self._look = room or Room(), look
         self._parts: list[bytes] = []
         self._size = 0
         self._ended = False
@@ -28,22 +60,25 @@ class Mailbox:
 
     async def put(self, data: bytes) -> None:
         """Add data; wait while there is too much. Data after the end is dropped."""
-        while self._size > MAILBOX and not self._ended:
-            await self._wait()
+        while (self._size > MAILBOX or self._room.used > ROOM) and not self._ended:
+            if self._look:
+                self._look()
+            await self._room.wait()
         if data and not self._ended:
             self._parts.append(data)
-            self._size += len(data)
+            self._count(len(data) + _PART)
             self._changed.set()
 
     def end(self) -> None:
         """Say that nothing more will come."""
         self._ended = True
         self._changed.set()
+        self._room.free(0)
 
     def drop(self) -> None:
         """Forget what is here, and whatever comes: nobody reads any more."""
         self._parts.clear()
-        self._size = 0
+        self._count(-self._size)
         self.end()
 
     async def get(self) -> bytes:
@@ -51,16 +86,19 @@ class Mailbox:
         while not self._parts:
             if self._ended:
                 return b""
-            await self._wait()
+            self._changed.clear()
+            await self._changed.wait()
         data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
         self._parts.clear()
-        self._size = 0
-        self._changed.set()
+        self._count(-self._size)
         return data
 
-    async def _wait(self) -> None:
-        self._changed.clear()
-        await self._changed.wait()
+    def _count(self, size: int) -> None:
+        self._size += size
+        if size > 0:
+            self._room.take(size)
+        else:
+            self._room.free(-size)
 
 
 class Peer(Protocol):

@@ -11,6 +11,7 @@ that fails leaves the others alone. Everything ends with the client.
 import asyncio
 import contextlib
 import functools
+import os
 import socket
 from collections.abc import AsyncIterator
 from typing import Protocol
@@ -26,9 +27,10 @@ _LOOPBACKS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 
 
 class Pair(Protocol):
-    """One connection of a client."""
+    """One connection of a client. `closed` is set when the client has given it up, or has gone."""
 
     port: int
+    closed: asyncio.Event
 
     async def read(self) -> bytes:
         """Return what the client sent, b"" at its end."""
@@ -62,15 +64,28 @@ async def serve(pairs: AsyncIterator[Pair], netns: str) -> None:
 
 
 async def forward(pair: Pair, netns: str) -> None:
-    """Connect to the pair's port and copy both ways to the end."""
-    with contextlib.suppress(peer.Gone):
-        try:
-            sock = await _connect(pair.port, netns)
-        except errors.CriError as e:
-            await pair.end(e.message)
-            return
-        with sock:
-            await _copy(pair, sock)
+    """Connect to the pair's port and copy both ways, to the end or until the client gives it up."""
+    copying = asyncio.create_task(_forward(pair, netns))
+    leaving = asyncio.create_task(pair.closed.wait())
+    try:
+        await asyncio.wait({copying, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        problem = copying.result() if copying.done() else ""
+        with contextlib.suppress(peer.Gone):
+            await pair.end(problem)
+    finally:
+        copying.cancel()
+        leaving.cancel()
+
+
+async def _forward(pair: Pair, netns: str) -> str:
+    """Return what went wrong, "" for nothing."""
+    try:
+        sock = await _connect(pair.port, netns)
+    except errors.CriError as e:
+        return e.message
+    with sock, contextlib.suppress(peer.Gone):
+        return await _copy(pair, sock)
+    return ""
 
 
 async def _connect(port: int, netns: str) -> socket.socket:
@@ -83,7 +98,7 @@ async def _connect(port: int, netns: str) -> socket.socket:
         except TimeoutError as e:
             raise errors.DeadlineExceeded(f"{address}:{port}: no answer") from e
         except OSError as e:
-            refusals.append(f"{address}: {e.strerror}")
+            refusals.append(f"{address}: {_words(e)}")
     raise errors.Unavailable(f"cannot connect to port {port} in the pod: {', '.join(refusals)}")
 
 
@@ -99,13 +114,18 @@ async def _dial(family: int, address: str, port: int, netns: str) -> socket.sock
     return sock
 
 
-async def _copy(pair: Pair, sock: socket.socket) -> None:
+def _words(error: OSError) -> str:
+    """Return what the kernel says; asyncio's own words hold the address once more."""
+    return os.strerror(error.errno) if error.errno else str(error)
+
+
+async def _copy(pair: Pair, sock: socket.socket) -> str:
     sending = asyncio.create_task(_to_pod(pair, sock))
     try:
         problem = await _to_client(pair, sock)
         await pair.finish()
         await asyncio.wait([sending], timeout=_LINGER)
-        await pair.end(problem)
+        return problem
     finally:
         sending.cancel()
         await asyncio.wait([sending])  # it must let go of the socket before that is closed
@@ -128,5 +148,5 @@ async def _to_client(pair: Pair, sock: socket.socket) -> str:
             await pair.write(data)
             await asyncio.sleep(0)
     except OSError as e:
-        return f"port {pair.port} in the pod: {e.strerror}"
+        return f"port {pair.port} in the pod: {_words(e)}"
     return ""

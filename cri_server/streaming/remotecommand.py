@@ -200,6 +200,8 @@ async def _resize(client: peer.Peer, target: _ExecInput | _AttachInput) -> None:
         while data := await client.read("resize"):
             if (size := sizes.feed(data)) is not None:
                 await target.resize(*size)
+    while await client.read("resize"):  # what is left there would hold up the other streams
+        continue
 
 
 async def _pass_on(

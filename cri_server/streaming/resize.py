@@ -26,7 +26,7 @@ class Sizes:
         while (text := self._text.lstrip()) and text[0] == "{":
             try:
                 document, end = _decoder.raw_decode(text)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):  # not whole, or nothing that we would understand
                 break
             self._text = text[end:]
             size = _size(document) or size

@@ -11,8 +11,10 @@ is used from the next connection on. Nothing of it survives a restart but attach
 
 import asyncio
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
+from typing import Any
 
 import structlog
 
@@ -34,6 +36,7 @@ from cri_server.streaming import (
 
 log = structlog.get_logger()
 MOST_CONNECTIONS = 10_000
+MOST_STRANGERS = 256  # connections whose token is not known yet
 _BACKLOG = 1024
 _ACCEPTED = "X-Accepted-Stream-Protocol-Versions"
 _CHOSEN = "X-Stream-Protocol-Version"
@@ -59,6 +62,7 @@ class Server:
         self._settings, self._shims = settings, shim_host
         self._tokens: tokens.Tokens[Request] = tokens.Tokens()
         self._sessions: set[asyncio.Task[None]] = set()
+        self._strangers: dict[asyncio.Task[None], asyncio.StreamWriter] = {}  # the oldest first
         self._certificate = certificates.of(settings)
         self._base = ""
         self._server: asyncio.Server | None = None
@@ -70,13 +74,19 @@ class Server:
             self._accept,
             host.strip("[]"),
             int(port),
-            ssl=self._certificate.context if self._certificate else None,
             backlog=_BACKLOG,
             limit=wire.READ // 2,  # twice as much is collected at most
+            **self._tls(),
         )
         bound = server.sockets[0].getsockname()[1]
         self._base = f"{'https' if self._certificate else 'http'}://{host}:{bound}"
         log.info("streaming", address=self._base)
+
+    def _tls(self) -> dict[str, Any]:
+        if self._certificate is None:
+            return {}
+        limits = {"ssl_handshake_timeout": head.TIMEOUT, "ssl_shutdown_timeout": head.TIMEOUT}
+        return {"ssl": self._certificate.context, **limits}
 
     async def close(self) -> None:
         """End all sessions; the processes of execs end with them, attached containers go on."""
@@ -104,7 +114,9 @@ class Server:
         session.add_done_callback(self._sessions.discard)
         try:
             if len(self._sessions) <= MOST_CONNECTIONS:
-                await self._serve(reader, writer)
+                with self._stranger(session, writer):
+                    request, asked = await self._greet(reader)
+                await self._serve(request, asked, reader, writer)
         except head.Rejected as e:
             await _reject(writer, e)
         except (OSError, TimeoutError, peer.Gone, websocket.ProtocolError) as e:
@@ -114,9 +126,32 @@ class Server:
         finally:
             writer.close()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    @contextlib.contextmanager
+    def _stranger(
+        self, session: "asyncio.Task[None]", writer: asyncio.StreamWriter
+    ) -> Iterator[None]:
+        """Count a connection that has shown no token. When there are too many the oldest has to
+        go: who has a token shows it at once, so no crowd that is silent keeps him out.
+        """
+        if len(self._strangers) >= MOST_STRANGERS:
+            self._strangers.pop(next(iter(self._strangers))).transport.abort()
+        self._strangers[session] = writer
+        try:
+            yield
+        finally:
+            self._strangers.pop(session, None)
+
+    async def _greet(self, reader: asyncio.StreamReader) -> tuple[Request, head.Head]:
         asked = await head.read(reader)
-        request = self._redeem(asked)
+        return self._redeem(asked), asked
+
+    async def _serve(
+        self,
+        request: Request,
+        asked: head.Head,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
         match asked.upgrade():
             case "spdy/3.1":
                 await self._spdy(request, asked, reader, writer)
@@ -174,11 +209,7 @@ class Server:
         writer: asyncio.StreamWriter,
     ) -> None:
         frames = websocket.Connection()
-        forward = isinstance(request, Forward)
-        greeting = frames.accept(asked.raw, websocket.FORWARD if forward else websocket.EXEC)
-        if greeting is None:
-            raise head.Rejected(HTTPStatus.FORBIDDEN, "no common subprotocol")
-        writer.write(greeting)
+        writer.write(_greeting(frames, request, asked))
         socket = wire.Socket(reader, writer, seconds=self._settings.stream_idle_timeout)
         channels = _channels(request, tunnel=frames.protocol.tunnel)
         link = wspeer.Link(frames, socket, read=channels, received=asked.rest)
@@ -211,6 +242,21 @@ class Server:
             return
         abandoned = self._settings.exec_abandoned_timeout
         await remotecommand.exec(client, request, self._shims, abandoned=abandoned)
+
+
+def _greeting(frames: websocket.Connection, request: Request, asked: head.Head) -> bytes:
+    """Return what makes the connection a WebSocket. Raises Rejected."""
+    forward = isinstance(request, Forward)
+    try:
+        greeting = frames.accept(asked.raw, websocket.FORWARD if forward else websocket.EXEC)
+    except websocket.ProtocolError as e:
+        raise head.Rejected(HTTPStatus.BAD_REQUEST, str(e)) from e
+    if greeting is None:
+        raise head.Rejected(HTTPStatus.FORBIDDEN, "no common subprotocol")
+    most = frames.protocol.channels // 2
+    if isinstance(request, Forward) and not frames.protocol.tunnel and len(request.ports) > most:
+        raise head.Rejected(HTTPStatus.BAD_REQUEST, f"more than {most} ports: use SPDY")
+    return greeting
 
 
 def _names(

@@ -17,12 +17,13 @@ _UNACCEPTED = 256  # streams that nobody has accepted yet
 
 
 class Stream:
-    """One stream, in both directions."""
+    """One stream, in both directions. `closed` is set when the client has given it up."""
 
     def __init__(self, link: "Link", number: int, headers: Mapping[str, str]) -> None:
         self.headers = headers
         self.number = number
-        self.mailbox = peer.Mailbox()
+        self.mailbox = peer.Mailbox(link.room, link.look)
+        self.closed = asyncio.Event()
         self._link = link
 
     async def read(self) -> bytes:
@@ -53,7 +54,9 @@ class Link:
     def __init__(self, below: wire.Wire, *, received: bytes = b"") -> None:
         self.frames = spdy.Connection()
         self.closed = asyncio.Event()
+        self.room, self.look = peer.Room(), below.look
         self._wire, self._received = below, received
+        self._complete = False
         self._streams: dict[int, Stream] = {}
         self._opened: asyncio.Queue[Stream | None] = asyncio.Queue(_UNACCEPTED)
         self._task = asyncio.create_task(self._run(), name="spdy")
@@ -61,6 +64,10 @@ class Link:
     async def accept(self) -> Stream | None:
         """Return the next stream that the client opens, None when it opens no more."""
         return None if self.closed.is_set() and self._opened.empty() else await self._opened.get()
+
+    def refuse(self) -> None:
+        """Refuse what the client opens from now on."""
+        self._complete = True
 
     async def send(self, frames: bytes) -> None:
         """Send frames; returns when the client takes them. Raises Gone."""
@@ -112,6 +119,7 @@ class Link:
                 case spdy.Reset():
                     if stream := self._streams.pop(event.stream, None):
                         stream.mailbox.end()
+                        stream.closed.set()
                 case spdy.Pinged():
                     await self._answer(self.frames.pong(event.number))
                 case spdy.Refused():
@@ -122,7 +130,7 @@ class Link:
     async def _open(self, event: spdy.Opened) -> None:
         stream = Stream(self, event.stream, event.headers)
         self._streams[event.stream] = stream
-        if self._opened.full():
+        if self._complete or self._opened.full():
             await self._answer(self.frames.reset(event.stream, spdy.Status.REFUSED_STREAM))
             self.forget(stream)
             return
@@ -141,5 +149,6 @@ class Link:
         self.closed.set()
         for stream in self._streams.values():
             stream.mailbox.end()
+            stream.closed.set()
         self._offer(None)
         self._wire.abort()

@@ -55,4 +55,5 @@ async def accept(link: spdylink.Link, names: AbstractSet[str], *, version: int) 
                 streams[name] = stream
     except TimeoutError as e:
         raise peer.Gone("the client did not open its streams in time") from e
+    link.refuse()
     return SpdyPeer(link, streams, version=version)

@@ -2,7 +2,8 @@
 """Channels over WebSocket messages, as Kubernetes numbers them. No I/O; the frames are wsproto's.
 
     channel.k8s.io           a binary message: one byte that names the channel, then data
-    base64.channel.k8s.io    a text message: one digit that names the channel, then data in base64
+    base64.channel.k8s.io    a text message: one character that names the channel ("0" and what
+                             comes after it in ASCII), then data in base64
     v5.channel.k8s.io        as the first; byte 255 and a channel end that channel (half close)
     SPDY/3.1+portforward…    a binary message: bytes of a SPDY connection (KEP-4006)
 
@@ -18,6 +19,7 @@ import wsproto
 from wsproto import events, utilities
 
 CLOSE = 255  # v5: the next byte is the channel that ends
+_ZERO = ord("0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +30,11 @@ class Protocol:
     version: int
     base64: bool = False
     tunnel: bool = False
+
+    @property
+    def channels(self) -> int:
+        """How many channels have a name: a byte, or an ASCII character from "0" on."""
+        return 128 - _ZERO if self.base64 else CLOSE
 
 
 EXEC = (
@@ -149,7 +156,7 @@ class Connection:
             raise ProtocolError("a text message where binary ones were agreed on")
         self._text += text
         if self._channel is None and self._text:
-            self._channel, self._text = _digit(self._text[0]), self._text[1:]
+            self._channel, self._text = _named(self._text[0]), self._text[1:]
         whole = len(self._text) if finished else len(self._text) // 4 * 4
         part, self._text = self._text[:whole], self._text[whole:]
         if part and self._channel is not None:
@@ -164,7 +171,7 @@ class Connection:
         if self.protocol.tunnel:
             return self._frames.send(events.BytesMessage(data=data))
         if self.protocol.base64:
-            text = f"{channel}{base64.b64encode(data).decode()}"
+            text = f"{chr(_ZERO + channel)}{base64.b64encode(data).decode()}"
             return self._frames.send(events.TextMessage(data=text))
         return self._frames.send(events.BytesMessage(data=bytes((channel,)) + data))
 
@@ -175,10 +182,10 @@ class Connection:
         return self._frames.send(events.CloseConnection(code=1000))
 
 
-def _digit(letter: str) -> int:
-    if not (letter.isascii() and letter.isdigit()):
+def _named(letter: str) -> int:
+    if not (letter.isascii() and letter >= "0"):
         raise ProtocolError(f"{letter!r} names no channel")
-    return int(letter)
+    return ord(letter) - _ZERO
 
 
 def _decoded(text: str) -> bytes:

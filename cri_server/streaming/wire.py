@@ -7,11 +7,15 @@ takes what it is sent; a reader that waits too long, while nothing is sent eithe
 
 import asyncio
 import contextlib
+import select
+import socket
 from typing import Protocol
 
 from cri_server.streaming import peer
 
 READ = 256 << 10  # bytes that are read at once
+_KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}  # tcp(7)
+_GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 
 
 class Wire(Protocol):
@@ -26,12 +30,19 @@ class Wire(Protocol):
     async def finish(self) -> None:
         """Say that nothing more will be sent, where that can be said."""
 
+    def look(self) -> None:
+        """See whether the client is still there, while nothing is read. Raises Gone,
+        TimeoutError.
+        """
+
     def abort(self) -> None:
         """End it now; what was written and not sent is lost."""
 
 
 class Socket:
-    """A TCP or TLS connection; `seconds` of silence both ways end it."""
+    """A TCP or TLS connection; `seconds` of silence both ways end it, and a client whose machine
+    has vanished within two minutes.
+    """
 
     def __init__(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, seconds: float
@@ -41,6 +52,10 @@ class Socket:
         self._loop = asyncio.get_running_loop()
         self._active = self._loop.time()
         self._timer = self._loop.call_later(seconds, self._watch)
+        self._socket: socket.socket = writer.get_extra_info("socket")
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEPALIVE.items():
+            self._socket.setsockopt(socket.IPPROTO_TCP, option, value)
 
     async def read(self) -> bytes:
         self._active = self._loop.time()
@@ -79,6 +94,17 @@ class Socket:
         with contextlib.suppress(OSError):
             if self._writer.can_write_eof():  # TLS cannot
                 self._writer.write_eof()
+
+    def look(self) -> None:
+        """Ask the kernel: a transport that does not read does not see the end either."""
+        self._left()
+        poll = select.poll()
+        try:
+            poll.register(self._socket.fileno(), _GONE)
+        except ValueError as e:  # it is closed
+            raise peer.Gone from e
+        if poll.poll(0):
+            raise peer.Gone
 
     def abort(self) -> None:
         self._timer.cancel()

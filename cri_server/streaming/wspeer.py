@@ -24,7 +24,10 @@ class Link:
     ) -> None:
         self.frames = frames
         self.closed = asyncio.Event()
-        self.mailboxes: Mapping[int, peer.Mailbox] = {n: peer.Mailbox() for n in read}
+        room = peer.Room()
+        self.mailboxes: Mapping[int, peer.Mailbox] = {
+            n: peer.Mailbox(room, below.look) for n in read
+        }
         self._wire, self._received = below, received
         self._task = asyncio.create_task(self._run(), name="websocket")
 
@@ -115,6 +118,10 @@ class Tunnel:
     async def finish(self) -> None:
         with contextlib.suppress(peer.Gone):
             await self._link.send(self._link.frames.close())
+
+    def look(self) -> None:
+        if self._link.closed.is_set():
+            raise peer.Gone
 
     def abort(self) -> None:
         self._link.cut()

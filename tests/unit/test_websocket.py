@@ -123,7 +123,7 @@ def test_noise_ends_the_connection() -> None:
     assert list(opened("v4.channel.k8s.io").receive(b"\xff" * 20))[-1] == websocket.Closed()
 
 
-@pytest.mark.parametrize("text", ["xaGk=", "0not base64!", "²aGk="])
+@pytest.mark.parametrize("text", ["/aGk=", "0not base64!", "²aGk="])
 def test_bad_base64_ends_the_connection(text: str) -> None:
     connection = opened("base64.channel.k8s.io")
     with pytest.raises(websocket.ProtocolError):
