@@ -93,24 +93,36 @@ def request(url: str, *headers: str, method: str = "POST") -> tuple[socket.socke
 
 
 class Spdy:
-    """A client over SPDY/3.1; `streams` are opened at once, "error" among them."""
+    """A client over SPDY/3.1; `streams` are opened at once, "error" among them.
+
+    `ended` and `was_reset` are the streams that the server has finished or given up, `pongs` the
+    pings that it has answered.
+    """
 
     def __init__(
-        self, url: str, streams: Sequence[str], protocol: str = V4, *, method: str = "POST"
+        self, url: str, streams: Sequence[str] = (), protocol: str = V4, *, method: str = "POST"
     ) -> None:
-        headers = ["Connection: Upgrade", "Upgrade: SPDY/3.1"]
-        headers += [f"X-Stream-Protocol-Version: {protocol}"] if protocol else []
-        self.connection, self.head, self._rest = request(url, *headers, method=method)
+        self.connection, self.head, self._rest = self._connect(url, protocol, method)
         self.frames = spdy.Client()
         self._next = 1
         self.streams: dict[str, int] = {}
+        self._names: dict[int, str] = {}
         self.received: dict[str, bytes] = {}
+        self.ended: set[str] = set()
+        self.was_reset: set[str] = set()
+        self.pongs: list[int] = []
         for name in streams:
             self.open(name, streamtype=name)
+
+    def _connect(self, url: str, protocol: str, method: str) -> tuple[Any, str, bytes]:
+        headers = ["Connection: Upgrade", "Upgrade: SPDY/3.1"]
+        headers += [f"X-Stream-Protocol-Version: {protocol}"] if protocol else []
+        return request(url, *headers, method=method)
 
     def open(self, name: str, **headers: str) -> None:
         """Open a stream; what comes on it is collected under `name`."""
         self.streams[name], self._next = self._next, self._next + 2
+        self._names[self.streams[name]] = name
         self.received[name] = b""
         self.connection.sendall(self.frames.open(self.streams[name], headers))
 
@@ -119,6 +131,9 @@ class Spdy:
 
     def finish(self, stream: str) -> None:
         self.connection.sendall(spdy.data(self.streams[stream], b"", spdy.FIN))
+
+    def ping(self, number: int) -> None:
+        self.connection.sendall(spdy.control(spdy.PING, struct.pack(">I", number)))
 
     def reset(self, stream: str) -> None:
         payload = struct.pack(">II", self.streams[stream], 5)
@@ -129,9 +144,15 @@ class Spdy:
         frame = self._frame()
         if frame is None:
             return False
-        names = {number: name for name, number in self.streams.items()}
-        if frame.kind == 0 and frame.number in names:
-            self.received[names[frame.number]] += frame.payload
+        name = self._names.get(frame.number)
+        if frame.kind == spdy.PING:
+            self.pongs.append(frame.number)
+        elif frame.kind == spdy.RST_STREAM and name:
+            self.was_reset.add(name)
+        elif frame.kind == 0 and name:
+            self.received[name] += frame.payload
+            if frame.flags & spdy.FIN:
+                self.ended.add(name)
         return True
 
     def _frame(self) -> spdy.Frame | None:
@@ -159,11 +180,20 @@ def _length(frame: bytes) -> int:
 
 
 class WebSocket:
-    """A client over WebSocket; the streams are those of the request."""
+    """A client over WebSocket; the streams are those of the request, `names` their names by
+    channel.
+    """
 
     def __init__(
-        self, url: str, streams: Sequence[str], protocol: str = V4, *, method: str = "GET"
+        self,
+        url: str,
+        streams: Sequence[str] = (),
+        protocol: str = V4,
+        *,
+        method: str = "GET",
+        names: Sequence[str] = CHANNELS,
     ) -> None:
+        self.names = names
         key = base64.b64encode(os.urandom(16)).decode()
         headers = ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"]
         headers += [f"Sec-WebSocket-Key: {key}"]
@@ -173,11 +203,11 @@ class WebSocket:
         self._frames = wsproto.connection.Connection(wsproto.ConnectionType.CLIENT)
         self._frames.receive_data(rest)
         self._events = self._frames.events()
-        self.received: dict[str, bytes] = dict.fromkeys((*CHANNELS, *streams), b"")
+        self.received: dict[str, bytes] = dict.fromkeys((*names, *streams), b"")
         self._ended = False
 
     def send(self, stream: str, data: bytes) -> None:
-        self._send(bytes((CHANNELS.index(stream),)) + data)
+        self._send(bytes((self.names.index(stream),)) + data)
 
     def finish(self, stream: str) -> None:
         assert self.protocol.startswith("v5"), "older protocols have no half close"
@@ -185,7 +215,7 @@ class WebSocket:
 
     def _send(self, message: bytes) -> None:
         if "base64" in self.protocol:
-            text = str(message[0]) + base64.b64encode(message[1:]).decode()
+            text = chr(48 + message[0]) + base64.b64encode(message[1:]).decode()
             self.connection.sendall(self._frames.send(events.TextMessage(data=text)))
         else:
             self.connection.sendall(self._frames.send(events.BytesMessage(data=message)))
@@ -198,11 +228,11 @@ class WebSocket:
                 case events.BytesMessage():
                     message += bytes(event.data)
                     if event.message_finished:
-                        self.received[CHANNELS[message[0]]] += message[1:]
+                        self.received[self.names[message[0]]] += message[1:]
                         message = b""
                 case events.TextMessage():
                     data = base64.b64decode(event.data[1:])
-                    self.received[CHANNELS[int(event.data[0])]] += data
+                    self.received[self.names[ord(event.data[0]) - 48]] += data
                 case events.CloseConnection():
                     with contextlib.suppress(OSError):
                         self.connection.sendall(self._frames.send(event.response()))
