@@ -70,6 +70,8 @@ async def forward(pair: Pair, netns: str) -> None:
     try:
         await asyncio.wait({copying, leaving}, return_when=asyncio.FIRST_COMPLETED)
         problem = copying.result() if copying.done() else ""
+        copying.cancel()  # it may be writing to a client that does not read
+        await asyncio.wait([copying])
         with contextlib.suppress(peer.Gone):
             await pair.end(problem)
     finally:

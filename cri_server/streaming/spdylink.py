@@ -94,6 +94,7 @@ class Link:
         """End the connection now."""
         self._task.cancel()
         await asyncio.wait([self._task])
+        self._wire.abort()
 
     async def _run(self) -> None:
         """Read until the end, whatever it is."""

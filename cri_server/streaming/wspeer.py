@@ -50,6 +50,7 @@ class Link:
         """End the connection now."""
         self._task.cancel()
         await asyncio.wait([self._task])
+        self._wire.abort()
 
     def cut(self) -> None:
         """End the connection now, without waiting for the task that reads it."""
