@@ -131,7 +131,8 @@ class _Payload:
 class Connection:
     """The server's end of one connection."""
 
-    _buffer: bytearray = field(default_factory=bytearray)
+    _buffer: bytes = b""
+    _at: int = 0  # where what is not yet taken begins in it
     _payload: _Payload | None = None
     _streams: dict[int, _Stream] = field(default_factory=dict)
     _last: int = 0
@@ -146,40 +147,41 @@ class Connection:
 
     def receive(self, data: bytes) -> Iterator[Event]:
         """Take what has arrived and yield what it says. Raises ProtocolError."""
-        self._buffer += data
+        self._buffer = self._buffer + data if self._buffer else data  # mostly no copy
         while True:
             if self._payload is not None:
                 yield from self._receive_payload(self._payload)
             elif (frame := self._next_frame()) is not None:
                 yield from frame
             if not self._progress():
+                self._buffer, self._at = self._buffer[self._at :], 0
                 return
 
     def _progress(self) -> bool:
         """Say whether what is buffered can be taken further."""
         if self._payload is not None:
-            return bool(self._buffer) or not self._payload.left
-        if len(self._buffer) < _HEADER.size:
+            return self._at < len(self._buffer) or not self._payload.left
+        if len(self._buffer) - self._at < _HEADER.size:
             return False
-        first, second = _HEADER.unpack_from(self._buffer)
+        first, second = _HEADER.unpack_from(self._buffer, self._at)
         is_data = not first >> 31
-        return is_data or len(self._buffer) >= _HEADER.size + (second & 0xFFFFFF)
+        return is_data or len(self._buffer) - self._at >= _HEADER.size + (second & 0xFFFFFF)
 
     def _next_frame(self) -> Iterator[Event] | None:
         """Take a frame from the buffer: of a data frame the head, of others all."""
-        if len(self._buffer) < _HEADER.size:
+        if len(self._buffer) - self._at < _HEADER.size:
             return None
-        first, second = _HEADER.unpack_from(self._buffer)
+        first, second = _HEADER.unpack_from(self._buffer, self._at)
         flags, length = second >> 24, second & 0xFFFFFF
         if not first >> 31:
-            del self._buffer[: _HEADER.size]
+            self._at += _HEADER.size
             return self._begin_payload(first, length, fin=bool(flags & _FIN))
         _check_control(first >> 16 & 0x7FFF, length)
-        end = _HEADER.size + length
-        if len(self._buffer) < end:
+        start = self._at + _HEADER.size
+        if len(self._buffer) < start + length:
             return None
-        payload = bytes(self._buffer[_HEADER.size : end])
-        del self._buffer[:end]
+        self._at = start + length
+        payload = self._buffer[start : self._at]
         return self._control(first & 0xFFFF, flags, payload)
 
     def _begin_payload(self, stream: int, length: int, *, fin: bool) -> Iterator[Event]:
@@ -190,9 +192,8 @@ class Connection:
 
     def _receive_payload(self, payload: _Payload) -> Iterator[Event]:
         """Pass on what there is of a payload; that of a stream which has ended is dropped."""
-        with memoryview(self._buffer) as view:
-            data = bytes(view[: payload.left])
-        del self._buffer[: len(data)]
+        data = self._buffer[self._at : self._at + payload.left]
+        self._at += len(data)
         payload.left -= len(data)
         known = self._streams.get(payload.stream)
         heard = known is not None and known.theirs
