@@ -17,7 +17,8 @@ from pathlib import Path
 
 import structlog
 
-from cri_server import commands, errors
+from cri_server import commands, errors, spec
+from cri_server.pb import api_pb2 as api
 
 log = structlog.get_logger()
 NAME = "cri-server-default"
@@ -83,6 +84,15 @@ class AppArmor:
 
     def __init__(self, profiles: Path = PROFILES) -> None:
         self._lock, self._profiles = asyncio.Lock(), profiles
+
+    async def provide_for(
+        self,
+        context: api.LinuxContainerSecurityContext | api.LinuxSandboxSecurityContext,
+        facts: spec.HostFacts,
+    ) -> None:
+        """See to the profile that a container or a pod asks for, if any. Raises as `provide`."""
+        if name := spec.apparmor_profile(context, facts):
+            await self.provide(name)
 
     async def provide(self, name: str) -> None:
         """See to it that the profile is loaded, which is our doing for NAME alone.

@@ -28,6 +28,8 @@ from cri_server import (
     imagevolumes,
     locks,
     names,
+    orders,
+    remains,
     shims,
     spec,
     state,
@@ -63,6 +65,7 @@ class Containers:
         image_store: images.Store,
         collector: gc.Collector,
         bundle_host: bundles.Bundles,
+        remains_host: remains.Remains,
         shim_host: shims.Shims,
         update_host: updates.Updates,
         facts: host.Host,
@@ -71,7 +74,7 @@ class Containers:
         self._settings, self._store, self._events = settings, store, event_host
         self._images, self._collector = image_store, collector
         self._bundles, self._shims, self._facts = bundle_host, shim_host, facts
-        self._updates = update_host
+        self._updates, self._remains = update_host, remains_host
         self._attempts, self._locks = names.Attempts(), locks.Locks()
         self._running: dict[str, asyncio.Event] = {}  # set when the container has ended
         self._stopping: dict[str, _Escalation] = {}
@@ -94,10 +97,11 @@ class Containers:
         self._check_annotations(pod, wanted)
         log_path(pod.config, wanted)
         wanted, volumes = imagevolumes.resolve(wanted, self._images)
-        request = bundles.Request(
-            pod=pod, container=_new(pod, wanted, image), image=image, volumes=volumes
+        container = _new(pod, wanted, image)
+        order = orders.Order(
+            pod=pod, container=container, image=image, facts=facts, volumes=volumes
         )
-        return await self._attempts.join(request.container.name, lambda: self._create(request))
+        return await self._attempts.join(container.name, lambda: self._create(order))
 
     def _check_annotations(self, pod: state.Pod, wanted: api.ContainerConfig) -> None:
         """Refuse what does not count; the pod's too, for the configuration may have changed."""
@@ -119,25 +123,25 @@ class Containers:
             raise errors.NotFound(f"image {wanted[:200]!r} is not present: pull it first")
         return image
 
-    async def _create(self, wanted: bundles.Request) -> str:
-        earlier = self._store.container_named(wanted.container.name)
+    async def _create(self, order: orders.Order) -> str:
+        earlier = self._store.container_named(order.container.name)
         if earlier is not None and earlier.complete:
             return earlier.id
         if earlier is not None:
             await self.remove(earlier.id)
-        layers = {layer for i in (wanted.image, *wanted.volumes.values()) for layer in i.layers}
+        layers = {layer for i in (order.image, *order.volumes.values()) for layer in i.layers}
         async with self._collector.claim(layers):  # a RemoveImage comes before us or after us
-            container = await self._store.put_container(wanted.container)
+            container = await self._store.put_container(order.container)
             async with self._locks.held(container.id):  # a removal waits for the end of the making
-                return await self._make(wanted)
+                return await self._make(order)
 
-    async def _make(self, wanted: bundles.Request) -> str:
-        pod, container = wanted.pod, wanted.container
+    async def _make(self, order: orders.Order) -> str:
+        pod, container = order.pod, order.container
         recipe = steps.Steps("container made", pod=pod.id, container=container.id)
         try:
             target = self._target(pod, container.config)
-            request = dataclasses.replace(wanted, target_pid=target)
-            container = await self._bundles.create(request, recipe)
+            whole = dataclasses.replace(order, target_pid=target)
+            container = await self._bundles.create(whole, recipe)
             with recipe.step("record"):
                 self._ready_pod(pod.id)  # it may have been stopped meanwhile
                 await self._store.put_container(dataclasses.replace(container, complete=True))
@@ -248,7 +252,7 @@ class Containers:
         pause = KILL_AGAIN
         while True:
             try:
-                return await self._bundles.bury(container)
+                return await self._remains.bury(container, self._bundles.directory(container.id))
             except errors.CriError as e:
                 log.error("container not killed", container=container.id, error=e.message)
             await asyncio.sleep(pause)

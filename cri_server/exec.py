@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from cri_server import bundles, config, containers, errors, shims, spec, state
+from cri_server import bundles, config, configjson, containers, errors, shims, spec, state
 from shim import client
 from shim.pb import shim_pb2
 
@@ -89,7 +89,7 @@ class Exec:
 
     def _process(self, container_id: str, cmd: Sequence[str], *, terminal: bool) -> bytes:
         try:
-            text = (self._bundles.directory(container_id) / "config.json").read_bytes()
+            text = (self._bundles.directory(container_id) / configjson.NAME).read_bytes()
             process = self._decoder.decode(text).process
         except (OSError, msgspec.DecodeError) as e:
             raise errors.FailedPrecondition(f"the container's bundle is damaged: {e}") from e

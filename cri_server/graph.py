@@ -13,13 +13,16 @@ needs closing is on the stack, and closed the other way round.
 import contextlib
 
 from cri_server import (
+    apparmor,
     bundles,
+    cdi,
     cgroups,
     config,
     containers,
     crio,
     events,
     exec,
+    givens,
     host,
     imagehost,
     imagevolumes,
@@ -28,6 +31,7 @@ from cri_server import (
     podfiles,
     pods,
     recovery,
+    remains,
     shims,
     snapshots,
     state,
@@ -73,13 +77,16 @@ class Graph:
         )
         self._stack.push_async_callback(self._shims.close)
         self._volumes = imagevolumes.ImageVolumes(settings.server.state, self.layers)
+        self._profiles = apparmor.AppArmor()
+        self._remains = remains.Remains(settings, self._groups)
+        devices = cdi.Registry(settings.runtime.cdi_spec_dirs)
         self._bundles = bundles.Bundles(
             settings,
             files=self._files,
             groups=self._groups,
             layers=self.layers,
-            image_volumes=self._volumes,
-            facts=self._facts,
+            giver=givens.Giver(self._files, self._volumes, devices, self._profiles),
+            remains_host=self._remains,
         )
 
     def _make_images(self) -> None:
@@ -119,6 +126,7 @@ class Graph:
             image_store=self._images,
             collector=self.collector,
             bundle_host=self._bundles,
+            remains_host=self._remains,
             shim_host=self._shims,
             update_host=self._updates(),
             facts=self._facts,
@@ -133,7 +141,8 @@ class Graph:
             network=self.network,
             shim_host=self._shims,
             container_host=self._containers,
-            bundle_host=self._bundles,
+            remains_host=self._remains,
+            profiles=self._profiles,
             volumes=self._volumes,
             facts=self._facts,
             event_host=self.events,
@@ -145,6 +154,7 @@ class Graph:
             container_host=self._containers,
             shim_host=self._shims,
             bundle_host=self._bundles,
+            remains_host=self._remains,
             files=self._files,
             layers=self.layers,
         )

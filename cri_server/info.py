@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from google.protobuf import json_format, message
 
-from cri_server import bundles, cgroups, config, containers, host, pods, state
+from cri_server import bundles, cgroups, config, configjson, containers, host, pods, state
 from cri_server.network import cni
 from cri_server.pb import api_pb2 as api
 
@@ -185,9 +185,7 @@ class Info:
 
     def _spec(self, container_id: str) -> Any:
         try:
-            return msgspec.json.decode(
-                (self._bundles.directory(container_id) / "config.json").read_bytes()
-            )
+            return configjson.read(self._bundles.directory(container_id))
         except FileNotFoundError:
             return None
 

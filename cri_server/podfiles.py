@@ -40,6 +40,11 @@ class PodFiles:
     def directory(self, pod_id: str) -> Path:
         return self.root / pod_id
 
+    def paths(self, pod_id: str) -> tuple[str, str, str]:
+        """Return where the files of ETC are."""
+        hostname, hosts, resolv_conf = (str(self.directory(pod_id) / name) for name in ETC)
+        return hostname, hosts, resolv_conf
+
     def socket(self, pod_id: str) -> Path:
         return self.directory(pod_id) / "shim.sock"
 
@@ -95,12 +100,13 @@ class PodFiles:
 
     def relabel(self, pod_id: str, label: str) -> None:
         """Give the files that containers share an SELinux label, "" for none."""
-        for name in ("hostname", "hosts", "resolv.conf") if label else ():
-            relabel.relabel(os.path.realpath(self.directory(pod_id) / name), label)
+        for path in self.paths(pod_id) if label else ():
+            relabel.relabel(os.path.realpath(path), label)
 
     def texts(self, pod_id: str) -> dict[str, str]:
         """Return what the pod's containers read in /etc, by path there."""
-        return {f"/etc/{n}": _read(str(self.directory(pod_id) / n)) for n in ETC}
+        paths = zip(ETC, self.paths(pod_id), strict=True)
+        return {f"/etc/{name}": _read(path) for name, path in paths}
 
     def remove(self, pod_id: str) -> None:
         """Take away every mount below the directory, then the directory. Idempotent."""

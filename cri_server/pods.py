@@ -21,9 +21,10 @@ import msgspec
 import structlog
 
 from cri_server import (
-    bundles,
+    apparmor,
     cgroups,
     config,
+    configjson,
     containers,
     errors,
     events,
@@ -36,6 +37,7 @@ from cri_server import (
     names,
     origins,
     podfiles,
+    remains,
     shims,
     sources,
     spec,
@@ -65,7 +67,8 @@ class Pods:
         network: cni.Network,
         shim_host: shims.Shims,
         container_host: containers.Containers,
-        bundle_host: bundles.Bundles,
+        remains_host: remains.Remains,
+        profiles: apparmor.AppArmor,
         volumes: imagevolumes.ImageVolumes,
         facts: host.Host,
         event_host: events.Events,
@@ -73,8 +76,8 @@ class Pods:
         self._settings, self._store, self._files = settings, store, files
         self._events = event_host
         self._groups, self._network, self._shims = groups, network, shim_host
-        self._containers, self._bundles, self._facts = container_host, bundle_host, facts
-        self._volumes = volumes
+        self._containers, self._remains, self._facts = container_host, remains_host, facts
+        self._volumes, self._profiles = volumes, profiles
         self._attempts, self._locks = names.Attempts(), locks.Locks()
         self._levels = labels.Levels(store.selinux_levels)
         self._ending: set[asyncio.Task[None]] = set()
@@ -185,7 +188,8 @@ class Pods:
         if not self._needs_init(pod):
             return 0
         cgroups_path = self._init_cgroup(pod)
-        await self._bundles.load_apparmor(pod.config.linux.security_context, pod.handler)
+        facts = self._facts.facts(pod.handler)
+        await self._profiles.provide_for(pod.config.linux.security_context, facts)
         await asyncio.to_thread(self._write_init_bundle, pod, cgroups_path)
         request = shim_pb2.CreateRequest(
             id=pod.id,
@@ -270,7 +274,7 @@ class Pods:
     async def _stop_shim(self, pod: state.Pod) -> None:
         stopped = await self._shims.stop(pod, self._release_request(pod))
         if not stopped and self._needs_init(pod):
-            await self._bundles.destroy(pod.handler, pod.id, self._init_cgroup(pod))
+            await self._remains.destroy(pod.handler, pod.id, self._init_cgroup(pod))
 
     async def _detach(self, pod: state.Pod) -> None:
         if pod.network is not None:
@@ -457,7 +461,7 @@ class Pods:
     def _init_input(self, pod: state.Pod, cgroups_path: str) -> spec.SandboxInput:
         handler = self._settings.handler(pod.handler)
         allowed = handler.allowed(handler.pod_annotations, pod.config.annotations)
-        bundles.note_annotations(allowed, pod.handler, "pod_annotations")
+        configjson.note_annotations(allowed, pod.handler, "pod_annotations")
         profile = spec.pod_seccomp_path(pod.config)
         return spec.SandboxInput(
             id=pod.id,

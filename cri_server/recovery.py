@@ -32,6 +32,7 @@ from cri_server import (
     names,
     podfiles,
     pods,
+    remains,
     shims,
     snapshots,
     state,
@@ -55,6 +56,7 @@ class Recovery:
         container_host: containers.Containers,
         shim_host: shims.Shims,
         bundle_host: bundles.Bundles,
+        remains_host: remains.Remains,
         files: podfiles.PodFiles,
         layers: snapshots.Snapshots,
     ) -> None:
@@ -64,7 +66,8 @@ class Recovery:
             container_host,
             shim_host,
         )
-        self._bundles, self._files, self._snapshots = bundle_host, files, layers
+        self._bundles, self._remains = bundle_host, remains_host
+        self._files, self._snapshots = files, layers
 
     async def run(self) -> None:
         """Bring memory, disk and processes to one state."""
@@ -156,7 +159,7 @@ class Recovery:
         """Remove what a killed server left of containers and no record names."""
         pod_ids = {p.id for p in self._store.pods()}
         container_ids = {c.id for c in self._store.containers()}
-        for handler, container_id in self._bundles.in_runtimes():
+        for handler, container_id in self._remains.in_runtimes():
             if container_id not in pod_ids | container_ids:
                 log.warning("swept from runtime", handler=handler, container=container_id)
                 await self._end(handler, container_id)
@@ -170,7 +173,8 @@ class Recovery:
 
     async def _end(self, handler: str, container_id: str) -> None:
         try:
-            await self._bundles.destroy_unrecorded(handler, container_id)
+            bundle = self._bundles.directory(container_id)
+            await self._remains.destroy_unrecorded(handler, container_id, bundle)
         except errors.CriError as e:
             log.error("container not ended", container=container_id, error=e.message)
 

@@ -5,7 +5,7 @@ death.
 A shim outlives the server. What ties them together is the socket in the pod's directory, and
 nothing else: `adopt` connects to it and makes sure that the pod's own shim answers. A shim that
 died leaves namespaces and processes behind, which the callers remove by themselves (`netns`,
-`cgroups`, `bundles.bury`).
+`cgroups`, `remains.Remains.bury`).
 """
 
 import asyncio

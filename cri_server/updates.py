@@ -22,7 +22,18 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from cri_server import bundles, cgroups, config, errors, host, shims, spec, state, usage
+from cri_server import (
+    bundles,
+    cgroups,
+    config,
+    configjson,
+    errors,
+    host,
+    shims,
+    spec,
+    state,
+    usage,
+)
 from cri_server.pb import api_pb2 as api
 from cri_server.spec import why
 from shim.pb import shim_pb2
@@ -112,7 +123,8 @@ class Updates:
             spec.resources(change.wanted, facts)
             if not container.started_at:
                 score = spec.oom_score_adj(change.wanted, facts)
-        self._bundles.limit(container.id, change.after, oom_score_adj=score, found=found)
+        bundle = self._bundles.directory(container.id)
+        configjson.limit(bundle, change.after, oom_score_adj=score, found=found)
 
     # -- in a running container -------------------------------------------------------------------
 
