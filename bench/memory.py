@@ -39,7 +39,7 @@ def weigh(endpoint: str, *, pods: Set[str], containers: Set[str]) -> Weight:
     server = server_pid(endpoint)
     ours = {server, *_descendants(server), *_mentioning(pods)} - set(_inside(containers))
     return Weight(
-        server=_resident(server), private=sum(_private(pid) for pid in ours), processes=len(ours)
+        server=resident(server), private=sum(_private(pid) for pid in ours), processes=len(ours)
     )
 
 
@@ -53,7 +53,7 @@ def growth(endpoint: str, *, pods: Set[str], containers: Set[str]) -> Iterator[l
     for pid in ours:
         with contextlib.suppress(OSError):  # it has ended
             Path(f"/proc/{pid}/clear_refs").write_text("5")
-    before = {pid: _resident(pid) for pid in ours}
+    before = {pid: resident(pid) for pid in ours}
     grown: list[float] = []
     yield grown
     grown.append(sum(max(0, _peak(pid) - before[pid]) for pid in ours) / 1024)
@@ -120,7 +120,8 @@ def _private(pid: int) -> int:
     return sum(map(int, PRIVATE.findall(_read(pid, "smaps_rollup"))))
 
 
-def _resident(pid: int) -> int:
+def resident(pid: int) -> int:
+    """Return the resident memory of a process in KiB."""
     return sum(map(int, RESIDENT.findall(_read(pid, "status"))))
 
 

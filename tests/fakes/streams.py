@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import socket
+import ssl
 import struct
 import urllib.parse
 from collections.abc import Iterator, Sequence
@@ -68,14 +69,24 @@ def exit_code(status: dict[str, Any]) -> int:
     return int(cause["message"])
 
 
-def request(url: str, *headers: str, method: str = "POST") -> tuple[socket.socket, str, bytes]:
+def connected(url: str) -> socket.socket:
+    """Return a connection to the server of a URL."""
+    parts = urllib.parse.urlsplit(url)
+    assert parts.hostname is not None
+    return socket.create_connection((parts.hostname, parts.port or 80), timeout=TIMEOUT)
+
+
+def request(
+    url: str, *headers: str, method: str = "POST", tls: ssl.SSLContext | None = None
+) -> tuple[socket.socket, str, bytes]:
     """Send a request; return the connection, the head of the 101 answer and what came after it.
 
     Raises Refused for any other answer.
     """
     parts = urllib.parse.urlsplit(url)
-    assert parts.hostname is not None
-    connection = socket.create_connection((parts.hostname, parts.port or 80), timeout=TIMEOUT)
+    connection = connected(url)
+    if tls:
+        connection = tls.wrap_socket(connection)
     lines = [f"{method} {parts.path} HTTP/1.1", f"Host: {parts.netloc}", *headers, "", ""]
     connection.sendall("\r\n".join(lines).encode())
     answer = b""
@@ -100,8 +111,15 @@ class Spdy:
     """
 
     def __init__(
-        self, url: str, streams: Sequence[str] = (), protocol: str = V4, *, method: str = "POST"
+        self,
+        url: str,
+        streams: Sequence[str] = (),
+        protocol: str = V4,
+        *,
+        method: str = "POST",
+        tls: ssl.SSLContext | None = None,
     ) -> None:
+        self._tls = tls
         self.connection, self.head, self._rest = self._connect(url, protocol, method)
         self.frames = spdy.Client()
         self._next = 1
@@ -117,7 +135,7 @@ class Spdy:
     def _connect(self, url: str, protocol: str, method: str) -> tuple[Any, str, bytes]:
         headers = ["Connection: Upgrade", "Upgrade: SPDY/3.1"]
         headers += [f"X-Stream-Protocol-Version: {protocol}"] if protocol else []
-        return request(url, *headers, method=method)
+        return request(url, *headers, method=method, tls=self._tls)
 
     def open(self, name: str, **headers: str) -> None:
         """Open a stream; what comes on it is collected under `name`."""

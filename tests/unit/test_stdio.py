@@ -135,6 +135,26 @@ def test_a_client_that_takes_nothing_is_dropped_in_the_end(
     assert sum(len(line) - len("stdout P ") for line in job.logged()) == 1_000_000
 
 
+def test_an_exec_waits_for_a_client_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stdio, "_STALL_SECONDS", 0.05)
+    job = Job(tmp_path, waits=True)
+
+    async def work() -> None:
+        gate = job.sink.gate = loop.Event()
+        await job.start("head -c 1000000 /dev/zero")
+        await job.sink.arrived.wait()
+        await loop.sleep(0.3)  # six times as long as others may stall
+        gate.set()
+        await job.wait()
+        await job.streams.drain(5, patient=True)
+        job.streams.close()
+
+    driving.drive(work())
+    assert len(job.sink.data["stdout"]) == 1_000_000
+
+
 def test_a_slow_client_slows_the_process_down(tmp_path: Path) -> None:
     job = Job(tmp_path)
 
