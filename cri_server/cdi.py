@@ -28,6 +28,8 @@ FILE_LIMIT = 4 << 20  # bytes; a node with 16 GPUs in parts has about 0.3 MB
 DEPTH = 32  # of the format itself: 6
 NAMED_FILES = 3  # unusable files that an error names
 _SUFFIXES = (".yaml", ".json")
+_KINDS = {stat.S_IFCHR: "c", stat.S_IFBLK: "b", stat.S_IFIFO: "p"}
+_MAPPED = {"idmap", "ridmap"}  # mount options that OCI runtimes of today ignore in silence
 # A hook without an environment would get that of whoever runs it (CVE-2025-23266: the image's).
 HOOK_ENV = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _Stamp = tuple[int, ...]
@@ -58,8 +60,9 @@ class Registry:
         self._folders = tuple(folders)
         self._known: Mapping[Path, _Read] = {}
 
-    def resolve(self, names: Sequence[str]) -> spec.Injection:
-        """Return what these devices (`spec.cdi_requests`) do to a container.
+    def resolve(self, names: Sequence[str], *, bound: bool = False) -> spec.Injection:
+        """Return what these devices (`spec.cdi_requests`) do to a container. `bound`: its nodes
+        will be the host's own, for nobody makes nodes in a user namespace; so they must be there.
 
         Raises FailedPrecondition naming the device: nobody has it, two files of one folder have it,
         or what it needs of the host is not there; InvalidArgument for edits that are not supported.
@@ -73,7 +76,7 @@ class Registry:
                 edits.append((name, one.file.container_edits))
                 seen.add(one.path)
             edits.append((name, one.device.container_edits))
-        return _injection(tuple(names), edits)
+        return _injection(tuple(names), edits, bound=bound)
 
     def _find(self, name: str) -> _Found:
         for folder in reversed(self._folders):
@@ -177,7 +180,7 @@ def _yaml(text: bytes) -> object:
 
 
 def _injection(
-    names: tuple[str, ...], edits: Sequence[tuple[str, cdifile.Edits]]
+    names: tuple[str, ...], edits: Sequence[tuple[str, cdifile.Edits]], *, bound: bool
 ) -> spec.Injection:
     for name, edit in edits:
         refused = {"intelRdt": edit.intel_rdt is not None, "netDevices": bool(edit.net_devices)}
@@ -188,7 +191,7 @@ def _injection(
     return spec.Injection(
         devices=names,
         env=tuple(v for _, edit in edits for v in edit.env),
-        nodes=tuple(_node(name, n) for name, edit in edits for n in edit.device_nodes),
+        nodes=tuple(_node(name, n, bound) for name, edit in edits for n in edit.device_nodes),
         mounts=tuple({m["destination"]: m for m, _ in mounts}.values()),
         hooks=tuple((h.hook_name, _hook(h)) for _, edit in edits for h in edit.hooks),
         gids=tuple(gid for _, edit in edits for gid in edit.additional_gids if gid),
@@ -196,18 +199,22 @@ def _injection(
     )
 
 
-def _node(name: str, node: cdifile.DeviceNode) -> spec.Node:
-    """Look up what the file does not tell; type and major together need no look."""
+def _node(name: str, node: cdifile.DeviceNode, bound: bool) -> spec.Node:
+    """Look up what the file does not tell; type and major together need no look unless `bound`."""
     kind = {"u": "c"}.get(node.type, node.type)
     major, minor = node.major, node.minor
-    if kind != "p" and not (kind and major):
-        found, major, minor = _looked_up(name, node.host_path or node.path)
+    host_path = node.host_path or node.path
+    if bound or (kind != "p" and not (kind and major)):
+        found, found_major, found_minor = _looked_up(name, host_path)
         if kind not in ("", found):
             raise _missing(name, node.path, f"is of type {found}, not {node.type}")
-        kind, major, minor = found, node.major or major, node.minor or minor
+        kind, major, minor = found, major or found_major, minor or found_minor
+        if bound and (major, minor) != (found_major, found_minor):
+            raise _missing(name, host_path, f"is {found_major}:{found_minor}, not {major}:{minor}")
     permissions = {"": "rwm", "none": ""}.get(node.permissions, node.permissions)
     return spec.Node(
         path=os.path.normpath(node.path),
+        host_path=host_path,
         kind=kind,
         major=major,
         minor=minor,
@@ -223,15 +230,19 @@ def _looked_up(name: str, path: str) -> tuple[str, int, int]:
         st = os.stat(path)
     except OSError as e:
         raise _missing(name, path, e.strerror or "") from e
-    if not (stat.S_ISCHR(st.st_mode) or stat.S_ISBLK(st.st_mode)):
+    kind = _KINDS.get(stat.S_IFMT(st.st_mode))
+    if kind is None:
         raise _missing(name, path, "is not a device")
-    kind = "c" if stat.S_ISCHR(st.st_mode) else "b"
     return kind, os.major(st.st_rdev), os.minor(st.st_rdev)
 
 
 def _mount(name: str, mount: cdifile.Mount) -> tuple[oci.Mount, bool]:
     """Return the mount, and whether its source is no folder."""
     target, options = os.path.normpath(mount.container_path), list(mount.options)
+    if refused := _MAPPED & set(options):
+        raise errors.InvalidArgument(
+            f"CDI device {name!r}: mount {target[:200]!r}: option {min(refused)} is not supported"
+        )
     bind = bool({"bind", "rbind"} & set(options))
     if not bind and mount.type not in ("", "none", "bind"):
         made = oci.Mount(

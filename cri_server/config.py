@@ -176,6 +176,11 @@ class Config:
             )
         return found
 
+    def key_of(self, handler: str, key: str) -> str:
+        """Return what people call a key of a handler's section, "" where it has its default."""
+        same = getattr(self.handler(handler), key) == getattr(Handler(), key)
+        return "" if same else f"[runtimes.{handler}] {key}"
+
 
 class ConfigError(ValueError):
     """The configuration cannot be used; the message says where and why."""

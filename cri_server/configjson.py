@@ -43,7 +43,9 @@ class ConfigJson:
 
         That mount targets are safe is left to `rootfs`.
         """
-        return spec.container(self._input(order, found, user, bundle))
+        document = spec.container(self._input(order, found, user, bundle))
+        found.note_shortfalls()
+        return document
 
     def _input(
         self, order: orders.Order, found: givens.Givens, user: spec.User, bundle: Path
@@ -100,7 +102,9 @@ class ConfigJson:
         wanted = self._settings.handler(handler)
         return spec.Defaults(
             capabilities=capability.chosen(wanted.default_capabilities),
+            capabilities_key=self._settings.key_of(handler, "default_capabilities"),
             rlimits=limits.rlimits(wanted.default_rlimits),
+            rlimits_key=self._settings.key_of(handler, "default_rlimits"),
         )
 
     def _annotations(self, order: orders.Order) -> dict[str, str]:

@@ -11,7 +11,8 @@ A container that asks for none of it costs no look. What is made here goes with 
 
 import dataclasses
 import os
-from collections.abc import Mapping
+import posixpath
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cri_server import (
@@ -28,7 +29,7 @@ from cri_server import (
     sources,
     spec,
 )
-from cri_server.pb import api_pb2 as api
+from cri_server.spec import why
 
 LOOK_TIMEOUT = (
     30.0  # seconds to look at host paths: they may lie on dead storage (containerd#10828)
@@ -40,7 +41,7 @@ _SYSFS = "sysfs"  # among copies, whose other names are absolute paths
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Givens:
     """What was found, by what the request calls it (`spec.source_key`); the fields are those of
-    `spec.ContainerInput`. `copies` are by path in the container.
+    `spec.ContainerInput`. `copies` are by path in the container, and so is what they lack.
     """
 
     mounts: Mapping[str, sources.Source]
@@ -50,6 +51,7 @@ class Givens:
     cdi: spec.Injection | None = None
     copies: Mapping[str, idmap.Copy] = dataclasses.field(default_factory=dict)
     locked: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    shortfalls: Mapping[str, Sequence[idmap.Shortfall]] = dataclasses.field(default_factory=dict)
 
     @property
     def mapped(self) -> dict[str, str]:
@@ -65,14 +67,41 @@ class Givens:
     def plain(self) -> set[str]:
         """The sources that are no folders."""
         found = {source.path for source in self.mounts.values() if not source.directory}
-        found |= self.cdi.files if self.cdi is not None else set()
+        if self.cdi is not None:
+            found |= self.cdi.files | {node.host_path for node in self.cdi.nodes}
         found |= {copy.target for copy in self.copies.values() if not os.path.isdir(copy.target)}
         return found | {node.host_path for node in self.devices}
+
+    @property
+    def trees(self) -> list[str]:
+        """The sources that are to be there with all that is mounted below them."""
+        of_cdi = self.cdi.mounts if self.cdi is not None else ()
+        recursive = [m["source"] for m in of_cdi if "rbind" in m["options"]]
+        return [*(source.path for source in self.mounts.values()), *recursive]
+
+    @property
+    def bound(self) -> list[str]:
+        """The sources of all bind mounts."""
+        of_cdi = self.cdi.mounts if self.cdi is not None else ()
+        more = [m["source"] for m in of_cdi if m["type"] == "bind"]
+        return [*(s.path for s in self.mounts.values()), *self.mapped.values(), *more]
 
     @property
     def images(self) -> set[str]:
         """The sources that are folders of images."""
         return {s.path for key, s in self.mounts.items() if not key.startswith("/")}
+
+    def note_shortfalls(self) -> None:
+        """Note what the copies lack, each at the mount where somebody misses it."""
+        for path, shortfalls in self.shortfalls.items():
+            top = posixpath.normpath(path)
+            plain = [f"{s.below} ({s.because})" for s in shortfalls if not s.missing]
+            if plain:
+                because = f"mounted below it, but not id-mapped: {', '.join(plain)}"
+                why.host(f"mounts[{top}]", because, asked="id-mapped with all below")
+            for lack in (s for s in shortfalls if s.missing):
+                part = f"mounts[{posixpath.join(top, lack.below)}]"
+                why.host(part, f"not mounted: {lack.because}", asked="as it is on the host")
 
 
 class Giver:
@@ -96,29 +125,29 @@ class Giver:
         Raises InvalidArgument, FailedPrecondition for what is not there, DeadlineExceeded when a
         host path does not answer.
         """
-        found = await self._looked(order.config)
+        found = await self._looked(order)
         await self._profiles.provide_for(order.security, order.facts)
         await self._label(order, found)
         return found
 
-    async def _looked(self, wanted: api.ContainerConfig) -> Givens:
+    async def _looked(self, order: orders.Order) -> Givens:
         """Look at the host paths in a thread of its own; without any, at once."""
-        privileged = wanted.linux.security_context.privileged
+        wanted, privileged = order.config, order.security.privileged
         asked = wanted.mounts or wanted.devices or spec.cdi_requests(wanted)
         if not (asked or privileged or spec.seccomp_path(wanted)):
             return Givens(mounts={})
         what = "a mount source, device or seccomp profile"
-        return await apart.call(lambda: self._look(wanted), within=LOOK_TIMEOUT, what=what)
+        return await apart.call(lambda: self._look(order), within=LOOK_TIMEOUT, what=what)
 
-    def _look(self, wanted: api.ContainerConfig) -> Givens:
+    def _look(self, order: orders.Order) -> Givens:
+        wanted, bound = order.config, order.ids is not None
         profile, names = spec.seccomp_path(wanted), spec.cdi_requests(wanted)
-        privileged = wanted.linux.security_context.privileged
         return Givens(
             mounts={m.host_path: sources.check_source(m) for m in wanted.mounts if m.host_path},
             devices=sources.device_nodes(spec.device_requests(wanted)),
-            host_devices=sources.host_devices() if privileged else (),
+            host_devices=sources.host_devices() if order.security.privileged else (),
             seccomp=sources.seccomp_profile(profile) if profile else None,
-            cdi=self._devices.resolve(names) if names else None,
+            cdi=self._devices.resolve(names, bound=bound) if names else None,
         )
 
     async def _label(self, order: orders.Order, found: Givens) -> None:
@@ -170,22 +199,21 @@ class Giver:
         it where the OCI runtime would leave those out; DeadlineExceeded.
         """
         folder = bundle / "mounts"
-        paths = {path: source.path for path, source in found.mounts.items()}
+        paths = {key: source.path for key, source in found.mounts.items()}
         copies = idmap.of_container(
             order.config, folder, sources=paths, userns=self._files.userns(order.pod)
         )
         if not order.pod.own_network:
             copies[_SYSFS] = idmap.sysfs(folder)
+        whole = dataclasses.replace(found, copies=copies)
 
-        def work() -> dict[str, tuple[str, ...]]:
+        def work() -> Givens:
             if order.facts.shallow_binds:
-                idmap.check_flat(paths.values(), order.pod.handler)
-            if copies:
-                idmap.attach(copies.values(), folder)
-            places = [*paths.values(), *(c.target for c in copies.values())]
-            locked = {path: idmap.locked(path) for path in places}
+                idmap.check_flat(whole.trees, order.pod.handler)
+            shortfalls = idmap.attach(copies, folder) if copies else {}
+            locked = {path: idmap.locked(path) for path in whole.bound}
             ours = idmap.locked(os.fspath(bundle))  # one file system with the pods' folders
-            return locked | dict.fromkeys(self._files.paths(order.pod.id), ours)
+            locked |= dict.fromkeys(self._files.paths(order.pod.id), ours)
+            return dataclasses.replace(whole, locked=locked, shortfalls=shortfalls)
 
-        locked = await apart.call(work, within=LOOK_TIMEOUT, what="a mount source")
-        return dataclasses.replace(found, copies=copies, locked=locked)
+        return await apart.call(work, within=LOOK_TIMEOUT, what="a mount source")

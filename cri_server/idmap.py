@@ -33,12 +33,25 @@ _FLAGS = {os.ST_NOSUID: "nosuid", os.ST_NODEV: "nodev", os.ST_NOEXEC: "noexec"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Shortfall:
+    """A mount below a volume that its copy shows as it is, or (`missing`) does not show at all.
+
+    `below` is where it is, relative to the volume; `because` says why.
+    """
+
+    below: str
+    because: str
+    missing: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Copy:
     """A copy of what is mounted at `source`, a path without symlinks, to be attached at `target`.
 
     `userns` is the pinned user namespace whose ids it shows, "" for a plain copy; `what` is how an
     error calls it. Without `whole` the mounts below are left out. With `slave` what the host mounts
-    below the source later appears in the copy too, without a mapping.
+    below the source later appears in the copy too, without a mapping. The mount point is made when
+    it is `fresh`; below another copy it is there, and nothing may be made on a volume.
     """
 
     source: str
@@ -48,25 +61,30 @@ class Copy:
     whole: bool = True
     slave: bool = False
     readonly: bool = False
+    fresh: bool = True
 
-    def attach(self) -> None:
-        """Make the mount point and mount the copy on it. Raises FailedPrecondition, OSError."""
+    def attach(self) -> list[Shortfall]:
+        """Make the mount point and mount the copy on it; return what is not as it should be.
+
+        Raises FailedPrecondition, OSError.
+        """
         tree = self._clone()
         try:
             if self.userns and self.whole and not _can_map(tree, self.userns):
-                self._attach_each()
-                return
+                return self._attach_each()
             if self.userns and not self.whole:
                 self._map(tree)
             self._attach(tree)
         finally:
             os.close(tree)
+        return []
 
     def _attach(self, tree: int) -> None:
         if self.readonly:
             _set(tree, attr_set=linux.MOUNT_ATTR_RDONLY)
         self._part(tree)
-        _make_point(self.target, directory=stat.S_ISDIR(os.fstat(tree).st_mode))
+        if self.fresh:
+            _make_point(self.target, directory=stat.S_ISDIR(os.fstat(tree).st_mode))
         point = _open(self.target)
         try:
             flags = linux.MOVE_MOUNT_F_EMPTY_PATH | linux.MOVE_MOUNT_T_EMPTY_PATH
@@ -75,29 +93,37 @@ class Copy:
             os.close(point)
         self._part(tree)  # below a shared mount it has become shared
 
-    def _attach_each(self) -> None:
+    def _attach_each(self) -> list[Shortfall]:
         """Attach mount by mount, since not all below can be mapped: those stay as they are.
 
         The kernel maps a tree as a whole, or one mount without what is below it.
         """
         top, points = dataclasses.replace(self, whole=False), _below(self.source)
         top.attach()
+        found = []
         for below in points:
             source, target = f"{self.source.rstrip('/')}/{below}", f"{self.target}/{below}"
-            dataclasses.replace(top, source=source, target=target)._attach_if_possible()
+            part = dataclasses.replace(top, source=source, target=target, fresh=False)
+            found += part._attach_if_possible(below)
+        return found
 
-    def _attach_if_possible(self) -> None:
-        """Attach a mount of a tree: without a mapping if need be; or not, and say so, when it is
-        hidden by another, or when its folder belongs to ids that the copy above does not map.
+    def _attach_if_possible(self, below: str) -> list[Shortfall]:
+        """Attach a mount of a tree: without a mapping if need be; or not at all, when its folder
+        belongs to ids that the copy above does not map. One that is hidden by another lacks nobody.
         """
         try:
             try:
-                self.attach()
+                return self.attach()
             except errors.FailedPrecondition:
-                log.info("not id-mapped", mount=self.what, path=self.source)
                 dataclasses.replace(self, userns="").attach()
+                log.info("not id-mapped", mount=self.what, path=self.source)
+                kind = _file_system(self.source)
+                return [Shortfall(below=below, because=f"{kind} cannot be", missing=False)]
+        except FileNotFoundError:  # hidden on the host too, or below one that is missing
+            return []
         except OSError as e:
             log.warning("not mounted", mount=self.what, path=self.source, error=str(e))
+            return [Shortfall(below=below, because=e.strerror or str(e), missing=True)]
 
     def _clone(self) -> int:
         """Return the detached copy. A symlink that somebody has put into the path since it was
@@ -158,7 +184,7 @@ def _set_map(tree: int, userns: str) -> None:
 
 
 def _make_point(path: str, *, directory: bool) -> None:
-    """Make a mount point unless it is there, as it is in a copy of what is above."""
+    """Make a mount point unless it is there."""
     with contextlib.suppress(FileExistsError):
         if directory:
             os.mkdir(path, 0o700)
@@ -216,11 +242,14 @@ def check_flat(sources: Iterable[str], handler: str) -> None:
             )
 
 
-def attach(copies: Iterable[Copy], folder: Path) -> None:
-    """Attach all below a new folder. Blocks as long as a source does. Raises as `Copy.attach`."""
+def attach(copies: Mapping[str, Copy], folder: Path) -> dict[str, list[Shortfall]]:
+    """Attach all below a new folder; return what falls short, by the copies' names.
+
+    Blocks as long as a source does. Raises as `Copy.attach`.
+    """
     folder.mkdir(mode=0o700)
-    for copy in copies:
-        copy.attach()
+    found = {name: copy.attach() for name, copy in copies.items()}
+    return {name: shortfalls for name, shortfalls in found.items() if shortfalls}
 
 
 def remove(folder: Path) -> None:

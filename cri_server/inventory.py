@@ -16,9 +16,12 @@ def of(
     groups: cgroups.Cgroups,
     *,
     shm_size: int,
+    labels: spec.Labels,
     init: bool,
 ) -> dict[str, object]:
-    """Return the parts of the sandbox by name; its files exist. `init`: it has a process."""
+    """Return the parts of the sandbox by name; its files exist. `labels` are what its containers
+    have in common; `init`: it has a process.
+    """
     wanted = pod.config
     why.pod("sandbox.name", "metadata")
     _note_handler(pod)
@@ -33,6 +36,7 @@ def of(
             "files": files.texts(pod.id),
             "shm": files.shm(pod),
             **_shm_size(wanted, shm_size),
+            **_selinux(labels),
             "cgroup_parent": groups.pod_parent(pod.id, wanted.linux.cgroup_parent),
             "ports": [_port(m) for m in wanted.port_mappings],
             "init": init,
@@ -53,6 +57,13 @@ def _shm_size(wanted: api.PodSandboxConfig, size: int) -> dict[str, object]:
     field = "linux.security_context.namespace_options.ipc"
     why.pod("sandbox.shm_size", field, "the host's, as it is")
     return {}
+
+
+def _selinux(labels: spec.Labels) -> dict[str, object]:
+    """Return the labels by the names that they have in a config.json; none without SELinux."""
+    if not labels.process:
+        return {}
+    return {"selinuxLabel": labels.process, "mountLabel": labels.mount}
 
 
 def _port(mapping: api.PortMapping) -> str:

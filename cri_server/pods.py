@@ -168,17 +168,20 @@ class Pods:
     def _create_files(self, pod: state.Pod) -> None:
         with why.recorded() as found:
             size, init = self._shm_size(pod), self._needs_init(pod)
-            self._files.create(pod, shm_size=size, labels=self._labels(pod))
-            document = inventory.of(pod, self._files, self._groups, shm_size=size, init=init)
+            labels = spec.labels_of_pod(
+                pod.config, pod.selinux_level, self._facts.facts(pod.handler)
+            )
+            self._files.create(pod, shm_size=size, labels=labels)
+            document = inventory.of(
+                pod, self._files, self._groups, shm_size=size, labels=labels, init=init
+            )
         origins.write(self._files.directory(pod.id), found, document=document)
 
     def _shm_size(self, pod: state.Pod) -> int:
         handler = self._settings.handler(pod.handler)
         allowed = handler.allowed(handler.pod_annotations, pod.config.annotations)
-        return spec.shm_size(allowed, limits.size(handler.default_shm_size))
-
-    def _labels(self, pod: state.Pod) -> spec.Labels:
-        return spec.labels_of_pod(pod.config, pod.selinux_level, self._facts.facts(pod.handler))
+        key = self._settings.key_of(pod.handler, "default_shm_size")
+        return spec.shm_size(allowed, limits.size(handler.default_shm_size), key=key)
 
     async def _attach(self, pod: state.Pod) -> cni.Result | None:
         return await self._network.attach(self._attachment(pod)) if pod.own_network else None

@@ -207,7 +207,6 @@ def validate_container(
     host: types.HostFacts,
     *,
     image: types.ImageConfig,
-    defaults: types.Defaults | None = None,
 ) -> None:
     """Refuse a container that can never be made as asked.
 
@@ -218,7 +217,7 @@ def validate_container(
     _check_names(config)
     context = config.linux.security_context
     security.check_privileged(context, sandbox_config)
-    held = security.capabilities(context, host=host, defaults=defaults or types.Defaults())
+    held = security.capabilities(context, host=host, defaults=types.Defaults())
     security.user_request(config, image)
     security.apparmor(context, host)
     selinux.check(context.selinux_options)

@@ -81,9 +81,14 @@ def rlimits(wanted: types.ContainerInput) -> Iterator[tuple[str, limits.Rlimit]]
     yield from found.values()
 
 
-def shm_size(allowed: Mapping[str, str], default: int) -> int:
-    """Return the size of the pod's /dev/shm in bytes."""
-    why.handler("sandbox.shm_size", "default_shm_size")
+def shm_size(allowed: Mapping[str, str], default: int, *, key: str = "") -> int:
+    """Return the size of the pod's /dev/shm in bytes; `key` is where the default is set, "" for
+    ours.
+    """
+    if key:
+        why.handler("sandbox.shm_size", key)
+    else:
+        why.default("sandbox.shm_size", "as with containerd and CRI-O")
     if SHM_SIZE not in allowed:
         return default
     why.pod("sandbox.shm_size", f"annotations[{SHM_SIZE}]", "let through by pod_annotations")

@@ -65,26 +65,24 @@ def nodes(wanted: types.ContainerInput) -> list[oci.Device]:
     for node in wanted.devices:
         why.cri(f"linux.devices[{node.path}]", "devices")
     by_path = {node.path: node for node in (*host, *wanted.devices)}
-    return [_node(node) for node in by_path.values() if not _bound(node, wanted)]
+    return [_node(node) for node in by_path.values() if not bound(node, wanted)]
 
 
 def binds(wanted: types.ContainerInput) -> list[oci.Mount]:
     """Return the nodes that are bind mounts: nobody makes nodes in a user namespace, and the OCI
     runtimes bind the host's node of the *same path* there, which may be another device.
     """
-    return [
-        oci.Mount(
-            destination=node.path,
-            type="bind",
-            source=node.host_path,
-            options=["bind", "rprivate", "nosuid", "noexec"],
-        )
-        for node in wanted.devices
-        if _bound(node, wanted)
-    ]
+    return [bind(node) for node in wanted.devices if bound(node, wanted)]
 
 
-def _bound(node: types.DeviceNode, wanted: types.ContainerInput) -> bool:
+def bind(node: types.DeviceNode | types.Node) -> oci.Mount:
+    """Return the bind mount of the host's own node."""
+    options = ["bind", "rprivate", "nosuid", "noexec"]
+    return oci.Mount(destination=node.path, type="bind", source=node.host_path, options=options)
+
+
+def bound(node: types.DeviceNode | types.Node, wanted: types.ContainerInput) -> bool:
+    """Say whether the node has to be a bind mount of ours."""
     return wanted.ids is not None and node.host_path not in ("", node.path)
 
 

@@ -28,6 +28,7 @@ _OPTIONS = {
     _Propagation.PROPAGATION_HOST_TO_CONTAINER: "rslave",
     _Propagation.PROPAGATION_BIDIRECTIONAL: "rshared",
 }
+_FLAGLESS = {"bind", "rbind", "rw", "rro", *_OPTIONS.values()}
 
 
 def mounts(wanted: types.ContainerInput) -> list[oci.Mount]:
@@ -44,17 +45,17 @@ def mounts(wanted: types.ContainerInput) -> list[oci.Mount]:
     shared = [m for m in shared if m["destination"] not in taken]
     targets = {m["destination"] for m in shared}
     base = [m for m in base if m["destination"] not in targets]
-    return in_order([_kept(m, wanted.locked) for m in (*base, *shared, *requested)])
+    return in_order([kept(m, wanted.locked) for m in (*base, *shared, *requested)])
 
 
-def _kept(mount: oci.Mount, locked: Mapping[str, tuple[str, ...]]) -> oci.Mount:
-    """Name the flags that a bind mount has from its source and that a user namespace cannot take
-    off: to make it read-only, an OCI runtime sets all flags anew (mount_namespaces(7)).
+def kept(mount: oci.Mount, locked: Mapping[str, tuple[str, ...]]) -> oci.Mount:
+    """Return the mount with the flags that it has from its source and that a user namespace cannot
+    take off: to set any flag, as "ro", an OCI runtime sets all anew (mount_namespaces(7)).
     """
-    if "ro" in mount["options"]:
-        for word in locked.get(mount["source"], ()):
-            mount["options"] += [word] if word not in mount["options"] else []
-    return mount
+    if set(mount["options"]) <= _FLAGLESS:
+        return mount
+    more = [word for word in locked.get(mount["source"], ()) if word not in mount["options"]]
+    return oci.Mount(**{**mount, "options": [*mount["options"], *more]})
 
 
 def _requested(n: int, mount: api.Mount, wanted: types.ContainerInput) -> oci.Mount:

@@ -135,21 +135,21 @@ def check_cwd(path: str) -> str:
 def rlimits(wanted: types.ContainerInput) -> list[oci.Rlimit]:
     """Return the limits; defaults are lowered to what this host lets us set."""
     ceilings = wanted.host.rlimit_ceilings
-    return [
-        _rlimit(limit, ceilings.get(limit.type, limit.hard), asked_by=key)
-        for key, limit in annotations.rlimits(wanted)
-    ]
+    found = []
+    for annotation, limit in annotations.rlimits(wanted):
+        part = f"process.rlimits[{limit.type}]"
+        if annotation:
+            why.pod(part, f"annotations[{annotation}]", "let through by the handler")
+        elif wanted.defaults.rlimits_key:
+            why.handler(part, wanted.defaults.rlimits_key)
+        else:
+            why.default(part, "for every container, whatever the server's own limits are")
+        found.append(_rlimit(limit, ceilings.get(limit.type, limit.hard), part))
+    return found
 
 
-def _rlimit(limit: limits.Rlimit, ceiling: int, *, asked_by: str) -> oci.Rlimit:
+def _rlimit(limit: limits.Rlimit, ceiling: int, part: str) -> oci.Rlimit:
     hard = min(limit.hard, ceiling)
-    part = f"process.rlimits[{limit.type}]"
-    if asked_by:
-        why.pod(part, f"annotations[{asked_by}]", "let through by the handler")
-    elif limit in types.Defaults().rlimits:
-        why.default(part, "for every container, whatever the server's own limits are")
-    else:
-        why.handler(part, "default_rlimits")
     if hard < limit.hard:
         why.host(part, "nobody may go above this here", asked=limit.hard)
     return oci.Rlimit(type=limit.type, soft=min(limit.soft, hard), hard=hard)

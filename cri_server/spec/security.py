@@ -60,7 +60,7 @@ def capabilities(
     add = _named(asked.add_capabilities, "add_capabilities", host)
     drop = _named(asked.drop_capabilities, "drop_capabilities", host)
     ambient = _named(asked.add_ambient_capabilities, "add_ambient_capabilities", host)
-    held = _all(_ADD, host) if "ALL" in add else _default(defaults.capabilities, host)
+    held = _all(_ADD, host) if "ALL" in add else _default(defaults, host)
     if "ALL" in drop:
         _note(held, _DROP, "ALL dropped")
         held = frozenset()
@@ -83,14 +83,16 @@ def _all(field: str, host: types.HostFacts) -> frozenset[str]:
     return host.capabilities
 
 
-def _default(names: Iterable[str], host: types.HostFacts) -> frozenset[str]:
-    for name in names:
-        if name in capability.DEFAULT:
-            why.default(f"process.capabilities[{name}]", "one of containerd's default set")
-        else:
-            why.handler(f"process.capabilities[{name}]", "default_capabilities")
-        if name not in host.capabilities:
-            why.host(f"process.capabilities[{name}]", "not in our own bounding set")
+def _default(given: types.Defaults, host: types.HostFacts) -> frozenset[str]:
+    key, names = given.capabilities_key, given.capabilities
+    for name in names if key else ():
+        why.handler(f"process.capabilities[{name}]", key)
+    for name in (n for n in capability.DEFAULT if n not in names):
+        why.handler(f"process.capabilities[{name}]", key, "not in its list")
+    for name in () if key else names:
+        why.default(f"process.capabilities[{name}]", "one of containerd's default set")
+    for name in (n for n in names if n not in host.capabilities):
+        why.host(f"process.capabilities[{name}]", "not in our own bounding set")
     return host.capabilities & frozenset(names)
 
 

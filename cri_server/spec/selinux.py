@@ -113,12 +113,14 @@ def _categories_exist(level: str) -> bool:
 
 def of_sandbox(config: api.PodSandboxConfig, level: str, host: types.HostFacts) -> Labels:
     """Return the labels that the pod's containers have in common; `mount` is for shared files."""
-    if host.selinux is None:
-        return Labels()
     context = config.linux.security_context
-    options = context.namespace_options
+    if host.selinux is None:
+        _note_void("sandbox.selinuxLabel", context.selinux_options)
+        return Labels()
+    options, asked = context.namespace_options, _parts(context.selinux_options, level)
+    _note_sandbox(asked, context)
     return _labels(
-        _parts(context.selinux_options, level),
+        asked,
         host.selinux,
         privileged=context.privileged,
         unconfined=_Mode.NODE in (options.pid, options.ipc),
@@ -144,7 +146,8 @@ def of_container(
 ) -> Labels:
     """Return the labels of a container in a pod with this level."""
     if host.selinux is None:
-        _note_void(context, sandbox)
+        for asking in (sandbox.linux.security_context, context):
+            _note_void("process.selinuxLabel", asking.selinux_options)
         return Labels()
     of_pod = sandbox.linux.security_context
     asked = _parts(of_pod.selinux_options, level) | _parts(context.selinux_options, "")
@@ -200,8 +203,18 @@ def _note(asked: dict[str, str], context: api.LinuxContainerSecurityContext) -> 
         why.cri("process.selinuxLabel", "linux.security_context.privileged", "not confined")
 
 
-def _note_void(context: api.LinuxContainerSecurityContext, sandbox: api.PodSandboxConfig) -> None:
-    for options in (sandbox.linux.security_context.selinux_options, context.selinux_options):
-        named = ":".join(getattr(options, part) for part in _PARTS)
-        if named.strip(":"):
-            why.host("process.selinuxLabel", "this host has no SELinux", asked=named)
+def _note_sandbox(asked: dict[str, str], context: api.LinuxSandboxSecurityContext) -> None:
+    field = "linux.security_context.selinux_options"
+    why.default("sandbox.selinuxLabel", "of the host's policy, with a level of the pod's own")
+    why.default("sandbox.mountLabel", "of the host's policy, with the level of its processes")
+    for part in _PARTS:
+        if getattr(context.selinux_options, part):
+            why.pod("sandbox.selinuxLabel", f"{field}.{part}", asked[part])
+    if context.privileged:
+        why.pod("sandbox.selinuxLabel", "linux.security_context.privileged", "not confined")
+
+
+def _note_void(part: str, options: api.SELinuxOption) -> None:
+    named = ":".join(getattr(options, name) for name in _PARTS)
+    if named.strip(":"):
+        why.host(part, "this host has no SELinux", asked=named)

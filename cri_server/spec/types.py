@@ -95,10 +95,11 @@ class DeviceNode:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Node:
     """A device node of a CDI device; `kind` is "c", "b" or "p", owners are None for "as the
-    process", `access` is the cgroup rule's, "" for none.
+    process", `access` is the cgroup rule's, "" for none. `host_path` as in DeviceNode.
     """
 
     path: str
+    host_path: str = ""
     kind: str
     major: int
     minor: int
@@ -136,10 +137,15 @@ class PodFiles:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Defaults:
-    """What a handler's configuration gives to each container that does not ask."""
+    """What a handler's configuration gives to each container that does not ask.
+
+    The keys say where it is set, "[runtimes.runc] default_rlimits"; "" for what is ours.
+    """
 
     capabilities: tuple[str, ...] = capability.DEFAULT
+    capabilities_key: str = ""
     rlimits: tuple[limits.Rlimit, ...] = limits.rlimits(limits.DEFAULT)
+    rlimits_key: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
-from cri_server import apparmor, spec
+from cri_server import apparmor, origins, spec
 from cri_server.pb import api_pb2 as api
 from tests.fakes.kubelet import Kubelet, Pod, refusal
 from tests.lab import server
@@ -123,11 +123,19 @@ def test_a_handler_has_its_own_default_capabilities(
     reference: str,
 ) -> None:
     narrow = {"path": "runc", "default_capabilities": ["chown", "CAP_NET_BIND_SERVICE", "syslog"]}
-    own_kubelet = client_of(make_site(**{"runtimes.narrow": narrow}))
+    site = make_site(**{"runtimes.narrow": narrow})
+    own_kubelet = client_of(site)
     own_kubelet.pull(reference)
     pod = own_kubelet.run_pod(handler="narrow")
     found = capability_sets(said(own_kubelet, pod, reference, "grep Cap /proc/self/status"))
     assert found["CapBnd"] == {"CAP_CHOWN", "CAP_NET_BIND_SERVICE", "CAP_SYSLOG"}
+    [container] = own_kubelet.containers()
+    rows = origins.explained(site.state / "containers" / container.id)
+    last = {row.part: row.notes[-1] for row in rows if row.notes}
+    key = "[runtimes.narrow] default_capabilities"
+    for name in ("CHOWN", "SYSLOG", "KILL"):
+        assert last[f"process.capabilities[CAP_{name}]"][:2] == ("handler", key)
+    assert last["process.capabilities[CAP_KILL]"].because == "not in its list"
 
 
 def test_a_capability_that_does_not_exist_is_refused(

@@ -5,7 +5,7 @@ import contextlib
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +17,27 @@ from shim import linux
 from tests.fakes.kubelet import Kubelet, Pod, refusal
 from tests.integration.conftest import SLEEP
 from tests.lab import cgroups, faults, image, network, registry, server, waiting
+from tests.lab.mapped import (
+    COUNT,
+    FIRST,
+    MAPPING,
+    config_of,
+    container_config,
+    ids_of,
+    logged,
+    mount,
+    mounted,
+    run,
+    said,
+    userns,
+)
 
 pytestmark = [
     pytest.mark.needs("root", "netns", "overlay", "cni", "runc", "docker-registry", "userns"),
     pytest.mark.usefixtures("traceless"),
 ]
-FIRST, COUNT = 200000, 65536
-MAPPING = api.IDMapping(host_id=FIRST, container_id=0, length=COUNT)
 INVALID, FAILED = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION
 MakePod = Callable[..., Pod]
-
-
-def userns(**changes: Any) -> api.UserNamespace:
-    usual: dict[str, Any] = {"mode": api.POD, "uids": [MAPPING], "gids": [MAPPING]}
-    return api.UserNamespace(**usual | changes)
-
-
-def config_of(kubelet: Kubelet, *, wanted: api.UserNamespace, **options: Any) -> Any:
-    config = kubelet.pod_config()
-    namespaces: dict[str, Any] = {"pid": api.CONTAINER, "userns_options": wanted} | options
-    config.linux.security_context.namespace_options.CopyFrom(api.NamespaceOption(**namespaces))
-    return config
 
 
 @pytest.fixture(params=["runc", "crun"])
@@ -58,48 +58,6 @@ def make_pod(kubelet: Kubelet, pulled: str, handler: str) -> MakePod:
     return make
 
 
-def container_config(
-    kubelet: Kubelet, pod: Pod, reference: str, command: Sequence[str], **fields: Any
-) -> api.ContainerConfig:
-    """Return what the kubelet sends: the pod's namespace options, its mappings on every mount."""
-    context = fields.pop("security", api.LinuxContainerSecurityContext())
-    options = pod.config.linux.security_context.namespace_options
-    context.namespace_options.CopyFrom(options)
-    linux_part = api.LinuxContainerConfig(security_context=context)
-    wish = kubelet.container_config(reference, command, linux=linux_part, **fields)
-    for mount in wish.mounts:
-        mount.uidMappings.extend(options.userns_options.uids)
-        mount.gidMappings.extend(options.userns_options.gids)
-    return wish
-
-
-def run(
-    kubelet: Kubelet, pod: Pod, reference: str, command: Sequence[str] = SLEEP, **fields: Any
-) -> str:
-    container = kubelet.create(pod, container_config(kubelet, pod, reference, command, **fields))
-    kubelet.start(container)
-    return container
-
-
-def said(kubelet: Kubelet, container: str, script: str) -> list[str]:
-    """Return the lines that a script says in a container, stderr too."""
-    answer = kubelet.exec_sync(container, ["sh", "-c", f"exec 2>&1; {script}"])
-    return bytes(answer.stdout).decode().splitlines()
-
-
-def logged(kubelet: Kubelet, container: str) -> list[str]:
-    """Return the lines of a container that has ended well."""
-    status = kubelet.wait_exit(container)
-    lines = [line.text for line in kubelet.log(container)]
-    assert status.exit_code == 0, lines
-    return lines
-
-
-def ids_of(path: Path) -> tuple[int, int]:
-    found = path.lstat()
-    return found.st_uid, found.st_gid
-
-
 @pytest.fixture
 def volume(tmp_path: Path) -> Path:
     """Return a volume with a file of the host's root."""
@@ -107,10 +65,6 @@ def volume(tmp_path: Path) -> Path:
     folder.mkdir(mode=0o755)
     (folder / "old").write_text("content\n")
     return folder
-
-
-def mount(path: Path, target: str = "/data", **fields: Any) -> api.Mount:
-    return api.Mount(host_path=os.fspath(path), container_path=target, **fields)
 
 
 # -- ids -------------------------------------------------------------------------------------------
@@ -352,17 +306,6 @@ def test_a_file_can_be_a_volume(
     found = said(kubelet, container, script)
     assert found[:2] == ["0", "content"]
     assert "Read-only file system" in found[2]
-
-
-@contextlib.contextmanager
-def mounted(target: Path, flags: int = linux.MS_NOSUID | linux.MS_NODEV) -> Iterator[Path]:
-    """Give a tmpfs with flags that a user namespace cannot take off."""
-    target.mkdir(exist_ok=True)
-    linux.mount("tmpfs", os.fspath(target), "tmpfs", flags, "mode=755")
-    try:
-        yield target
-    finally:
-        linux.umount2(os.fspath(target), linux.MNT_DETACH)
 
 
 def test_a_read_only_volume_keeps_the_flags_of_its_file_system(

@@ -255,3 +255,27 @@ def test_edits_that_are_not_supported_are_refused_by_name(
 
 def test_group_zero_is_left_out(registry: cdi.Registry, folders: tuple[Path, Path]) -> None:
     assert resolved(registry, folders[0], additionalGids=[0, 44]).gids == (44,)
+
+
+@pytest.mark.parametrize("option", ["idmap", "ridmap"])
+def test_a_mapping_that_oci_runtimes_would_ignore_is_refused(
+    registry: cdi.Registry, folders: tuple[Path, Path], tmp_path: Path, option: str
+) -> None:
+    mount = {"hostPath": str(tmp_path), "containerPath": "/x", "options": ["ro", option]}
+    write(folders[0] / "x.yaml", document("a", mounts=[mount]))
+    with pytest.raises(errors.InvalidArgument, match=f"'v.com/gpu=a': mount '/x': option {option}"):
+        registry.resolve(["v.com/gpu=a"])
+
+
+def test_a_node_that_will_be_bound_must_be_what_the_file_says(
+    registry: cdi.Registry, folders: tuple[Path, Path]
+) -> None:
+    nodes = [{"path": "/dev/mine", "hostPath": "/dev/zero", "type": "c", "major": 1, "minor": 5}]
+    write(folders[0] / "x.yaml", document("a", deviceNodes=nodes))
+    [node] = registry.resolve(["v.com/gpu=a"], bound=True).nodes
+    assert (node.path, node.host_path, node.major, node.minor) == ("/dev/mine", "/dev/zero", 1, 5)
+    nodes[0]["minor"] = 7
+    write(folders[0] / "x.yaml", document("a", deviceNodes=nodes))
+    assert registry.resolve(["v.com/gpu=a"]).nodes[0].minor == 7
+    with pytest.raises(errors.FailedPrecondition, match="'/dev/zero': is 1:5, not 1:7"):
+        registry.resolve(["v.com/gpu=a"], bound=True)

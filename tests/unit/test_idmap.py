@@ -71,7 +71,7 @@ def peers(path: Path) -> list[str]:
 
 
 def test_a_copy_shows_other_owners(volume: Path, copies: Path, userns: str) -> None:
-    idmap.attach([copy(volume, copies, userns=userns)], copies)
+    idmap.attach({"": copy(volume, copies, userns=userns)}, copies)
     assert owner(copies / "0/file") == (FIRST + 5, FIRST + 6)
     assert owner(volume / "file") == (5, 6)
     os.chown(copies / "0/file", FIRST + 7, FIRST + 8)
@@ -79,19 +79,19 @@ def test_a_copy_shows_other_owners(volume: Path, copies: Path, userns: str) -> N
 
 
 def test_a_plain_copy_shows_the_same(volume: Path, copies: Path) -> None:
-    idmap.attach([copy(volume, copies)], copies)
+    idmap.attach({"": copy(volume, copies)}, copies)
     assert owner(copies / "0/file") == (5, 6)
 
 
 def test_a_file_is_copied_onto_a_file(volume: Path, copies: Path, userns: str) -> None:
-    idmap.attach([copy(volume / "file", copies, userns=userns)], copies)
+    idmap.attach({"": copy(volume / "file", copies, userns=userns)}, copies)
     assert (copies / "0").read_text() == "content"
     idmap.remove(copies)
     assert (volume / "file").read_text() == "content"
 
 
 def test_a_read_only_copy(volume: Path, copies: Path, userns: str) -> None:
-    idmap.attach([copy(volume, copies, userns=userns, readonly=True)], copies)
+    idmap.attach({"": copy(volume, copies, userns=userns, readonly=True)}, copies)
     with pytest.raises(OSError, match="Read-only"):
         (copies / "0/file").write_text("x")
 
@@ -100,7 +100,7 @@ def test_a_read_only_copy(volume: Path, copies: Path, userns: str) -> None:
 def test_mounts_below(volume: Path, copies: Path, userns: str, whole: bool) -> None:
     with tmpfs(volume / "below") as below:
         (below / "deep").touch()
-        idmap.attach([copy(volume, copies, userns=userns, whole=whole)], copies)
+        idmap.attach({"": copy(volume, copies, userns=userns, whole=whole)}, copies)
         found = list((copies / "0/below").iterdir())
         idmap.remove(copies)
         assert [p.name for p in below.iterdir()] == ["deep"]
@@ -114,7 +114,9 @@ def test_a_mount_below_that_cannot_be_mapped_is_there_as_it_is(
     linux.mount("proc", os.fspath(volume / "proc"), "proc")
     try:
         with tmpfs(volume / "below"):
-            idmap.attach([copy(volume, copies, userns=userns)], copies)
+            lacks = idmap.attach({"/data": copy(volume, copies, userns=userns)}, copies)
+            assert [(s.below, s.missing) for s in lacks["/data"]] == [("proc", False)]
+            assert "proc (proc)" in lacks["/data"][0].because
             assert owner(copies / "0/proc") == (0, 0)
             assert owner(copies / "0/below") == (FIRST, FIRST)
             assert owner(copies / "0/file") == (FIRST + 5, FIRST + 6)
@@ -123,11 +125,30 @@ def test_a_mount_below_that_cannot_be_mapped_is_there_as_it_is(
         mounts.unmount(os.fspath(volume / "proc"))
 
 
+def test_a_mount_below_that_nobody_could_reach_is_told(
+    volume: Path, copies: Path, userns: str
+) -> None:
+    """Its folder is closed and belongs to ids that the pod does not have."""
+    closed, hidden = volume / "closed", volume / "hidden"
+    for folder in (volume / "proc", closed, hidden):
+        folder.mkdir(mode=0o700)
+    os.chown(closed, 70000, 70000)
+    linux.mount("proc", os.fspath(volume / "proc"), "proc")
+    try:
+        with tmpfs(closed / "below"), tmpfs(hidden / "deep"), tmpfs(hidden):
+            lacks = idmap.attach({"/data": copy(volume, copies, userns=userns)}, copies)
+            idmap.remove(copies)
+    finally:
+        mounts.unmount(os.fspath(volume / "proc"))
+    assert {s.below: s.missing for s in lacks["/data"]} == {"proc": False, "closed/below": True}
+    assert sorted(p.name for p in hidden.iterdir()) == ["deep"]
+
+
 def test_a_file_system_that_cannot_is_named(copies: Path, userns: str) -> None:
     with pytest.raises(
         errors.FailedPrecondition, match=r"mount '/data': /proc/sys: proc"
     ) as caught:
-        idmap.attach([copy(Path("/proc/sys"), copies, userns=userns)], copies)
+        idmap.attach({"": copy(Path("/proc/sys"), copies, userns=userns)}, copies)
     assert "userns_options" in str(caught.value)
     assert list(copies.iterdir()) == []
 
@@ -138,7 +159,7 @@ def test_a_symlink_that_has_come_in_is_refused(
     (tmp_path / "moved").symlink_to(volume)
     for path in (tmp_path / "moved", tmp_path / "moved/file"):
         with pytest.raises(OSError, match="symbolic links"):
-            idmap.attach([copy(path, copies, userns=userns)], copies)
+            idmap.attach({"": copy(path, copies, userns=userns)}, copies)
         copies.rmdir()
 
 
@@ -154,7 +175,7 @@ def test_no_unmount_reaches_the_host(
         linux.mount(None, os.fspath(shared), flags=linux.MS_SHARED)
         with tmpfs(shared / "early") as early:
             folder = state / "mounts"
-            idmap.attach([copy(shared, folder, userns=userns, slave=slave)], folder)
+            idmap.attach({"": copy(shared, folder, userns=userns, slave=slave)}, folder)
             assert peers(folder / "0") == (["master"] if slave else [])
             with tmpfs(shared / "late") as late:
                 (late / "file").touch()
@@ -166,7 +187,7 @@ def test_no_unmount_reaches_the_host(
 
 def test_remove_takes_what_it_finds_and_no_more(volume: Path, copies: Path, userns: str) -> None:
     idmap.remove(copies)
-    idmap.attach([copy(volume, copies, str(n), userns=userns) for n in range(3)], copies)
+    idmap.attach({str(n): copy(volume, copies, str(n), userns=userns) for n in range(3)}, copies)
     idmap.remove(copies)
     idmap.remove(copies)
     assert not copies.exists()
@@ -184,7 +205,7 @@ def test_remove_finds_mounts_through_a_symlink(
 ) -> None:
     """/var/run is one."""
     (tmp_path / "link").symlink_to(tmp_path)
-    idmap.attach([copy(volume, copies, userns=userns)], tmp_path / "link/mounts")
+    idmap.attach({"": copy(volume, copies, userns=userns)}, tmp_path / "link/mounts")
     idmap.remove(tmp_path / "link/mounts")
     assert not copies.exists()
     assert (volume / "file").exists()

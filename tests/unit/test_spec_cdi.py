@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """CDI devices: which are asked for, what a file of them may hold, what they do to a spec."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 
 from cri_server import errors, origins, spec
 from cri_server.pb import api_pb2 as api
-from cri_server.spec import cdifile, types, why
+from cri_server.spec import cdifile, oci, types, why
 from tests.lab import wishes
 
 # -- what is asked for -----------------------------------------------------------------------------
@@ -218,3 +219,21 @@ def test_a_privileged_container_is_allowed_everything_as_before() -> None:
     given = spec.Injection(devices=("v/g=0",), nodes=(node("/dev/gpu"),))
     made = spec.container(wishes.given(wish, cdi=given))
     assert made["linux"]["resources"]["devices"] == [{"allow": True, "access": "rwm"}]
+
+
+def test_in_a_user_namespace_nodes_are_bound_and_mounts_keep_the_flags_of_their_source() -> None:
+    plain = oci.Mount(destination="/l", type="bind", source="/host/l", options=["rbind", "ro"])
+    free = oci.Mount(destination="/f", type="bind", source="/host/l", options=["rbind"])
+    nodes = (node("/dev/a", host_path="/dev/b"), node("/dev/c", host_path="/dev/c"))
+    given = spec.Injection(devices=("v/g=0",), nodes=nodes, mounts=(plain, free), gids=(9,))
+    ids = spec.IdMap(uid=1000, uids=10, gid=1000, gids=10)
+    usual: dict[str, Any] = {"ids": ids, "locked": {"/host/l": ("nosuid", "nodev")}}
+    document = spec.container(wishes.given(wishes.container(), cdi=given, **usual))
+    by_target = {m["destination"]: m for m in document["mounts"]}
+    assert by_target["/dev/a"]["source"] == "/dev/b"
+    assert by_target["/l"]["options"] == ["rbind", "ro", "nosuid", "nodev"]
+    assert by_target["/f"]["options"] == ["rbind"]
+    assert [d["path"] for d in document["linux"]["devices"]] == ["/dev/c"]
+    far = dataclasses.replace(given, gids=(10,))
+    with pytest.raises(errors.FailedPrecondition, match="additionalGids: group 10"):
+        spec.container(wishes.given(wishes.container(), cdi=far, **usual))
