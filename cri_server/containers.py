@@ -5,7 +5,7 @@ CreateContainer prepares everything on disk (`bundles`) and starts no process. S
 the bundle to the pod's shim. From then on the shim is the one who knows: `_follow` waits for its
 word that the container has ended, and by then the log is complete and the exit record is on disk.
 
-StopContainer starts one escalation per container (signal, grace period, SIGKILL) that runs to its
+StopContainer starts one `escalation` per container (signal, grace period, SIGKILL) that runs to its
 end also when the caller goes away; a later call can only shorten it.
 """
 
@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import dataclasses
 import posixpath
-import signal
 import time
 from collections.abc import Sequence
 
@@ -22,7 +21,9 @@ import structlog
 from cri_server import (
     bundles,
     config,
+    containerstatus,
     errors,
+    escalation,
     events,
     host,
     imagevolumes,
@@ -48,9 +49,6 @@ CREATED, RUNNING, EXITED = (
     api.ContainerState.CONTAINER_RUNNING,
     api.ContainerState.CONTAINER_EXITED,
 )
-KILL_TIMEOUT = 10.0  # seconds: a shim never waits to deliver a signal, so one that does is stuck
-KILL_AGAIN = 1.0  # seconds until the first repeated SIGKILL; doubled up to the other
-KILL_AGAIN_MOST = 60.0
 RECOVERY_PATIENCE = 15.0  # seconds that a start of ours waits for the death of one container
 
 
@@ -77,7 +75,7 @@ class Containers:
         self._updates, self._remains = update_host, remains_host
         self._attempts, self._locks = names.Attempts(), locks.Locks()
         self._running: dict[str, asyncio.Event] = {}  # set when the container has ended
-        self._stopping: dict[str, _Escalation] = {}
+        self._stopping: dict[str, escalation.Escalation] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- create -----------------------------------------------------------------------------------
@@ -249,14 +247,14 @@ class Containers:
     async def _lost(self, container: state.Container) -> shim_pb2.ExitRecord:
         """Kill what nobody watches any more; tries until it is dead, for only then has it ended."""
         log.warning("container lost with its shim", container=container.id)
-        pause = KILL_AGAIN
+        pause = escalation.KILL_AGAIN
         while True:
             try:
                 return await self._remains.bury(container, self._bundles.directory(container.id))
             except errors.CriError as e:
                 log.error("container not killed", container=container.id, error=e.message)
             await asyncio.sleep(pause)
-            pause = min(pause * 2, KILL_AGAIN_MOST)
+            pause = min(pause * 2, escalation.KILL_AGAIN_MOST)
 
     async def _ended(self, container_id: str, record: shim_pb2.ExitRecord) -> None:
         reason = record.reason or _reason(record)
@@ -325,10 +323,12 @@ class Containers:
             if ended is not None:
                 await self._escalation(container, ended).shorten(max(timeout, 0.0))
 
-    def _escalation(self, container: state.Container, ended: asyncio.Event) -> "_Escalation":
+    def _escalation(
+        self, container: state.Container, ended: asyncio.Event
+    ) -> escalation.Escalation:
         known = self._stopping.get(container.id)
         if known is None:
-            known = _Escalation(self._shims, container, ended)
+            known = escalation.Escalation(self._shims, container, ended)
             self._stopping[container.id] = known
             known.task.add_done_callback(lambda _: self._stopping.pop(container.id))
         return known
@@ -411,7 +411,7 @@ class Containers:
 
     def list(self, wanted: api.ContainerFilter) -> Sequence[api.Container]:
         """Return the containers that match every part of the filter; unknown ids match none."""
-        return [_item(c) for c in self.matching(wanted)]
+        return [containerstatus.item(c) for c in self.matching(wanted)]
 
     def matching(self, wanted: api.ContainerFilter) -> Sequence[state.Container]:
         """Return the records behind `list`."""
@@ -423,67 +423,11 @@ class Containers:
 
     def status(self, wanted: str) -> api.ContainerStatus:
         """Return the CRI status. Raises NotFound."""
-        return _status(self._store.container(wanted))
+        return containerstatus.status(self._store.container(wanted))
 
     def statuses(self, pod_id: str) -> Sequence[api.ContainerStatus]:
         """Return the statuses of all containers of a pod."""
-        return [_status(c) for c in self._store.containers(pod_id) if _listed(c)]
-
-
-class _Escalation:
-    """One way to the end of a container: signal, grace, SIGKILL until it is dead."""
-
-    def __init__(
-        self, shim_host: shims.Shims, container: state.Container, ended: asyncio.Event
-    ) -> None:
-        self._shims, self._container, self._ended = shim_host, container, ended
-        self._deadline = float("inf")
-        self._shortened = asyncio.Event()
-        self.task = asyncio.create_task(self._run(), name=f"stop {container.id[:13]}")
-
-    async def shorten(self, timeout: float) -> None:
-        """End the grace period in `timeout` seconds if that is sooner; wait for the end."""
-        self._deadline = min(self._deadline, time.monotonic() + timeout)
-        self._shortened.set()
-        await asyncio.shield(self.task)
-
-    async def _run(self) -> None:
-        await self._shortened.wait()
-        if self._deadline > time.monotonic():
-            await self._signal(self._container.stop_signal, everything=False)
-            await self._grace()
-        pause = KILL_AGAIN
-        while not self._ended.is_set():
-            await self._signal(signal.SIGKILL, everything=True)
-            await self._wait(pause)
-            pause = min(pause * 2, KILL_AGAIN_MOST)
-
-    async def _grace(self) -> None:
-        while not self._ended.is_set() and (left := self._deadline - time.monotonic()) > 0:
-            self._shortened.clear()
-            either = [
-                asyncio.create_task(self._ended.wait()),
-                asyncio.create_task(self._shortened.wait()),
-            ]
-            await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            for task in either:
-                task.cancel()
-
-    async def _wait(self, seconds: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._ended.wait(), seconds)
-
-    async def _signal(self, number: int, *, everything: bool) -> None:
-        request = shim_pb2.KillRequest(id=self._container.id, signal=number, all=everything)
-        pod_id = self._container.pod_id
-        try:
-            with shims.translated():
-                await self._shims.of(pod_id).kill(request, timeout=KILL_TIMEOUT)
-        except errors.DeadlineExceeded:
-            log.error("shim does not answer: killed, with all in its pod", pod=pod_id)
-            self._shims.kill(pod_id)
-        except errors.CriError as e:  # a lost shim ends the container through `_follow`
-            log.warning("signal not delivered", container=self._container.id, error=str(e))
+        return [containerstatus.status(c) for c in self._store.containers(pod_id) if _listed(c)]
 
 
 def log_path(pod: api.PodSandboxConfig, wanted: api.ContainerConfig) -> str:
@@ -561,62 +505,3 @@ def _matches(container: state.Container, wanted: api.ContainerFilter) -> bool:
         return False
     labels = container.config.labels
     return all(labels.get(k) == v for k, v in wanted.label_selector.items())
-
-
-def _item(container: state.Container) -> api.Container:
-    return api.Container(
-        id=container.id,
-        pod_sandbox_id=container.pod_id,
-        metadata=container.config.metadata,
-        image=container.config.image,
-        image_ref=container.image_id,
-        image_id=container.image_id,
-        state=container.state,
-        created_at=container.created_at,
-        labels=container.config.labels,
-        annotations=container.config.annotations,
-    )
-
-
-def _status(container: state.Container) -> api.ContainerStatus:
-    wanted = container.config
-    return api.ContainerStatus(
-        id=container.id,
-        metadata=wanted.metadata,
-        state=container.state,
-        created_at=container.created_at,
-        started_at=container.started_at,
-        finished_at=container.finished_at,
-        exit_code=container.exit_code,
-        image=_image_spec(container),
-        image_ref=container.image_ref,
-        image_id=container.image_id,
-        reason=container.reason,
-        message=container.message,
-        labels=wanted.labels,
-        annotations=wanted.annotations,
-        mounts=wanted.mounts,
-        log_path=container.log_path,
-        resources=api.ContainerResources(linux=updates.in_force(container)),
-        user=_user(container),
-        stop_signal=spec.stop_signal_value(container.stop_signal),
-    )
-
-
-def _image_spec(container: state.Container) -> api.ImageSpec:
-    asked = container.config.image
-    return api.ImageSpec(
-        image=container.image_name,
-        annotations=asked.annotations,
-        user_specified_image=asked.user_specified_image,
-        runtime_handler=asked.runtime_handler,
-        image_ref=asked.image_ref,
-    )
-
-
-def _user(container: state.Container) -> api.ContainerUser:
-    return api.ContainerUser(
-        linux=api.LinuxContainerUser(
-            uid=container.uid, gid=container.gid, supplemental_groups=container.groups
-        )
-    )

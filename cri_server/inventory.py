@@ -52,7 +52,7 @@ def _note_handler(pod: state.Pod) -> None:
 
 
 def _shm_size(wanted: api.PodSandboxConfig, size: int) -> dict[str, object]:
-    if podfiles.own_ipc(wanted):
+    if spec.own_ipc(wanted):
         return {"shm_size": size}
     field = "linux.security_context.namespace_options.ipc"
     why.pod("sandbox.shm_size", field, "the host's, as it is")

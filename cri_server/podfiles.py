@@ -53,7 +53,7 @@ class PodFiles:
 
     def shm(self, pod: state.Pod) -> str:
         """Return what containers of the pod mount on /dev/shm."""
-        if own_ipc(pod.config):
+        if spec.own_ipc(pod.config):
             why.default("sandbox.shm", "a tmpfs that the containers share")
             return str(self.directory(pod.id) / "shm")
         why.pod("sandbox.shm", f"{_OPTIONS}.ipc", "the host's")
@@ -68,7 +68,7 @@ class PodFiles:
         pins = self.directory(pod.id) / "ns"
         _note_namespaces(pod)
         paths = {"network": pod.netns, "uts": str(pins / "uts")} if pod.own_network else {}
-        if own_ipc(pod.config):
+        if spec.own_ipc(pod.config):
             paths["ipc"] = str(pins / "ipc")
         if spec.ids(pod.config):
             paths["user"] = self.userns(pod)
@@ -93,7 +93,7 @@ class PodFiles:
         why.host("sandbox.files[/etc/hosts]", "a copy of the host's; the kubelet mounts its own")
         _write(directory / "hosts", _read("/etc/hosts") or "127.0.0.1\tlocalhost\n", owner)
         _write(directory / "resolv.conf", resolv_conf(pod.config.dns_config), owner)
-        if own_ipc(pod.config):
+        if spec.own_ipc(pod.config):
             belongs = (f"uid={owner[0]}", f"gid={owner[1]}")
             _mount_shm(directory / "shm", shm_size, (*belongs, *labels.mount_options))
         self.relabel(pod.id, labels.mount)
@@ -119,7 +119,7 @@ class PodFiles:
 def _note_namespaces(pod: state.Pod) -> None:
     whose = {True: "the pod's own", False: "the host's"}
     for kind, field in (("network", "network"), ("uts", "network"), ("ipc", "ipc")):
-        own = own_ipc(pod.config) if kind == "ipc" else pod.own_network
+        own = spec.own_ipc(pod.config) if kind == "ipc" else pod.own_network
         why.pod(f"sandbox.namespaces[{kind}]", f"{_OPTIONS}.{field}", whose[own])
     own = spec.ids(pod.config) is not None
     why.pod("sandbox.namespaces[user]", f"{_OPTIONS}.userns_options", whose[own])
@@ -136,11 +136,6 @@ def admit(directory: Path, owner: tuple[int, int]) -> None:
     if owner != (0, 0):
         os.chown(directory, 0, owner[1])
         directory.chmod(0o710)
-
-
-def own_ipc(config: api.PodSandboxConfig) -> bool:
-    options = config.linux.security_context.namespace_options
-    return options.ipc != api.NamespaceMode.NODE
 
 
 def hostname(pod: state.Pod) -> str:

@@ -189,11 +189,7 @@ def _mountpoint(tree: "_Tree", mount: oci.Mount, files: AbstractSet[str]) -> oci
 
 
 def _kernel_tree(path: str) -> str:
-    return next((t for t in _KERNEL_TREES if _below(path, t)), "")
-
-
-def _below(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(folder.rstrip("/") + "/")
+    return next((t for t in _KERNEL_TREES if checks.below(path, t)), "")
 
 
 def make_workdir(
@@ -220,7 +216,9 @@ def make_volumes(
     """
     with _opened(root) as top:
         tree = _Tree(top, covered, owner=owner)
-        found = [t for t in map(tree.resolve, paths) if not any(_below(t, c) for c in covered)]
+        found = [
+            t for t in map(tree.resolve, paths) if not any(checks.below(t, c) for c in covered)
+        ]
         for target in found:
             checks.unsupported(target == "/", "image VOLUME", "the root cannot be a volume")
             tree.make(target, directory=True)
@@ -274,7 +272,7 @@ class _Tree:
         """Make a resolved path, parents as folders, unless it exists or lies below a covered
         one.
         """
-        if any(_below(path, c) for c in self.covered):
+        if any(checks.below(path, c) for c in self.covered):
             return
         parent, name = posixpath.split(path)
         with _folder(self._top, parent, self._owner) as fd:

@@ -62,7 +62,6 @@ __all__ = [
     "DeviceNode",
     "ExecInput",
     "HostFacts",
-    "HugepageLimit",
     "IdMap",
     "ImageConfig",
     "Injection",
@@ -95,6 +94,7 @@ __all__ = [
     "labels_of_pod",
     "merged",
     "oom_score_adj",
+    "own_ipc",
     "pid_mode",
     "pod_seccomp_path",
     "process",
@@ -119,12 +119,12 @@ CAPABILITIES = capability.ALL
 IMAGE_OPTIONS = imagevolumes.OPTIONS
 LIMITS = oci.LIMITS
 Resources = oci.Resources
-HugepageLimit = oci.HugepageLimit
 validate_sandbox = pod.validate
 sandbox = pod.sandbox
 sysctls = pod.sysctls
 pid_mode = pod.pid_mode
 pod_seccomp_path = pod.seccomp_path
+own_ipc = pod.own_ipc
 ids = userns.ids
 id_mapped = userns.mapped
 check_user = userns.check_user

@@ -31,6 +31,11 @@ def absolute(path: str, field: str) -> str:
     return posixpath.normpath("/" + path.lstrip("/"))
 
 
+def below(path: str, folder: str) -> bool:
+    """Say whether a normalised path is a folder's own or below it."""
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
+
+
 def identity(number: int, field: str) -> int:
     """Return `number` if it can be a user or group id."""
     if not 0 <= number <= MAX_ID:

@@ -277,11 +277,7 @@ def image_volumes(config: api.ContainerConfig, image: types.ImageConfig) -> tupl
     asked = [checks.absolute(m.container_path, "mount container_path") for m in config.mounts]
     paths = [checks.absolute(v, "image VOLUME") for v in image.volumes]
     checks.unsupported("/" in paths, "image VOLUME", "the root cannot be a volume")
-    return tuple(p for p in dict.fromkeys(paths) if not any(_below(p, a) for a in asked))
-
-
-def _below(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(folder + "/")
+    return tuple(p for p in dict.fromkeys(paths) if not any(checks.below(p, a) for a in asked))
 
 
 def with_volumes(mounts: list[oci.Mount], volumes: Mapping[str, str]) -> list[oci.Mount]:

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The way to the end of a container: its stop signal, a grace period, SIGKILL until it is dead.
+
+It goes on when those who asked for it go away, and ends with the container; asked again it can only
+become shorter. With the server it ends: the kubelet asks again. That the container has ended is
+told by who follows it (`containers`).
+"""
+
+import asyncio
+import contextlib
+import signal
+import time
+
+import structlog
+
+from cri_server import errors, shims, state
+from shim.pb import shim_pb2
+
+log = structlog.get_logger()
+KILL_TIMEOUT = 10.0  # seconds: a shim never waits to deliver a signal, so one that does is stuck
+KILL_AGAIN = 1.0  # seconds until the first repeated SIGKILL; doubled up to the other
+KILL_AGAIN_MOST = 60.0
+
+
+class Escalation:
+    """One way to the end of a container: signal, grace, SIGKILL until it is dead."""
+
+    def __init__(
+        self, shim_host: shims.Shims, container: state.Container, ended: asyncio.Event
+    ) -> None:
+        self._shims, self._container, self._ended = shim_host, container, ended
+        self._deadline = float("inf")
+        self._shortened = asyncio.Event()
+        self.task = asyncio.create_task(self._run(), name=f"stop {container.id[:13]}")
+
+    async def shorten(self, timeout: float) -> None:
+        """End the grace period in `timeout` seconds if that is sooner; wait for the end."""
+        self._deadline = min(self._deadline, time.monotonic() + timeout)
+        self._shortened.set()
+        await asyncio.shield(self.task)
+
+    async def _run(self) -> None:
+        await self._shortened.wait()
+        if self._deadline > time.monotonic():
+            await self._signal(self._container.stop_signal, everything=False)
+            await self._grace()
+        pause = KILL_AGAIN
+        while not self._ended.is_set():
+            await self._signal(signal.SIGKILL, everything=True)
+            await self._wait(pause)
+            pause = min(pause * 2, KILL_AGAIN_MOST)
+
+    async def _grace(self) -> None:
+        while not self._ended.is_set() and (left := self._deadline - time.monotonic()) > 0:
+            self._shortened.clear()
+            either = [
+                asyncio.create_task(self._ended.wait()),
+                asyncio.create_task(self._shortened.wait()),
+            ]
+            await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            for task in either:
+                task.cancel()
+
+    async def _wait(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._ended.wait(), seconds)
+
+    async def _signal(self, number: int, *, everything: bool) -> None:
+        request = shim_pb2.KillRequest(id=self._container.id, signal=number, all=everything)
+        pod_id = self._container.pod_id
+        try:
+            with shims.translated():
+                await self._shims.of(pod_id).kill(request, timeout=KILL_TIMEOUT)
+        except errors.DeadlineExceeded:
+            log.error("shim does not answer: killed, with all in its pod", pod=pod_id)
+            self._shims.kill(pod_id)
+        except errors.CriError as e:  # a lost shim ends the container through `_follow`
+            log.warning("signal not delivered", container=self._container.id, error=str(e))
