@@ -16,6 +16,7 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 import structlog
@@ -52,6 +53,14 @@ from shim.pb import shim_pb2
 
 log = structlog.get_logger()
 READY, NOTREADY = api.PodSandboxState.SANDBOX_READY, api.PodSandboxState.SANDBOX_NOTREADY
+
+
+class _Home(NamedTuple):
+    """What a pod lives in: its shim, and its init's pid or 0."""
+
+    shim_pid: int
+    start_time: int
+    pid: int
 
 
 class Pods:
@@ -141,13 +150,14 @@ class Pods:
         recipe = steps.Steps("pod sandbox made", pod=pod.id)
         with recipe.step("files"):
             await asyncio.to_thread(self._create_files, pod)
-        with recipe.step("shim"):
-            shim_pid, shim_start_time = await self._shims.fork(pod)
-        with recipe.step("namespaces"):
-            async with self._shims.asked(pod.id) as shim:
-                await shim.create_sandbox(self._sandbox_request(pod))
-        with recipe.step("network and init"):  # they do not need each other
-            result, pid = await together.both(self._attach(pod), self._start_init(pod))
+        netns_made = asyncio.Event()
+        if pod.own_network and not spec.ids(pod.config):  # else it belongs to the user namespace
+            with recipe.step("network namespace"):
+                await asyncio.to_thread(netns.create, pod.netns, _sysctls(pod, network=True))
+            netns_made.set()
+        result, home = await together.both(
+            self._attach(pod, netns_made, recipe), self._house(pod, netns_made, recipe)
+        )
         with recipe.step("record"):
             await self._store.put_pod(
                 dataclasses.replace(
@@ -155,13 +165,13 @@ class Pods:
                     state=state.PodState.READY,
                     ips=result.ips if result else (),
                     network=result.raw if result else None,
-                    shim_pid=shim_pid,
-                    shim_start_time=shim_start_time,
-                    pid=pid,
+                    shim_pid=home.shim_pid,
+                    shim_start_time=home.start_time,
+                    pid=home.pid,
                 )
             )
         self.watch(self._store.pod(pod.id))
-        if self._settings.server.crio_socket and not pid:
+        if self._settings.server.crio_socket and not home.pid:
             await asyncio.to_thread(self._groups.mark, self._init_cgroup(pod))
         recipe.done()
 
@@ -183,8 +193,27 @@ class Pods:
         key = self._settings.key_of(pod.handler, "default_shm_size")
         return spec.shm_size(allowed, limits.size(handler.default_shm_size), key=key)
 
-    async def _attach(self, pod: state.Pod) -> cni.Result | None:
-        return await self._network.attach(self._attachment(pod)) if pod.own_network else None
+    async def _attach(
+        self, pod: state.Pod, netns_made: asyncio.Event, recipe: steps.Steps
+    ) -> cni.Result | None:
+        if not pod.own_network:
+            return None
+        await netns_made.wait()
+        with recipe.step("network"):
+            return await self._network.attach(self._attachment(pod))
+
+    async def _house(
+        self, pod: state.Pod, netns_made: asyncio.Event, recipe: steps.Steps
+    ) -> "_Home":
+        """Give the pod its shim, the other namespaces, and its init where it needs one."""
+        with recipe.step("shim"):  # unbroken: of a shim half born nobody would know
+            shim_pid, start_time = await together.unbroken(self._shims.fork(pod))
+        with recipe.step("namespaces"):
+            async with self._shims.asked(pod.id) as shim:
+                await shim.create_sandbox(self._sandbox_request(pod))
+        netns_made.set()
+        with recipe.step("init"):
+            return _Home(shim_pid, start_time, await self._start_init(pod))
 
     async def _start_init(self, pod: state.Pod) -> int:
         """Start what holds the pod's PID namespace, where it has one; return its pid, else 0."""
@@ -401,10 +430,14 @@ class Pods:
     def _sandbox_request(self, pod: state.Pod) -> shim_pb2.CreateSandboxRequest:
         request = self._release_request(pod)
         request.hostname = podfiles.hostname(pod) if pod.own_network else ""
+        mapped = spec.ids(pod.config)
+        if mapped is None:
+            request.network_path = ""  # it is there already
+            request.sysctls.update(_sysctls(pod, network=False))
+            return request
         request.sysctls.update(spec.sysctls(pod.config))
-        if mapped := spec.ids(pod.config):
-            request.uid_mappings.add(host_id=mapped.uid, size=mapped.uids)
-            request.gid_mappings.add(host_id=mapped.gid, size=mapped.gids)
+        request.uid_mappings.add(host_id=mapped.uid, size=mapped.uids)
+        request.gid_mappings.add(host_id=mapped.gid, size=mapped.gids)
         return request
 
     def _release_request(self, pod: state.Pod) -> shim_pb2.CreateSandboxRequest:
@@ -477,6 +510,12 @@ class Pods:
             seccomp_profile=sources.seccomp_profile(profile) if profile else None,
             annotations=allowed,
         )
+
+
+def _sysctls(pod: state.Pod, *, network: bool) -> dict[str, str]:
+    """Return the sysctls of the pod's network namespace, or those of the others."""
+    every = spec.sysctls(pod.config)
+    return {name: value for name, value in every.items() if name.startswith("net.") == network}
 
 
 def _init_binary() -> str:

@@ -23,3 +23,13 @@ async def both(first: Coroutine[Any, Any, A], second: Coroutine[Any, Any, B]) ->
         await asyncio.wait([one, two])
         raise
     return one.result(), two.result()
+
+
+async def unbroken(work: Coroutine[Any, Any, A]) -> A:
+    """Run `work` to its end, also when the caller is cancelled, which is told afterwards."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise

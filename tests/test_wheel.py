@@ -99,7 +99,7 @@ def test_the_declared_dependencies_are_those_that_are_imported() -> None:
     known = metadata.packages_distributions()
     declared = {re.split(r"[^\w-]", each)[0] for each in project()["dependencies"]}
     imported = third_party(set(sys.stdlib_module_names) | set(PACKAGES))
-    providers = {name: set(known.get(name, ())) for name in imported}
+    providers = {name: {d.lower() for d in known.get(name, ())} for name in imported}
     assert [name for name, found in providers.items() if not found & declared] == []
     assert sorted(declared - set().union(*providers.values())) == []
 

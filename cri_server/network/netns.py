@@ -1,15 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pinned network namespace: is it there, and take it away.
+"""A pod's network namespace: make it, is it there, take it away.
 
-The shim makes and pins it (a bind mount of its nsfs file on /run/netns/<pod id>) and brings up its
-loopback. The pin outlives every process and not a reboot, after which at most an empty file is
-left; `remove` takes that away too.
+It is pinned by a bind mount of its nsfs file on /run/netns/<pod id>, where `ip netns` and CNI
+plugins look. The pin outlives every process and not a reboot, after which at most an empty file is
+left; `remove` takes that away too. That of a pod with a user namespace must belong to it, and is
+made by the shim.
 """
 
 import contextlib
+import fcntl
 import os
+import socket
+import struct
+from collections.abc import Mapping
+from pathlib import Path
 
-from shim import mounts
+from cri_server import errors
+from cri_server.network import inside
+from shim import linux, mounts
+
+_IFREQ = "16sh14x"  # name and flags: netdevice(7)
+_SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 0x1
+
+
+def create(path: str, sysctls: Mapping[str, str]) -> None:
+    """Make a namespace with its loopback up and these sysctls (dotted names below "net.") and pin
+    it, or leave nothing. Blocks.
+
+    Raises InvalidArgument for a sysctl that the kernel refuses, Internal.
+    """
+    try:
+        inside.run_new(lambda: _furnish(path, sysctls))
+    except OSError as e:
+        remove(path)
+        raise errors.Internal(f"cannot make the pod's network namespace: {e.strerror}") from e
+
+
+def _furnish(path: str, sysctls: Mapping[str, str]) -> None:
+    _bring_up(b"lo")
+    for name, value in sysctls.items():
+        _write(name, value)
+    os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o444))
+    linux.mount("/proc/thread-self/ns/net", path, flags=linux.MS_BIND)
+
+
+def _bring_up(name: bytes) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        answer = fcntl.ioctl(control, _SIOCGIFFLAGS, struct.pack(_IFREQ, name, 0))
+        _, flags = struct.unpack(_IFREQ, answer)
+        fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack(_IFREQ, name, flags | _IFF_UP))
+
+
+def _write(name: str, value: str) -> None:
+    """Write a sysctl of the namespace that this thread is in: proc_sys_net(5)."""
+    path = name.translate(str.maketrans("./", "/."))  # a "/" stands for a dot in a part's name
+    try:
+        Path("/proc/sys", path).write_text(value + "\n")  # an empty one is written too
+    except OSError as e:
+        raise errors.InvalidArgument(f"sysctl {name}={value!r}: {e.strerror}") from e
 
 
 def exists(path: str) -> bool:

@@ -438,7 +438,7 @@ def test_an_odd_container_is_refused(
 
 @pytest.mark.parametrize(
     "resources",
-    [{"memory_limit_in_bytes": 1}, {"cpuset_cpus": "0-9999"}, {"cpu_quota": 1, "cpu_period": 1}],
+    [{"memory_limit_in_bytes": 1}, {"cpuset_cpus": "0-9999"}],
     ids=str,
 )
 def test_what_the_kernel_refuses_fails_the_start(

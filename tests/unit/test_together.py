@@ -32,3 +32,21 @@ async def test_the_first_error_comes_plain_and_the_other_has_ended() -> None:
     with pytest.raises(ValueError, match="first"):
         await together.both(wait(), fail())
     assert ended
+
+
+async def test_what_is_unbroken_ends_before_the_cancellation_is_told() -> None:
+    ended = False
+
+    async def work() -> None:
+        nonlocal ended
+        for _ in range(3):
+            await asyncio.sleep(0)
+        ended = True
+
+    task = asyncio.create_task(together.unbroken(work()))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ended
+    assert await together.unbroken(give(3)) == 3
