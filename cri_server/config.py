@@ -132,6 +132,9 @@ class Handler:
                 raise ConfigError(f"{key}: {e}") from e
 
 
+_PLAIN = Handler()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Runtime:
     """What holds for every container, and which handler serves a pod that names none."""
@@ -178,7 +181,7 @@ class Config:
 
     def key_of(self, handler: str, key: str) -> str:
         """Return what people call a key of a handler's section, "" where it has its default."""
-        same = getattr(self.handler(handler), key) == getattr(Handler(), key)
+        same = getattr(self.handler(handler), key) == getattr(_PLAIN, key)
         return "" if same else f"[runtimes.{handler}] {key}"
 
 

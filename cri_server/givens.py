@@ -134,14 +134,14 @@ class Giver:
         """Look at the host paths in a thread of its own; without any, at once."""
         wanted, privileged = order.config, order.security.privileged
         asked = wanted.mounts or wanted.devices or spec.cdi_requests(wanted)
-        if not (asked or privileged or spec.seccomp_path(wanted)):
+        if not (asked or privileged or spec.seccomp_path(order.security)):
             return Givens(mounts={})
         what = "a mount source, device or seccomp profile"
         return await apart.call(lambda: self._look(order), within=LOOK_TIMEOUT, what=what)
 
     def _look(self, order: orders.Order) -> Givens:
         wanted, bound = order.config, order.ids is not None
-        profile, names = spec.seccomp_path(wanted), spec.cdi_requests(wanted)
+        profile, names = spec.seccomp_path(order.security), spec.cdi_requests(wanted)
         return Givens(
             mounts={m.host_path: sources.check_source(m) for m in wanted.mounts if m.host_path},
             devices=sources.device_nodes(spec.device_requests(wanted)),

@@ -498,7 +498,7 @@ class Pods:
         handler = self._settings.handler(pod.handler)
         allowed = handler.allowed(handler.pod_annotations, pod.config.annotations)
         configjson.note_annotations(allowed, pod.handler, "pod_annotations")
-        profile = spec.pod_seccomp_path(pod.config)
+        profile = spec.seccomp_path(pod.config.linux.security_context)
         return spec.SandboxInput(
             id=pod.id,
             config=pod.config,

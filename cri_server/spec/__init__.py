@@ -96,7 +96,6 @@ __all__ = [
     "oom_score_adj",
     "own_ipc",
     "pid_mode",
-    "pod_seccomp_path",
     "process",
     "resources",
     "restored",
@@ -123,7 +122,6 @@ validate_sandbox = pod.validate
 sandbox = pod.sandbox
 sysctls = pod.sysctls
 pid_mode = pod.pid_mode
-pod_seccomp_path = pod.seccomp_path
 own_ipc = pod.own_ipc
 ids = userns.ids
 id_mapped = userns.mapped
@@ -140,6 +138,7 @@ check_pod_update = updates.check_pod
 restored = updates.restored
 user_request = security.user_request
 apparmor_profile = security.apparmor
+seccomp_path = security.seccomp_path
 Labels = selinux.Labels
 asked_level = selinux.asked_level
 labels_of_pod = selinux.of_sandbox
@@ -255,9 +254,3 @@ def _check_process(config: api.ContainerConfig, image: types.ImageConfig) -> Non
     processes.cwd(config, image)
     for variables in (processes.image_env(image), processes.requested_env(config)):
         dict(variables)
-
-
-def seccomp_path(config: api.ContainerConfig) -> str:
-    """Return the file to read into ContainerInput.seccomp_profile, "" for none."""
-    kind, path = security.seccomp_request(config.linux.security_context)
-    return path if kind == "localhost" else ""

@@ -325,12 +325,6 @@ def _explain(wanted: types.SandboxInput) -> None:
     linux.note_cgroup(wanted.config)
 
 
-def seccomp_path(config: api.PodSandboxConfig) -> str:
-    """Return the file to read into SandboxInput.seccomp_profile, "" for none."""
-    kind, path = security.seccomp_request(config.linux.security_context)
-    return path if kind == "localhost" else ""
-
-
 def _linux(wanted: types.SandboxInput) -> oci.Linux:
     paths = {kind: path for kind, path in wanted.namespaces.items() if kind != "pid"}
     result = oci.Linux(

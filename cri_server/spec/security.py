@@ -246,6 +246,12 @@ def seccomp_request(
     return ("none", "") if context.privileged else (kind, path)
 
 
+def seccomp_path(context: _Context | api.LinuxSandboxSecurityContext) -> str:
+    """Return the file to read for `seccomp_profile`, "" for none."""
+    kind, path = seccomp_request(context)
+    return path if kind == "localhost" else ""
+
+
 def _note_profile(
     part: str,
     context: _Context | api.LinuxSandboxSecurityContext,

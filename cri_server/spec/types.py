@@ -244,7 +244,7 @@ class SandboxInput:
     `rootfs` a folder of ours.
 
     `namespaces` as in ContainerInput, without "pid": the point of this container is to hold a new
-    one. `seccomp_profile` is the parsed Localhost file that pod.seccomp_path() named.
+    one. `seccomp_profile` is the parsed Localhost file that security.seccomp_path() named.
     """
 
     id: str

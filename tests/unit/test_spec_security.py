@@ -180,8 +180,8 @@ def test_seccomp_follows_the_request() -> None:
 def test_the_file_of_a_localhost_profile_is_named() -> None:
     local = Profile(profile_type=Profile.Localhost, localhost_ref="localhost//etc/p.json")
     wish = wishes.container(security=wishes.security(seccomp=local))
-    assert spec.seccomp_path(wish) == "/etc/p.json"
-    assert spec.seccomp_path(wishes.container()) == ""
+    assert spec.seccomp_path(wish.linux.security_context) == "/etc/p.json"
+    assert spec.seccomp_path(wishes.security()) == ""
 
 
 @pytest.mark.parametrize(
