@@ -52,7 +52,7 @@ def kept(mount: oci.Mount, locked: Mapping[str, tuple[str, ...]]) -> oci.Mount:
     """Return the mount with the flags that it has from its source and that a user namespace cannot
     take off: to set any flag, as "ro", an OCI runtime sets all anew (mount_namespaces(7)).
     """
-    if set(mount["options"]) <= _FLAGLESS:
+    if not locked or set(mount["options"]) <= _FLAGLESS:
         return mount
     more = [word for word in locked.get(mount["source"], ()) if word not in mount["options"]]
     return oci.Mount(**{**mount, "options": [*mount["options"], *more]})
