@@ -148,9 +148,10 @@ def test_a_token_is_good_once_and_for_its_kind(
 def test_a_client_that_leaves_does_not_end_the_process(
     kubelet: Kubelet, container: str, connect: Open
 ) -> None:
-    script = "until [ -e /go ]; do sleep 0.05; done; head -c 200000 /dev/zero; touch /done"
-    with connect(exec_url(kubelet, container, "sh", "-c", script), (*BOTH, "error")):
-        pass
+    wait = "until [ -e /go ]; do sleep 0.05; done"
+    script = f"echo here; {wait}; head -c 200000 /dev/zero; touch /done"
+    with connect(exec_url(kubelet, container, "sh", "-c", script), (*BOTH, "error")) as session:
+        streams.until(session, "stdout", b"here\n")  # who leaves before has started nothing
     kubelet.exec_sync(container, ["touch", "/go"])
     waiting.until(
         lambda: kubelet.exec_sync(container, ["test", "-e", "/done"]).exit_code == 0,
