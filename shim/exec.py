@@ -58,18 +58,14 @@ class Exec:
     async def run(self) -> None:
         """Start it, serve the client to the end, say how it ended. Raises the runtime's error."""
         self._streams.add(self)
-        main = loop.spawn(self._main(), name="exec")
         listener = loop.spawn(self._listen(), name="exec input")
         try:
-            timed_out = not await self._ends_in_time(main)
-            await self._drain(timed_out=timed_out)
-        except BaseException:
-            await self._kill(main)
-            raise
+            timed_out = await self._serve()
+            # First the answer, for which a client waits; the next request still finds all cleaned.
+            await self._client.send(pb.ExecOutput(exit=self._result(timed_out=timed_out)))
         finally:
             listener.cancel()
             self._clean_up()
-        await self._client.send(pb.ExecOutput(exit=self._result(timed_out=timed_out)))
 
     async def output(self, stream: str, data: bytes) -> None:
         """Pass output on to the client, as one of the `stdio.Sink`s."""
@@ -77,6 +73,17 @@ class Exec:
         await self._client.send(message)
 
     # ---- the process
+
+    async def _serve(self) -> bool:
+        """Start it and pass its output on to the end; return whether its time was over."""
+        main = loop.spawn(self._main(), name="exec")
+        try:
+            timed_out = not await self._ends_in_time(main)
+            await self._drain(timed_out=timed_out)
+        except BaseException:
+            await self._kill(main)
+            raise
+        return timed_out
 
     async def _main(self) -> None:
         """Start the process and wait for its end. Nothing but `_kill` cancels this."""

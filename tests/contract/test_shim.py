@@ -364,19 +364,24 @@ async def test_a_log_that_is_a_link_is_refused(one: Pod, tmp_path: Path) -> None
 # -- exec ------------------------------------------------------------------------------------------
 
 
+def assert_no_exec_left(made: bundle.Bundle) -> None:
+    """Also right after the answer, for which the client does not wait until all is cleaned."""
+    waiting.until(lambda: not list(made.path.glob("exec-*")), "the exec's folder is gone")
+
+
 async def test_exec(pod: Pod) -> None:
     made = await pod.run()
     result = await pod.exec(made, "sh", "-c", "echo out; echo err >&2; exit 4")
     assert (result.stdout, result.stderr, result.exit_code) == (b"out\n", b"err\n", 4)
     assert not result.timed_out
-    assert not list(made.path.glob("exec-*"))
+    assert_no_exec_left(made)
 
 
 async def test_exec_of_a_missing_program(pod: Pod) -> None:
     made = await pod.run()
     with pytest.raises(errors.ShimError, match=r"no-such-program.*not found"):
         await pod.exec(made, "no-such-program")
-    assert not list(made.path.glob("exec-*"))
+    assert_no_exec_left(made)
 
 
 async def test_exec_that_takes_too_long_leaves_nothing(pod: Pod) -> None:
@@ -448,7 +453,7 @@ async def test_an_exec_whose_client_leaves_at_once(one: Pod) -> None:
         waiting.until, lambda: one.descriptors() == before, "no descriptor is left"
     )
     waiting.until(lambda: not faults.processes("sleep", "659"), "nothing is left of them")
-    assert not list(made.path.glob("exec-*"))
+    assert_no_exec_left(made)
 
 
 async def test_exec_with_input(pod: Pod) -> None:
