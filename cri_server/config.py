@@ -53,6 +53,7 @@ class Server:
     crio_socket: str = ""
     stream_address: str = "127.0.0.1:0"
     stream_idle_timeout: Seconds = 14400.0
+    stream_vanished_timeout: Seconds = 120.0
     stream_tls_cert: str = ""
     stream_tls_key: str = ""
     stream_tls_client_ca: str = ""

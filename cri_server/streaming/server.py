@@ -189,7 +189,7 @@ class Server:
             raise head.Rejected(HTTPStatus.FORBIDDEN, "no common stream protocol", accepted)
         headers = [("Connection", "Upgrade"), ("Upgrade", "SPDY/3.1"), (_CHOSEN, chosen)]
         writer.write(head.answer(HTTPStatus.SWITCHING_PROTOCOLS, headers))
-        socket = wire.Socket(reader, writer, seconds=self._settings.stream_idle_timeout)
+        socket = self._socket(reader, writer)
         link = spdylink.Link(socket, received=asked.rest)
         try:
             if isinstance(request, Forward):
@@ -210,7 +210,7 @@ class Server:
     ) -> None:
         frames = websocket.Connection()
         writer.write(_greeting(frames, request, asked))
-        socket = wire.Socket(reader, writer, seconds=self._settings.stream_idle_timeout)
+        socket = self._socket(reader, writer)
         channels = _channels(request, tunnel=frames.protocol.tunnel)
         link = wspeer.Link(frames, socket, read=channels, received=asked.rest)
         try:
@@ -221,6 +221,10 @@ class Server:
             await self._command(request, wspeer.WsPeer(link))
         finally:
             await link.abort()
+
+    def _socket(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> wire.Socket:
+        idle, vanished = self._settings.stream_idle_timeout, self._settings.stream_vanished_timeout
+        return wire.Socket(reader, writer, seconds=idle, vanished=vanished)
 
     async def _forward(self, request: Forward, link: wspeer.Link) -> None:
         """Forward over a WebSocket: in its channels, or in the SPDY that it carries."""

@@ -9,12 +9,14 @@ import asyncio
 import contextlib
 import select
 import socket
+import struct
 from typing import Protocol
 
 from cri_server.streaming import peer
 
 READ = 256 << 10  # bytes that are read at once
-_KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}  # tcp(7)
+_PROBES = 4  # of keepalive, tcp(7)
+_INFO = struct.Struct("=8x16xI28xI")  # linux/tcp.h: tcpi_unacked, tcpi_last_ack_recv
 _GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 
 
@@ -41,21 +43,26 @@ class Wire(Protocol):
 
 class Socket:
     """A TCP or TLS connection; `seconds` of silence both ways end it, and a client whose machine
-    has vanished within two minutes.
+    acknowledges nothing for `vanished` seconds.
     """
 
     def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, seconds: float
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        *,
+        seconds: float,
+        vanished: float,
     ) -> None:
-        self._reader, self._writer, self._seconds = reader, writer, seconds
+        self._reader, self._writer = reader, writer
+        self._seconds, self._vanished = seconds, vanished
         self._writing = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
         self._active = self._loop.time()
         self._timer = self._loop.call_later(seconds, self._watch)
         self._socket: socket.socket = writer.get_extra_info("socket")
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in _KEEPALIVE.items():
-            self._socket.setsockopt(socket.IPPROTO_TCP, option, value)
+        _keep_alive(self._socket, vanished)
+        self._pulse = self._loop.call_later(vanished / 4, self._feel)
 
     async def read(self) -> bytes:
         self._active = self._loop.time()
@@ -70,6 +77,17 @@ class Socket:
             self._timer = self._loop.call_later(self._left(), self._watch)
         except TimeoutError as e:
             self._reader.set_exception(e)
+
+    def _feel(self) -> None:
+        """End it when what was sent is not acknowledged. Keepalive says nothing while something is
+        on its way, and the kernel alone would try for a quarter of an hour; a client that is only
+        slow acknowledges.
+        """
+        unacknowledged, since = _acknowledgement(self._socket)
+        if unacknowledged and since > self._vanished:
+            self._writer.transport.abort()
+        else:
+            self._pulse = self._loop.call_later(self._vanished / 4, self._feel)
 
     def _left(self) -> float:
         """Return the seconds that silence may still last. Raises TimeoutError when it may not."""
@@ -108,4 +126,29 @@ class Socket:
 
     def abort(self) -> None:
         self._timer.cancel()
+        self._pulse.cancel()
         self._writer.transport.abort()
+
+
+def _keep_alive(connection: socket.socket, seconds: float) -> None:
+    """Have the kernel ask a silent peer, and give it up after `seconds`; whole seconds, tcp(7)."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    idle, interval = max(1, int(seconds / 2)), max(1, int(seconds / 2 / _PROBES))
+    for option, value in (
+        (socket.TCP_KEEPIDLE, idle),
+        (socket.TCP_KEEPINTVL, interval),
+        (socket.TCP_KEEPCNT, _PROBES),
+    ):
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def _acknowledgement(connection: socket.socket) -> tuple[int, float]:
+    """Return how many segments are on their way, and the seconds since the peer acknowledged
+    anything. (0, 0.0) for a connection that is closed.
+    """
+    try:
+        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size)
+    except OSError:
+        return 0, 0.0
+    unacknowledged, milliseconds = _INFO.unpack(info)
+    return unacknowledged, milliseconds / 1000

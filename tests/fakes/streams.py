@@ -210,13 +210,14 @@ class WebSocket:
         *,
         method: str = "GET",
         names: Sequence[str] = CHANNELS,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.names = names
         key = base64.b64encode(os.urandom(16)).decode()
         headers = ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"]
         headers += [f"Sec-WebSocket-Key: {key}"]
         headers += [f"Sec-WebSocket-Protocol: {protocol}"] if protocol else []
-        self.connection, self.head, rest = request(url, *headers, method=method)
+        self.connection, self.head, rest = request(url, *headers, method=method, tls=tls)
         self.protocol = protocol
         self._frames = wsproto.connection.Connection(wsproto.ConnectionType.CLIENT)
         self._frames.receive_data(rest)

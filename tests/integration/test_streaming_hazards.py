@@ -17,16 +17,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from bench import memory
 from cri_server.pb import api_pb2 as api
 from cri_server.streaming import spdydict
 from tests.fakes import forwards, spdy, streams
-from tests.fakes.kubelet import Kubelet, Pod
+from tests.fakes.kubelet import Kubelet, Pod, refusal
 from tests.integration.test_portforward import fds
 from tests.integration.test_streaming import BOTH, attach_url, exec_url
-from tests.lab import server, waiting
+from tests.lab import faults, server, waiting
 
 pytestmark = [
     pytest.mark.needs("root", "netns", "overlay", "cni", "runc", "docker-registry"),
@@ -282,8 +283,8 @@ def test_terminal_execs_that_fail_and_resize(
     assert not list(bundle_of(container).glob("exec-*"))
 
 
-def several(once: Callable[[int], None]) -> None:
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+def several(once: Callable[[int], None], *, at_once: int = 4) -> None:
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
         for _ in pool.map(once, range(ROUNDS)):
             continue
 
@@ -306,23 +307,32 @@ def bundle_of(container: str) -> Path:
     return found
 
 
-def test_a_storm_of_execs_with_children_that_stay(
+def test_a_storm_of_execs(
     kubelet: Kubelet, container: str, site: server.Site, bystander: Any
 ) -> None:
+    """R28: every tenth leaves a child that holds stdout, every tenth takes too long."""
     shim = shim_of(container)
     before = fds(site), count(shim)
+    token = f"5{os.getpid()}"
 
     def once(number: int) -> None:
+        began = time.monotonic()
         if number % 10 == 0:  # takes the drain's 2 s, and no longer
-            began = time.monotonic()
             said = kubelet.exec_sync(container, ["sh", "-c", "sleep 5 & echo started"])
             assert (said.stdout, said.exit_code) == (b"started\n", 0)
             assert time.monotonic() - began < waiting.patient(4.5)
+        elif number % 10 == 1:
+            late = ["sh", "-c", f"sleep {token} & setsid sleep {token} & sleep {token}"]
+            code, _ = refusal(lambda: kubelet.exec_sync(container, late, timeout=1))
+            assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert time.monotonic() - began < waiting.patient(2)
         else:
             assert kubelet.exec_sync(container, ["true"]).exit_code == 0
 
-    several(once)
+    several(once, at_once=16)
+    waiting.until(lambda: not faults.processes("sleep", token), "those trees are dead")
     waiting.until(lambda: (fds(site), count(shim)) <= before, "nothing is left of them")
+    assert not list(bundle_of(container).glob("exec-*"))
 
 
 @pytest.mark.parametrize("kind", [streams.Spdy, streams.WebSocket])

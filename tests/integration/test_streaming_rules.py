@@ -2,13 +2,17 @@
 """Who may open a session, and what ends it: each rule of behaviour.md §3 for exec and attach."""
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import signal
+import socket
 import ssl
+import subprocess
 import time
+import urllib.parse
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +256,56 @@ def test_silence_ends_a_session(make_site: MakeSite, client_of: ClientOf, refere
     )
 
 
+@pytest.fixture
+def vanish(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Give the clients of this test an address of their own; return what makes their machine
+    vanish, so that neither an end nor a reset comes from it.
+    """
+
+    def connected(url: str) -> socket.socket:
+        parts = urllib.parse.urlsplit(url)
+        return socket.create_connection((parts.hostname, parts.port), source_address=(address, 0))
+
+    def drop(verb: str) -> None:
+        for way in ("--source", "--destination"):
+            rule = [verb, "INPUT", "-i", "lo", way, address, "-j", "DROP"]
+            subprocess.run(["iptables", "-w", *rule], check=True)
+
+    address = f"127.{1 + os.getpid() % 250}.77.1"
+    monkeypatch.setattr(streams, "connected", connected)
+    with contextlib.ExitStack() as stack:
+
+        def vanish() -> None:
+            stack.callback(drop, "-D")
+            drop("-A")
+
+        yield vanish
+
+
+@pytest.mark.needs("iptables")
+@pytest.mark.parametrize("says", ["nothing", "a line at a time"])
+def test_a_client_whose_machine_vanishes_is_noticed(
+    make_site: MakeSite,
+    client_of: ClientOf,
+    reference: str,
+    vanish: Callable[[], None],
+    says: str,
+) -> None:
+    soon = {"stream_vanished_timeout": 2.0, "exec_abandoned_timeout": 0.1}
+    _, kubelet, container = own(make_site, client_of, reference, **soon)
+    token = f"4{os.getpid()}"
+    talk = f"while :; do echo x; usleep 100000; done & exec sleep {token}"
+    script = talk if says != "nothing" else f"echo x; exec sleep {token}"
+    with streams.Spdy(
+        exec_url(kubelet, container, "sh", "-c", script), (*BOTH, "error")
+    ) as session:
+        streams.until(session, "stdout", b"x")
+        time.sleep(3)  # longer than the limit: a client that is there is not ended
+        assert running(token)
+        vanish()
+        waiting.until(lambda: not running(token), "it is noticed", seconds=20)
+
+
 def test_an_abandoned_exec_ends_after_its_grace(
     make_site: MakeSite, client_of: ClientOf, reference: str
 ) -> None:
@@ -380,9 +434,12 @@ def test_tls_with_client_certificates_and_renewal(
             os.replace(made.key, ours.key)
             assert handshake(url, trusted) == first
     assert handshake(url, trusting(ours.certificate, client)) != first
-    with streams.Spdy(url, ("stdin", *BOTH, "error"), tls=trusting(made.certificate, client)) as s:
-        s.send("stdin", bytes(1 << 20))
-        s.finish("stdin")
-        while not s.received["error"]:
-            assert s.step()
-        assert s.received["stdout"] == bytes(1 << 20)
+    renewed = trusting(made.certificate, client)
+    for kind in (streams.Spdy, streams.WebSocket):
+        url = exec_url(kubelet, container, "head", "-c", str(1 << 20), stdin=True)
+        with kind(url, ("stdin", *BOTH, "error"), tls=renewed) as session:
+            for _ in range(32):
+                session.send("stdin", bytes(32 << 10))
+            while not session.received["error"]:
+                assert session.step()
+            assert session.received["stdout"] == bytes(1 << 20)

@@ -22,7 +22,7 @@ async def serving(work: Work) -> tuple[asyncio.StreamReader, asyncio.StreamWrite
     """Have `work` done with the link of the first client; return that client."""
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        link = spdylink.Link(wire.Socket(reader, writer, seconds=60))
+        link = spdylink.Link(wire.Socket(reader, writer, seconds=60, vanished=60))
         await work(link)
         await link.abort()
         writer.close()
