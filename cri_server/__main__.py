@@ -49,9 +49,25 @@ def _parser() -> argparse.ArgumentParser:
         "explain", help="tell where each part of a container or a pod came from"
     )
     _explain_arguments(explain)
-    for command in (serve, check, explain):
+    image = commands.add_parser("image", aliases=["images"], help="import and tag images")
+    for command in (serve, check, explain, *_image_commands(image)):
         _common(command)
     return parser
+
+
+def _image_commands(parser: argparse.ArgumentParser) -> tuple[argparse.ArgumentParser, ...]:
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    load = commands.add_parser(
+        "import", help="bring images here from an OCI or docker archive, through the server"
+    )
+    load.add_argument("file", metavar="FILE", help="the archive, compressed or not; - for stdin")
+    load.add_argument("--name", default="", help="what its one image shall be called")
+    load.set_defaults(run=_import)
+    tag = commands.add_parser("tag", help="give an image that is here another name")
+    tag.add_argument("image", metavar="IMAGE", help="a name or an id")
+    tag.add_argument("name", metavar="NAME")
+    tag.set_defaults(run=_tag)
+    return load, tag
 
 
 def _explain_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,6 +136,18 @@ def _explain(settings: config.Config, arguments: argparse.Namespace) -> int:
         diff=arguments.diff,
         as_json=arguments.json,
     )
+
+
+def _import(settings: config.Config, arguments: argparse.Namespace) -> int:
+    from cri_server import imagefiles
+
+    return imagefiles.load(settings, arguments.file, arguments.name)
+
+
+def _tag(settings: config.Config, arguments: argparse.Namespace) -> int:
+    from cri_server import imagefiles
+
+    return imagefiles.tag(settings, arguments.image, arguments.name)
 
 
 def _raise_file_limit() -> None:

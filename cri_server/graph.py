@@ -38,9 +38,9 @@ from cri_server import (
     stats,
     updates,
 )
-from cri_server.images import gc, pull, registry, store
+from cri_server.images import gc, load, pull, registry, store
 from cri_server.network import cni
-from cri_server.services import image, runtime
+from cri_server.services import archives, image, runtime
 from cri_server.streaming import requests
 from cri_server.streaming import server as streaming
 from shim import client
@@ -110,6 +110,10 @@ class Graph:
                 layers=self.layers,
                 collector=self.collector,
             )
+        )
+
+        self.archives = archives.ArchiveService(
+            load.Loader(images=self._images, layer_host=self.layers, collector=self.collector)
         )
 
     def _layers_in_use(self) -> set[str]:

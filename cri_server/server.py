@@ -131,6 +131,7 @@ def _listen(address: str, edge: interceptors.Edge, objects: graph.Graph) -> grpc
     server = grpc.aio.server(interceptors=[edge], options=options)
     api_pb2_grpc.add_RuntimeServiceServicer_to_server(objects.runtime, server)
     api_pb2_grpc.add_ImageServiceServicer_to_server(objects.image, server)
+    objects.archives.add_to(server)
     umask = os.umask(0o177)
     try:
         server.add_insecure_port(f"unix:{path}")

@@ -35,7 +35,7 @@ from cri_server.images import (
     layers,
     manifest,
     reference,
-    registry,
+    sources,
     store,
     tar,
     workers,
@@ -71,7 +71,7 @@ class Puller:
     def __init__(
         self,
         *,
-        client: registry.Client,
+        client: sources.Source,
         images: store.Store,
         layer_host: snapshots.Snapshots,
         collector: gc.Collector,

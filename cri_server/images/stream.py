@@ -128,6 +128,11 @@ class Stream:
             size -= len(piece)
             yield piece
 
+    def skip(self, size: int) -> None:
+        """Pass over exactly `size` bytes, which count and are hashed like all."""
+        for _ in self.pieces(size):
+            continue
+
     def drain(self) -> str:
         """Read what follows the archive and return the digest of everything: the diff id."""
         while self._next():

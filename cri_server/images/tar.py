@@ -81,13 +81,16 @@ class Entry:
 
 
 class Source(Protocol):
-    """Uncompressed bytes. Both raise Malformed when they end too early."""
+    """Uncompressed bytes. All raise Malformed when they end too early."""
 
     def take(self, size: int) -> bytes:
         """Return exactly `size` bytes, or b"" at the very end."""
 
     def pieces(self, size: int) -> Iterator[memoryview]:
         """Yield exactly `size` bytes in pieces that are valid until the next one."""
+
+    def skip(self, size: int) -> None:
+        """Pass over exactly `size` bytes."""
 
 
 class Reader:
@@ -149,8 +152,7 @@ class Reader:
 
     def _skip(self, size: int) -> None:
         self._unread = self._padding = 0
-        for _ in self._source.pieces(size):
-            continue
+        self._source.skip(size)
 
     def _describe(self, header: tarheader.Header, pax: Mapping[str, bytes], block: bytes) -> Entry:
         kind = _kind(header, pax)

@@ -36,6 +36,7 @@ MUTATIONS = frozenset(
         "UpdateRuntimeConfig",
         "UpdatePodSandboxResources",
         "RemoveImage",
+        "Tag",
     }
 )
 MESSAGE_LIMIT = 4096
