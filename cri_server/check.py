@@ -22,7 +22,7 @@ from pathlib import Path
 
 import msgspec
 
-from cri_server import advisories, apparmor, cgroups, config, host
+from cri_server import advisories, apparmor, cgroups, config, defaults, host
 from cri_server.network import conf
 from shim import linux, mounts
 
@@ -64,7 +64,9 @@ async def run(settings: config.Config, *, as_json: bool) -> int:
 async def look(settings: config.Config) -> list[Finding]:
     """Return a finding for everything that is looked at, in the order of the report."""
     hierarchy = cgroups.detect()
-    facts = host.probe(hierarchy, await host.runtimes(settings), places=settings.server)
+    found = await host.runtimes(settings)
+    settings, reason = defaults.choose(settings, found, hierarchy)
+    facts = host.probe(hierarchy, found, places=settings.server)
     driver = cgroups.driver(settings.runtime.cgroup_driver)
     return [
         _kernel(facts),
@@ -73,6 +75,7 @@ async def look(settings: config.Config) -> list[Finding]:
         _user_namespaces(facts.no_user_namespaces),
         *_security(facts),
         *_runtimes(settings, facts),
+        _ok("default runtime", f"{settings.runtime.default}: {reason}"),
         *await asyncio.to_thread(lambda: list(_network(settings.network))),
         *_tools(),
     ]
@@ -234,12 +237,12 @@ def _quirks(name: str, facts: host.Host) -> Iterator[Finding]:
     why_not = facts.why_no_user_namespaces(name)
     if why_not and why_not != facts.no_user_namespaces:
         yield _limited(f"{name}: user namespaces", why_not, NO_USERNS)
-    hugetlb = facts.hierarchy.mode == "hybrid" and "hugetlb" not in facts.hierarchy.v1
-    if name == "crun" and hugetlb:
+    refused = defaults.refused_hierarchy(facts.hierarchy)
+    if facts.runtimes[name].program == "crun" and refused:
         yield _limited(
-            "crun on hybrid cgroups",
-            "crun 1.8 refuses a hybrid host whose hugetlb controller is in v2",
-            "mount -t cgroup -o hugetlb cgroup /sys/fs/cgroup/hugetlb",
+            f"{name} on hybrid cgroups",
+            refused,
+            "mount the v1 hierarchies: mount -t cgroup -o hugetlb cgroup /sys/fs/cgroup/hugetlb",
         )
 
 

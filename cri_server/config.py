@@ -21,6 +21,7 @@ import msgspec
 
 from cri_server import capability, errors, limits
 
+Dialect = Literal["runc", "crun", "runsc", "youki"]
 CgroupDriver = Literal["auto", "cgroupfs", "systemd"]
 MetricGroup = Literal[
     "cpu", "memory", "network", "disk", "diskIO", "process", "oom", "hugetlb", "pressure", "spec"
@@ -30,6 +31,7 @@ Patience = Annotated[float, msgspec.Meta(ge=0, le=86400)]  # 0 is for ever
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
 INSTALLED = ("crun", "runc")  # offered where they are installed, and in this order as the default
+KERNELS = frozenset({"runsc"})  # dialects whose sandbox is a kernel in which the containers run
 OPTIONS = ("timeout",)  # of a handler
 # Of a handler, too: values that whoever uses them reads, and that are tried when the file is read.
 _READ_LATER: Mapping[str, Callable[[Any], object]] = {
@@ -37,6 +39,8 @@ _READ_LATER: Mapping[str, Callable[[Any], object]] = {
     "default_rlimits": limits.rlimits,
     "default_shm_size": limits.size,
 }
+_ARGUMENT = re.compile(r"--?([a-z][a-z0-9_-]*)(=[^\x00-\x1f\x7f]*)?")
+_OURS = frozenset({"root", "log", "log-format", "log-fd", "systemd-cgroup", "bundle", "version"})
 _ADDRESS = re.compile(r"([^:\s]+|\[[0-9a-fA-F:]+\]):[0-9]{1,5}")  # [::1]:10010
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -102,12 +106,17 @@ class Images:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Handler:
-    """One `[runtimes.NAME]`: an OCI runtime by command line. `options` has keys of OPTIONS."""
+    """One `[runtimes.NAME]`: an OCI runtime by command line. `options` has keys of OPTIONS; `args`
+    are flags for each call, before the verb. A `sandbox` that is not given is what the program
+    needs.
+    """
 
     kind: Literal["oci"] = "oci"
     path: str = ""
+    dialect: Literal["", Dialect] = ""
+    args: tuple[str, ...] = ()
     options: Mapping[str, Seconds] = field(default_factory=dict)
-    sandbox: Literal["namespaces", "container"] = "namespaces"
+    sandbox: Literal["", "namespaces", "container"] = ""
     pod_annotations: tuple[str, ...] = ()  # globs of keys that reach the OCI runtime
     container_annotations: tuple[str, ...] = ()
     default_capabilities: tuple[str, ...] = capability.DEFAULT  # for capability.chosen()
@@ -123,9 +132,23 @@ class Handler:
             if any(fnmatch.fnmatchcase(key, glob) for glob in globs)
         }
 
+    @property
+    def has_kernel(self) -> bool:
+        """Whether the containers of a pod run in a kernel that its sandbox container is."""
+        return self.dialect in KERNELS
+
+    @property
+    def has_sandbox(self) -> bool:
+        """Whether each pod has a sandbox container."""
+        return self.sandbox == "container" or self.has_kernel
+
     def __post_init__(self) -> None:
         if "/" in self.path:
             _check_absolute("path", Path(self.path))
+        if self.has_kernel and self.sandbox == "namespaces":
+            raise ConfigError(f"sandbox: {self.dialect} needs a sandbox container")
+        for arg in self.args:
+            _check_argument(arg)
         for key, read in _READ_LATER.items():
             try:
                 read(getattr(self, key))
@@ -140,7 +163,7 @@ _PLAIN = Handler()
 class Runtime:
     """What holds for every container, and which handler serves a pod that names none."""
 
-    default: str = "runc"
+    default: str = ""
     cgroup_driver: CgroupDriver = "auto"
     exec_drain_timeout: Seconds = 2.0
     cdi_spec_dirs: tuple[Path, ...] = (Path("/etc/cdi"), Path("/var/run/cdi"))
@@ -225,27 +248,33 @@ def parse(document: Mapping[str, Any], *, where: str = "config") -> Config:
 
 
 def with_handlers(config: Config, *, where: str = "config") -> Config:
-    """Fill in what the file leaves out: the handlers runc and crun where they are installed, the
-    binary of each by its name, and the default.
+    """Fill in what the file leaves out: the handlers runc and crun where they are installed, and
+    the binary of each by its name.
 
-    The default "runc" gives way to the first of crun, runc and the configured ones that there is.
-    Any other must be there, so that a strong isolation is never replaced by a weak one. Raises
+    A default that is named must be there, so that a strong isolation is never replaced by a weak
+    one; which one it is where none is named depends on the host (`defaults.choose`). Raises
     ConfigError.
     """
     installed = {n: Handler() for n in INSTALLED if shutil.which(n)}
-    runtimes = {n: _with_path(n, h) for n, h in {**installed, **config.runtimes}.items()}
+    runtimes = {n: _with_path(n, h, where) for n, h in {**installed, **config.runtimes}.items()}
     default = config.runtime.default
-    if default not in runtimes and default != Runtime().default:
+    if default and default not in runtimes:
         known = ", ".join(runtimes) or "none"
         raise ConfigError(f"{where}: runtime.default: no handler {default!r} (known: {known})")
-    default = next((n for n in (default, *runtimes) if n in runtimes), default)
-    runtime = dataclasses.replace(config.runtime, default=default)
-    return dataclasses.replace(config, runtimes=runtimes, runtime=runtime)
+    return dataclasses.replace(config, runtimes=runtimes)
 
 
-def _with_path(name: str, handler: Handler) -> Handler:
+def _with_path(name: str, handler: Handler, where: str) -> Handler:
     wanted = handler.path or name
-    return dataclasses.replace(handler, path=shutil.which(wanted) or wanted)
+    dialect = handler.dialect or _dialect(Path(wanted).name) or _dialect(name) or "runc"
+    try:
+        return dataclasses.replace(handler, path=shutil.which(wanted) or wanted, dialect=dialect)
+    except ConfigError as e:  # what is wrong only with this program
+        raise ConfigError(f"{where}: [runtimes.{name}]: {e}") from e
+
+
+def _dialect(name: str) -> Literal["", Dialect]:
+    return next((known for known in get_args(Dialect) if known == name), "")
 
 
 # -- from TOML to values -------------------------------------------------------------------------
@@ -298,6 +327,15 @@ def _decode(kind: type, value: object) -> object:
 def _check_absolute(name: str, path: Path) -> None:
     if not path.is_absolute():
         raise ConfigError(f"{name}: {str(path)!r} is not an absolute path")
+
+
+def _check_argument(arg: str) -> None:
+    """Refuse what is no flag, and flags that are ours to give."""
+    found = _ARGUMENT.fullmatch(arg)
+    if found is None:
+        raise ConfigError(f"args: {arg[:100]!r} is not --NAME or --NAME=VALUE")
+    if found[1] in _OURS:
+        raise ConfigError(f"args: {arg[:100]!r}: the server gives --{found[1]} itself")
 
 
 def _explain(message: str, kind: type) -> str:

@@ -173,16 +173,17 @@ def probe(
 
 async def runtimes(settings: config.Config) -> dict[str, RuntimeFacts]:
     """Ask the OCI runtime of every handler for its version and features; all at once."""
-    found = await asyncio.gather(*(_runtime(h.path) for h in settings.runtimes.values()))
+    found = await asyncio.gather(*(_runtime(h) for h in settings.runtimes.values()))
     return dict(zip(settings.runtimes, found, strict=True))
 
 
-async def _runtime(path: str) -> RuntimeFacts:
-    binary = shutil.which(path)
+async def _runtime(handler: config.Handler) -> RuntimeFacts:
+    """Ask a runtime with the handler's own flags, so that one that it does not know is noticed."""
+    binary = shutil.which(handler.path)
     if binary is None:
-        return RuntimeFacts(path=path, error="not found: install it or set its path")
+        return RuntimeFacts(path=handler.path, error="not found: install it or set its path")
     try:
-        version = await commands.run([binary, "--version"], timeout=10)
+        version = await commands.run([binary, *handler.args, "--version"], timeout=10)
         features = await commands.run([binary, "features"], timeout=10, check=False)
     except (commands.Failed, commands.TimedOut, OSError) as e:
         return RuntimeFacts(path=binary, error=str(e))

@@ -63,6 +63,13 @@ class _Home(NamedTuple):
     pid: int
 
 
+class _Network(NamedTuple):
+    """What has become of a pod's network: `made` its namespace, `attached` by the CNI plugins."""
+
+    made: asyncio.Event
+    attached: asyncio.Event
+
+
 class Pods:
     """What RunPodSandbox and its relatives do."""
 
@@ -150,13 +157,13 @@ class Pods:
         recipe = steps.Steps("pod sandbox made", pod=pod.id)
         with recipe.step("files"):
             await asyncio.to_thread(self._create_files, pod)
-        netns_made = asyncio.Event()
+        network = _Network(asyncio.Event(), asyncio.Event())
         if pod.own_network and not spec.ids(pod.config):  # else it belongs to the user namespace
             with recipe.step("network namespace"):
                 await asyncio.to_thread(netns.create, pod.netns, _sysctls(pod, network=True))
-            netns_made.set()
+            network.made.set()
         result, home = await together.both(
-            self._attach(pod, netns_made, recipe), self._house(pod, netns_made, recipe)
+            self._attach(pod, network, recipe), self._house(pod, network, recipe)
         )
         with recipe.step("record"):
             await self._store.put_pod(
@@ -194,24 +201,26 @@ class Pods:
         return spec.shm_size(allowed, limits.size(handler.default_shm_size), key=key)
 
     async def _attach(
-        self, pod: state.Pod, netns_made: asyncio.Event, recipe: steps.Steps
+        self, pod: state.Pod, network: "_Network", recipe: steps.Steps
     ) -> cni.Result | None:
-        if not pod.own_network:
-            return None
-        await netns_made.wait()
-        with recipe.step("network"):
-            return await self._network.attach(self._attachment(pod))
+        result = None
+        if pod.own_network:
+            await network.made.wait()
+            with recipe.step("network"):
+                result = await self._network.attach(self._attachment(pod))
+        network.attached.set()
+        return result
 
-    async def _house(
-        self, pod: state.Pod, netns_made: asyncio.Event, recipe: steps.Steps
-    ) -> "_Home":
+    async def _house(self, pod: state.Pod, network: "_Network", recipe: steps.Steps) -> "_Home":
         """Give the pod its shim, the other namespaces, and its init where it needs one."""
         with recipe.step("shim"):  # unbroken: of a shim half born nobody would know
             shim_pid, start_time = await together.unbroken(self._shims.fork(pod))
         with recipe.step("namespaces"):
             async with self._shims.asked(pod.id) as shim:
                 await shim.create_sandbox(self._sandbox_request(pod))
-        netns_made.set()
+        network.made.set()
+        if self._settings.handler(pod.handler).has_kernel:  # which takes its addresses at start
+            await network.attached.wait()
         with recipe.step("init"):
             return _Home(shim_pid, start_time, await self._start_init(pod))
 
@@ -457,7 +466,7 @@ class Pods:
     def _needs_init(self, pod: state.Pod) -> bool:
         options = pod.config.linux.security_context.namespace_options
         handler = self._settings.runtimes.get(pod.handler)
-        of_handler = handler is not None and handler.sandbox == "container"
+        of_handler = handler is not None and handler.has_sandbox
         if of_handler:
             key = f"[runtimes.{pod.handler}] sandbox"
             why.handler("sandbox.init", key, "each sandbox is a container")
@@ -509,6 +518,7 @@ class Pods:
             host=self._facts.facts(pod.handler),
             seccomp_profile=sources.seccomp_profile(profile) if profile else None,
             annotations=allowed,
+            kernel=handler.has_kernel,
         )
 
 
@@ -522,7 +532,7 @@ def _init_binary() -> str:
     found = shutil.which("catatonit")
     if found is None:
         raise errors.FailedPrecondition(
-            "a shared PID namespace needs catatonit: install it on the host"
+            "a sandbox container needs catatonit: install it on the host"
         )
     return found
 

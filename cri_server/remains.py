@@ -64,7 +64,8 @@ class Remains:
     def in_runtimes(self) -> list[tuple[str, str]]:
         """Return handler and id of every container that an OCI runtime has state of."""
         places = (self._settings.server.state / "runtimes").glob("*/*")
-        return [(p.parent.name, p.name) for p in places if names.is_id(p.name)]
+        found = {(p.parent.name, p.name.partition("_")[0]) for p in places}  # "_": those of runsc
+        return sorted((handler, name) for handler, name in found if names.is_id(name))
 
     async def destroy_unrecorded(self, handler: str, container_id: str, bundle: Path) -> None:
         """Do the work of `destroy` for a container of which only the bundle tells."""
@@ -88,14 +89,17 @@ class Remains:
     async def _forget(self, handler: str, container_id: str, cgroups_path: str) -> None:
         if not self._known(handler, container_id, cgroups_path):
             return
-        path, root = self._settings.handler(handler).path, self._runtime_root(handler)
-        argv = [path, "--root", root, "delete", "--force", container_id]
+        found, root = self._settings.handler(handler), self._runtime_root(handler)
+        argv = [found.path, "--root", root, *found.args, "delete", "--force", container_id]
         await commands.run(argv, timeout=self._settings.runtime.runtime_timeout)
         await asyncio.to_thread(self._groups.remove_all, cgroups_path)
 
     def _known(self, handler: str, container_id: str, cgroups_path: str) -> bool:
         """Say whether the runtime, or a cgroup, still has something of the container."""
-        places = [f"{self._runtime_root(handler)}/{container_id}"]
+        root, found = self._runtime_root(handler), self._settings.runtimes.get(handler)
+        if found is not None and found.has_kernel:  # "<id>_sandbox:<id of the pod>.state"
+            return any(Path(root).glob(f"{container_id}_*"))
+        places = [f"{root}/{container_id}"]
         places += self._groups.directories(cgroups_path).values() if cgroups_path else []
         return any(map(os.path.exists, places))
 

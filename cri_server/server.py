@@ -19,6 +19,7 @@ from cri_server import (
     advisories,
     cgroups,
     config,
+    defaults,
     errors,
     graph,
     host,
@@ -54,7 +55,10 @@ async def running(settings: config.Config) -> AsyncIterator[None]:
     """Have a server running for the block."""
     _make_directories(settings)
     groups = _cgroups(settings)
-    facts = host.probe(groups.hierarchy, await host.runtimes(settings), places=settings.server)
+    found = await host.runtimes(settings)
+    settings, reason = defaults.choose(settings, found, groups.hierarchy)
+    log.info("default handler", handler=settings.runtime.default, reason=reason)
+    facts = host.probe(groups.hierarchy, found, places=settings.server)
     _warn_of_old_runtimes(facts)
     async with contextlib.AsyncExitStack() as stack:
         objects = graph.Graph(settings, groups, facts, stack)

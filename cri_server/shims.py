@@ -218,13 +218,18 @@ class Shims:
         """
         found = self._settings.handler(name)
         limit = self._settings.runtime.runtime_timeout
-        options = {"timeout": limit, **found.options, "cgroup_driver": self._driver}
+        options = {
+            "timeout": str(found.options.get("timeout", limit)),
+            "cgroup_driver": self._driver,
+            "dialect": found.dialect,
+            "args": "\n".join(found.args),
+        }
         return client.HandlerSpec(
             name=name,
             kind=found.kind,
             path=found.path,
             root=str(self._settings.server.state / "runtimes" / name),
-            options={k: str(v) for k, v in options.items()},
+            options=options,
         )
 
     async def close(self) -> None:

@@ -89,8 +89,8 @@ class Container:
         self._start_time = 0
         self._lock = loop.Lock()
         self._stopped = loop.Event()
-        self._launch: loop.Task[reaper.Process] | None = None
-        self._init: reaper.Process | None = None
+        self._launch: loop.Task[runtimes.Process] | None = None
+        self._init: runtimes.Process | None = None
         self._removal: loop.Task[None] | None = None
 
     # ---- the verbs, in the order of a life
@@ -190,16 +190,17 @@ class Container:
 
     # ---- the beginning
 
-    async def _run(self) -> reaper.Process:
+    async def _run(self) -> runtimes.Process:
         bundle = self.spec.bundle
 
         async def launch(streams: runtimes.Stdio) -> int:
             return await self.runtime.run(self.spec.id, bundle, directory=bundle, stdio=streams)
 
         with self.children.launching():
-            return self.children.claim(await self.streams.connect(bundle, launch))
+            pid = await self.streams.connect(bundle, launch)
+            return self.runtime.claim(pid, self.children)
 
-    def _begin(self, init: reaper.Process) -> None:
+    def _begin(self, init: runtimes.Process) -> None:
         self._init = init
         self._started_at = time.time_ns()
         self._start_time = process.start_time(init.pid)
@@ -227,7 +228,7 @@ class Container:
 
     # ---- the end
 
-    async def _watch(self, init: reaper.Process) -> None:
+    async def _watch(self, init: runtimes.Process) -> None:
         code = await init.wait()
         await self._finish(pb.ExitRecord(exit_code=code, finished_at=time.time_ns()))
 

@@ -14,7 +14,7 @@ import os
 import signal
 from typing import Protocol
 
-from shim import cgroup, container, diagnostics, errors, loop, reaper, runtimes, stdio
+from shim import cgroup, container, diagnostics, errors, loop, runtimes, stdio
 from shim.pb import shim_pb2 as pb
 
 _numbers = itertools.count(1)
@@ -52,7 +52,7 @@ class Exec:
             owner=owner.spec.owner,
             waits=True,
         )
-        self._process: reaper.Process | None = None
+        self._process: runtimes.Process | None = None
         self._end: loop.Task[int] | None = None
 
     async def run(self) -> None:
@@ -89,7 +89,8 @@ class Exec:
         """Start the process and wait for its end. Nothing but `_kill` cancels this."""
         with contextlib.suppress(loop.Cancelled):
             with self._owner.children.launching():
-                self._process = self._owner.children.claim(await self._launch())
+                pid = await self._launch()
+                self._process = self._owner.runtime.claim(pid, self._owner.children)
             # A task of its own, so that the process is reaped whatever becomes of this one.
             self._end = loop.spawn(self._process.wait(), name="exec end")
             await self._client.send(pb.ExecOutput(started=self._process.pid))

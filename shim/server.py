@@ -28,7 +28,7 @@ from shim import (
     supervisor,
 )
 from shim.pb import shim_pb2 as pb
-from shim.runtimes import oci
+from shim.runtimes import oci, sandboxed
 from shim.ttrpc import server as ttrpc
 
 SERVICE = "shim.v1.Shim"
@@ -108,19 +108,23 @@ def _rehearsal(directory: str) -> list[tuple[str, Message]]:
 
 def make_runtime(handler: pb.Handler, children: reaper.Reaper) -> runtimes.Runtime:
     """Return the runtime of a handler. Options: `timeout`, seconds for one call of it, 120;
-    `cgroup_driver`, cgroupfs or systemd.
+    `cgroup_driver`, cgroupfs or systemd; `args`, flags for each call, one a line; `dialect`,
+    which command line it is, else the program's name tells.
 
     Raises InvalidArgument for a kind that this shim does not speak.
     """
     if handler.kind != "oci":
         raise errors.InvalidArgument(f"handler {handler.name}: no runtime of kind {handler.kind!r}")
-    return oci.Oci(
+    dialect = oci.dialect_of(handler.options.get("dialect", "") or handler.name, handler.path)
+    make = sandboxed.Sandboxed if dialect.sandboxed else oci.Oci
+    return make(
         handler.path,
         handler.root,
-        dialect=oci.dialect_of(handler.name, handler.path),
+        dialect=dialect,
         children=children,
         timeout=float(handler.options.get("timeout", "") or DEFAULT_TIMEOUT),
         systemd=handler.options.get("cgroup_driver") == "systemd",
+        args=handler.options.get("args", "").splitlines(),
     )
 
 

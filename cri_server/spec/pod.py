@@ -330,9 +330,7 @@ def _linux(wanted: types.SandboxInput) -> oci.Linux:
     result = oci.Linux(
         namespaces=[oci.Namespace(type="mount"), oci.Namespace(type="pid"), *linux.joined(paths)],
         cgroupsPath=wanted.cgroups_path,
-        resources=oci.Resources(
-            cpu=oci.Cpu(shares=_CPU_SHARES), devices=[{"allow": False, "access": "rwm"}]
-        ),
+        resources=_limits(wanted),
     )
     context, local = wanted.config.linux.security_context, wanted.seccomp_profile
     profile = security.seccomp_profile(context, held=(), host=wanted.host, localhost=local)
@@ -340,6 +338,27 @@ def _linux(wanted: types.SandboxInput) -> oci.Linux:
         result["seccomp"] = profile
     userns.fill(result, userns.ids(wanted.config))
     return result
+
+
+def _limits(wanted: types.SandboxInput) -> oci.Resources:
+    """Return almost nothing for an init, and what the pod may use for a kernel with all its
+    containers: resources and overhead together (CRI LinuxPodSandboxConfig).
+    """
+    if not wanted.kernel:
+        return oci.Resources(
+            cpu=oci.Cpu(shares=_CPU_SHARES), devices=[{"allow": False, "access": "rwm"}]
+        )
+    asked = api.LinuxContainerResources()
+    asked.CopyFrom(wanted.config.linux.resources)
+    more = wanted.config.linux.overhead
+    why.pod("linux.resources", "linux.resources, linux.overhead", "of all containers together")
+    if asked.memory_limit_in_bytes > 0:
+        asked.memory_limit_in_bytes += max(more.memory_limit_in_bytes, 0)
+    if asked.cpu_quota > 0 and more.cpu_quota > 0:
+        asked.cpu_quota += (
+            more.cpu_quota * asked.cpu_period // (more.cpu_period or asked.cpu_period)
+        )
+    return linux.resources(asked, wanted.host)
 
 
 def annotations(kind: str, pod_id: str, config: api.PodSandboxConfig) -> Mapping[str, str]:

@@ -244,7 +244,8 @@ class SandboxInput:
     `rootfs` a folder of ours.
 
     `namespaces` as in ContainerInput, without "pid": the point of this container is to hold a new
-    one. `seccomp_profile` is the parsed Localhost file that security.seccomp_path() named.
+    one. `kernel`: all containers of the pod run in what it starts, and its limits are the pod's.
+    `seccomp_profile` is the parsed Localhost file that security.seccomp_path() named.
     """
 
     id: str
@@ -256,6 +257,7 @@ class SandboxInput:
     host: HostFacts
     seccomp_profile: Mapping[str, object] | None = None
     annotations: Mapping[str, str] = field(default_factory=dict)
+    kernel: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -36,20 +36,48 @@ class Stdio(NamedTuple):
     console: str = ""
 
 
+class Process(Protocol):
+    """A process of a container that a shim watches, wherever its kernel is. `wait` once."""
+
+    pid: int
+
+    async def wait(self) -> int:
+        """Return the exit code, 128+n when signal n ended it, once it has ended."""
+
+    def signal(self, signum: int) -> None:
+        """Have a signal sent; nothing happens when it has ended. Raises InvalidArgument for a
+        number that is none.
+        """
+
+    def kill_tree(self) -> None:
+        """Kill it with its descendants; nothing happens when it has ended."""
+
+
+class Claims(Protocol):
+    """Who watches processes by their host pid: the shim's reaper."""
+
+    def claim(self, pid: int) -> Process:
+        """Watch a process that has just started."""
+
+
 class Runtime(Protocol):
     """The verbs of a container's life. `directory` is where a verb may put its files; the caller
     removes it.
     """
 
     async def run(self, container_id: str, bundle: str, *, directory: str, stdio: Stdio) -> int:
-        """Create and start a container; return the host pid of its init."""
+        """Create and start a container; return the host pid of what ends with its init."""
 
     async def exec(self, container_id: str, *, directory: str, cgroup: str, stdio: Stdio) -> int:
-        """Start the process in `directory`/process.json inside a container; return its host pid.
+        """Start the process in `directory`/process.json inside a container; return the host pid of
+        what ends with it.
 
         `cgroup` is an existing part of the container's, as "[controller:]name"; empty: the
         container's own.
         """
+
+    def claim(self, pid: int, children: Claims) -> Process:
+        """Watch what `run` or `exec` has just returned, before anybody else reaps it."""
 
     async def update(self, container_id: str, resources: bytes) -> None:
         """Apply LinuxResources (OCI JSON)."""

@@ -20,35 +20,46 @@ _LOG_TAIL = 16 << 10
 class Dialect(NamedTuple):
     """In what an OCI runtime's command line differs from the others'. `{log}` stands for the log
     file.
+
+    `sandboxed`: containers are processes of a kernel of the pod's own, which the pod's first
+    container starts; the host sees neither their pids nor their ends (see `sandboxed.py`).
     """
 
     log_flags: tuple[str, ...] = ("--log", "{log}", "--log-format", "json")
     # The hierarchies ("v1", "v2") in which `exec --cgroup` takes "[controller:]name".
     exec_cgroups: frozenset[str] = frozenset()
     update_flags: tuple[str, ...] = ("--resources", "-")
+    updates: bool = True
+    sandboxed: bool = False
 
 
 DIALECTS: Mapping[str, Dialect] = {
+    # runc(8), runc-exec(8): --cgroup since 1.1, "path" on v2 and "controller:path" on v1.
     "runc": Dialect(exec_cgroups=frozenset({"v1", "v2"})),
+    # crun(1): --log takes "file:PATH", a bare path only since 0.10; exec --cgroup is for v2.
     "crun": Dialect(
         log_flags=("--log", "file:{log}", "--log-format", "json"), exec_cgroups=frozenset({"v2"})
     ),
-    "runsc": Dialect(),
+    # `runsc help`: there is no `update` and no `exec --cgroup`; gvisor.dev/docs/user_guide/faq says
+    # that limits hold for the sandbox, not for a container in it.
+    "runsc": Dialect(updates=False, sandboxed=True),
+    # youki's docs, "Commands": those of runc; its `exec` has no --cgroup.
     "youki": Dialect(),
 }
 
 
 def dialect_of(name: str, path: str) -> Dialect:
-    """Return the dialect that the program's file name or the handler's name tells; else that of
-    runc.
+    """Return the dialect of this name, else the one that the program's file name tells, else that
+    of runc.
     """
-    return DIALECTS.get(os.path.basename(path)) or DIALECTS.get(name) or DIALECTS["runc"]
+    return DIALECTS.get(name) or DIALECTS.get(os.path.basename(path)) or DIALECTS["runc"]
 
 
 class Oci:
     """An OCI runtime at `path` with its state below `root`; implements `runtimes.Runtime`.
 
     With `systemd` cgroups are scopes that systemd is asked for, "slice:prefix:name" in config.json.
+    `args` are flags of the handler's configuration, before the verb.
     """
 
     def __init__(
@@ -60,8 +71,9 @@ class Oci:
         children: reaper.Reaper,
         timeout: float,
         systemd: bool = False,
+        args: Sequence[str] = (),
     ) -> None:
-        self._base = (path, "--root", root, *(("--systemd-cgroup",) if systemd else ()))
+        self._base = (path, "--root", root, *(("--systemd-cgroup",) if systemd else ()), *args)
         self._dialect = dialect
         self._children = children
         self._timeout = timeout
@@ -76,7 +88,7 @@ class Oci:
              *_console(stdio), container_id),
             directory, stdio,
         )  # fmt: skip
-        return _read_pid(pid_file)
+        return read_pid(pid_file)
 
     async def exec(
         self, container_id: str, *, directory: str, cgroup: str, stdio: runtimes.Stdio
@@ -87,13 +99,20 @@ class Oci:
         part = ("--cgroup", cgroup) if cgroup else ()
         await self._launch(
             ("exec", "--detach", "--process", process_file, "--pid-file", pid_file,
-             *part, *_console(stdio), container_id),
+             *self._more_of_exec(directory), *part, *_console(stdio), container_id),
             directory, stdio,
         )  # fmt: skip
-        return _read_pid(pid_file)
+        return read_pid(pid_file)
+
+    def claim(self, pid: int, children: runtimes.Claims) -> runtimes.Process:
+        """Watch a process by its host pid."""
+        return children.claim(pid)
 
     async def update(self, container_id: str, resources: bytes) -> None:
-        """Apply LinuxResources (OCI JSON)."""
+        """Apply LinuxResources (OCI JSON). Raises Unimplemented where the runtime cannot."""
+        if not self._dialect.updates:
+            name = os.path.basename(self._base[0])
+            raise errors.Unimplemented(f"{name} cannot change the limits of a running container")
         await self._command(("update", *self._dialect.update_flags, container_id), stdin=resources)
 
     async def delete(self, container_id: str) -> None:
@@ -103,6 +122,10 @@ class Oci:
     def can_split_cgroups(self, controller: str) -> bool:
         """Say whether `exec` takes a part of the cgroup in this hierarchy ("" for v2)."""
         return ("v1" if controller else "v2") in self._dialect.exec_cgroups
+
+    def _more_of_exec(self, directory: str) -> tuple[str, ...]:
+        """Return further flags of `exec`."""
+        return ()
 
     async def _launch(self, verb: Sequence[str], directory: str, stdio: runtimes.Stdio) -> None:
         log = os.path.join(directory, runtimes.LOG_FILE)
@@ -147,7 +170,8 @@ class Oci:
             raise errors.FailedPrecondition(f"cannot run {argv[0]}: {error.strerror}") from error
 
 
-def _read_pid(path: str) -> int:
+def read_pid(path: str) -> int:
+    """Return the number in a pid file. Raises Internal when there is none."""
     try:
         with open(path, "rb") as file:
             return int(file.read(32))

@@ -49,6 +49,10 @@ class Plain:
             raise errors.ShimError("container does not exist")
         return self._spawn(container_id, _load(directory, runtimes.PROCESS_FILE), stdio)
 
+    def claim(self, pid: int, children: runtimes.Claims) -> runtimes.Process:
+        """Watch a child of ours."""
+        return children.claim(pid)
+
     async def update(self, container_id: str, resources: bytes) -> None:
         """Remember the resources."""
         await self._begin("update", container_id)

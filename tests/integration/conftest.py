@@ -97,7 +97,7 @@ def settings(
 @pytest.fixture(scope="session")
 def site(settings: dict[str, dict[str, Any]], marks: Marks) -> Iterator[server.Site]:
     """Return the session's server, running; at its end it must have cleaned up."""
-    with _site(settings, marks) as running:
+    with running_site(settings, marks) as running:
         yield running
 
 
@@ -198,7 +198,7 @@ def make_site(
             merged = {**settings}
             for name, table in tables.items():
                 merged[name] = {**merged.get(name, {}), **table}
-            return stack.enter_context(_site(merged, marks))
+            return stack.enter_context(running_site(merged, marks))
 
         yield make
 
@@ -216,7 +216,8 @@ def client_of(cgroup_parent: str) -> Iterator[Callable[[server.Site], kubelets.K
 
 
 @contextlib.contextmanager
-def _site(settings: dict[str, dict[str, Any]], marks: Marks) -> Iterator[server.Site]:
+def running_site(settings: dict[str, dict[str, Any]], marks: Marks) -> Iterator[server.Site]:
+    """Have a server running for the block; at its end it must have cleaned up."""
     with server.site(settings) as made:
         marks.add(os.fspath(made.home))
         made.start()

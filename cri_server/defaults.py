@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which handler serves the pods that name none.
+
+What the configuration names is taken, whatever it is. Else it is crun where this host supports it,
+for it starts a container in less time and memory; else runc; else the first handler that there is.
+Nothing is remembered: a start decides anew, and pods keep the handler that they were made with.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from cri_server import cgroups, config, host
+
+CRUN, RUNC = config.INSTALLED
+
+
+def choose(
+    settings: config.Config, found: Mapping[str, host.RuntimeFacts], hierarchy: cgroups.Hierarchy
+) -> tuple[config.Config, str]:
+    """Return the settings with a default handler, and the reason for it, for people."""
+    named = settings.runtime.default
+    if named:
+        return settings, "the configuration names it"
+    chosen, reason = _chosen(settings, found, why_not_crun(found, hierarchy))
+    runtime = dataclasses.replace(settings.runtime, default=chosen)
+    return dataclasses.replace(settings, runtime=runtime), reason
+
+
+def _chosen(
+    settings: config.Config, found: Mapping[str, host.RuntimeFacts], no_crun: str
+) -> tuple[str, str]:
+    if not no_crun:
+        return CRUN, "this host supports crun"
+    if RUNC in found or not found:
+        return RUNC, no_crun
+    return next(iter(settings.runtimes)), f"{no_crun}, nor is runc installed"
+
+
+def why_not_crun(found: Mapping[str, host.RuntimeFacts], hierarchy: cgroups.Hierarchy) -> str:
+    """Return why crun cannot run pods on this host, "" if it can."""
+    if CRUN not in found:
+        return "crun is not installed"
+    if found[CRUN].error:
+        return f"crun: {found[CRUN].error}"
+    return refused_hierarchy(hierarchy)
+
+
+def refused_hierarchy(hierarchy: cgroups.Hierarchy) -> str:
+    """Return why crun refuses these cgroups, "" if it does not.
+
+    In hybrid mode it gives up when cgroup v2 holds a controller ("cgroups in hybrid mode not
+    supported": crun 1.8, src/libcrun/cgroup-utils.c).
+    """
+    if hierarchy.mode != "hybrid" or hierarchy.unified is None:
+        return ""
+    held = (hierarchy.unified / "cgroup.controllers").read_text().split()
+    return f"crun refuses a hybrid host whose cgroup v2 holds {', '.join(held)}" if held else ""

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OCI runtimes whose containers live in a kernel of the pod's own: gVisor's runsc.
+
+    run --detach     the pod's first container: its pid is that of the kernel, and ends with it
+    run --detach     the others: the same pid; `runsc wait` is a child of ours that ends when the
+                     container does, and says how
+    exec --detach    leaves a process on the host that ends as the one inside does
+
+Signals go by `runsc kill`, one after another in the order in which they were sent. Nothing here is
+needed after a shim's death: the kernel dies with its cgroup, and the rest with the kernel.
+"""
+
+import json
+import os
+import signal
+from typing import NamedTuple
+
+from shim import diagnostics, errors, loop, process, runtimes
+from shim.runtimes import oci
+
+_SANDBOX_DIED = 128 + signal.SIGKILL  # what becomes of all in it
+_ANSWER_LIMIT = 4096
+_INTERNAL_PID_FILE = "internal-pid"
+
+
+class _Started(NamedTuple):
+    """What has been started and is not yet claimed: `pid` is told to others, `answer` is where
+    `runsc wait` writes, -1 for an exec, whose pid inside is `inner`.
+    """
+
+    container_id: str
+    pid: int
+    answer: int = -1
+    inner: int = 0
+
+
+class Sandboxed(oci.Oci):
+    """Implements `runtimes.Runtime` for the containers of one pod."""
+
+    _started: dict[int, _Started]
+    _kernels: set[int]
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, **options)  # type: ignore[arg-type]
+        self._started, self._kernels = {}, set()
+        self._signals = loop.Lock()
+
+    async def run(
+        self, container_id: str, bundle: str, *, directory: str, stdio: runtimes.Stdio
+    ) -> int:
+        """Create and start a container; return the pid of the kernel that it starts, or of who
+        waits for its end.
+        """
+        kernel = await super().run(container_id, bundle, directory=directory, stdio=stdio)
+        if kernel not in self._kernels:
+            self._kernels.add(kernel)
+            return kernel
+        return self._wait_for(container_id, kernel)
+
+    async def exec(
+        self, container_id: str, *, directory: str, cgroup: str, stdio: runtimes.Stdio
+    ) -> int:
+        """Start a process inside a container; return the pid of who stands for it on the host."""
+        pid = await super().exec(container_id, directory=directory, cgroup=cgroup, stdio=stdio)
+        inner = oci.read_pid(os.path.join(directory, _INTERNAL_PID_FILE))
+        self._started[pid] = _Started(container_id, pid, inner=inner)
+        return pid
+
+    def claim(self, pid: int, children: runtimes.Claims) -> runtimes.Process:
+        """Watch what `run` or `exec` returned."""
+        claimed, started = children.claim(pid), self._started.pop(pid, None)
+        return _Process(self, claimed, started) if started else claimed
+
+    def send(self, container_id: str, *flags: str, signum: int) -> None:
+        """Have a signal sent soon."""
+        loop.spawn(self._send(("kill", *flags, container_id, str(signum))), name="signal")
+
+    async def _send(self, verb: tuple[str, ...]) -> None:
+        async with self._signals:
+            try:
+                await self._command(verb)
+            except errors.ShimError as error:  # mostly that it has ended
+                diagnostics.report("signal not delivered", verb=verb, error=error.message)
+
+    def _wait_for(self, container_id: str, kernel: int) -> int:
+        ours, theirs = os.pipe2(os.O_CLOEXEC)
+        try:
+            child = process.spawn((*self._base, "wait", container_id), stdout=theirs)
+        except OSError as error:
+            os.close(ours)
+            raise errors.Internal(f"cannot wait for a container: {error.strerror}") from error
+        finally:
+            os.close(theirs)
+        os.close(child.pidfd)
+        self._started[child.pid] = _Started(container_id, kernel, answer=ours)
+        return child.pid
+
+    def _more_of_exec(self, directory: str) -> tuple[str, ...]:
+        return ("--internal-pid-file", os.path.join(directory, _INTERNAL_PID_FILE))
+
+
+class _Process:
+    """A process in the pod's kernel; `proxy` is the one that ends with it."""
+
+    def __init__(self, runtime: Sandboxed, proxy: runtimes.Process, started: _Started) -> None:
+        self.pid = started.pid
+        self._runtime, self._proxy, self._started = runtime, proxy, started
+
+    async def wait(self) -> int:
+        code = await self._proxy.wait()
+        return code if self._started.answer < 0 else _exit_status(self._started.answer)
+
+    def signal(self, signum: int) -> None:
+        if signum not in range(1, signal.NSIG):
+            raise errors.InvalidArgument(f"cannot send signal {signum}")
+        everything = ("--all",) if signum == signal.SIGKILL else ()
+        self._runtime.send(self._started.container_id, *everything, signum=signum)
+
+    def kill_tree(self) -> None:
+        inner = str(self._started.inner)
+        self._runtime.send(self._started.container_id, "--pid", inner, signum=signal.SIGKILL)
+
+
+def _exit_status(answer: int) -> int:
+    """Return what `runsc wait` said, and close the pipe; it says nothing when the kernel died."""
+    try:
+        return int(json.loads(os.read(answer, _ANSWER_LIMIT))["exitStatus"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return _SANDBOX_DIED
+    finally:
+        os.close(answer)

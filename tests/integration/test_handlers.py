@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of handlers: what every runtime at the end of the chain does for a kubelet.
+
+One server has them all. A new kind of handler is one more line of HANDLERS. What a handler cannot
+do it must refuse, by an error that says so; the note that a test then leaves goes into the table of
+docs/runtimes.md, which CRI_TESTS_TABLE=docs/runtimes.md has this file write.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from cri_server.pb import api_pb2 as api
+from tests.conftest import Marks
+from tests.fakes import kubelet as kubelets
+from tests.integration import conftest
+from tests.lab import server, waiting
+
+pytestmark = [
+    pytest.mark.needs("root", "netns", "overlay", "runc", "catatonit"),
+    pytest.mark.ours,
+]
+
+# Each by its section of the configuration; ptrace and the host's network stack because they work on
+# a machine without KVM and within a network namespace that is not this kernel's own.
+HANDLERS: dict[str, dict[str, Any]] = {
+    "runc": {},
+    "crun": {},
+    "runsc": {"args": ["--platform=ptrace", "--network=host"]},
+}
+KERNELS = ("runsc",)  # the containers of a pod share a kernel that is not the host's
+MEMORY = 256 << 20
+
+
+@dataclass(kw_only=True, slots=True)
+class Lab:
+    """A handler under test: pods are made with it, and notes are for the table."""
+
+    name: str
+    kubelet: kubelets.Kubelet
+    site: server.Site
+    image: str
+    note: Callable[[str, object], None]
+    numbers: "itertools.count[int]" = field(default_factory=itertools.count)
+
+    @property
+    def kernel(self) -> bool:
+        return self.name in KERNELS
+
+    def pod(self, **fields: Any) -> kubelets.Pod:
+        config = self.kubelet.pod_config(**fields)
+        return self.kubelet.run_pod(config, handler=self.name)
+
+    def run(self, pod: kubelets.Pod, script: str, **fields: Any) -> str:
+        name = f"c{next(self.numbers)}"
+        return self.kubelet.run(pod, self.image, ("sh", "-c", script), name=name, **fields)
+
+    def exec(self, container: str, *command: str, **options: Any) -> api.ExecSyncResponse:
+        return self.kubelet.exec_sync(container, list(command), **options)
+
+
+@pytest.fixture(scope="module")
+def chain(
+    settings: dict[str, dict[str, Any]], marks: Marks, request: pytest.FixtureRequest
+) -> Iterator[server.Site]:
+    """Return a server with all handlers."""
+    request.getfixturevalue("crun")
+    tables = {f"runtimes.{name}": {"path": name, **table} for name, table in HANDLERS.items()}
+    with conftest.running_site({**settings, **tables}, marks) as site:
+        yield site
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.needs(name)) for name in HANDLERS],
+)
+def lab(
+    request: pytest.FixtureRequest,
+    chain: server.Site,
+    cgroup_parent: str,
+    reference: str,
+    record_property: Callable[[str, object], None],
+) -> Iterator[Lab]:
+    with kubelets.Kubelet(chain.endpoint, cgroup_parent=cgroup_parent, prefix="chain") as client:
+        client.pull(reference)
+        yield Lab(
+            name=request.param, kubelet=client, site=chain, image=reference, note=record_property
+        )
+        client.remove_own_pods()
+
+
+def test_a_pod_with_two_containers_lives_and_goes(lab: Lab) -> None:
+    pod = lab.pod()
+    one, two = lab.run(pod, "exec sleep 600"), lab.run(pod, "exit 0")
+    ended = lab.kubelet.wait_exit(two)
+    assert (ended.exit_code, ended.reason) == (0, "Completed")
+    assert lab.kubelet.status(one).state == api.CONTAINER_RUNNING
+    lab.kubelet.stop(one)
+    assert lab.kubelet.status(one).exit_code == 137
+    lab.kubelet.remove(one)
+    lab.kubelet.remove_pod(pod.id)
+    assert [p.id for p in lab.kubelet.pods() if p.id == pod.id] == []
+
+
+def test_the_kernel_is_the_pods_own_or_the_hosts(lab: Lab) -> None:
+    container = lab.run(lab.pod(), "exec sleep 600")
+    said = lab.exec(container, "dmesg").stdout
+    assert (b"Starting gVisor" in said) == lab.kernel
+    release = lab.exec(container, "uname", "-r").stdout.decode().strip()
+    assert (release == Path("/proc/sys/kernel/osrelease").read_text().strip()) == (not lab.kernel)
+    lab.note("cell", "its own" if lab.kernel else "the host's")
+
+
+def test_exit_codes_and_signals_are_told(lab: Lab) -> None:
+    pod = lab.pod()
+    assert lab.kubelet.wait_exit(lab.run(pod, "exit 3")).exit_code == 3
+    assert lab.kubelet.wait_exit(lab.run(pod, "kill -SEGV $$; sleep 9")).exit_code == 139
+
+
+def test_a_stop_signal_is_heard_in_time(lab: Lab) -> None:
+    container = lab.run(lab.pod(), "trap 'exit 9' TERM; echo ready; while :; do sleep 0.1; done")
+    lab.kubelet.wait_log(container, "ready")
+    lab.kubelet.stop(container, timeout=20)
+    assert lab.kubelet.status(container).exit_code == 9
+
+
+def test_output_is_logged_by_stream(lab: Lab) -> None:
+    container = lab.run(lab.pod(), "echo out; echo err >&2; printf end")
+    lab.kubelet.wait_exit(container)
+    lines = {(line.stream, line.text, line.tag) for line in lab.kubelet.log(container)}
+    assert {("stdout", "out", "F"), ("stderr", "err", "F"), ("stdout", "end", "P")} <= lines
+
+
+def test_a_program_that_is_not_there_is_named(lab: Lab) -> None:
+    with pytest.raises(grpc.RpcError, match="no-such-program"):
+        lab.kubelet.run(lab.pod(), lab.image, ("no-such-program",))
+
+
+def test_exec_sync_gives_streams_and_code(lab: Lab) -> None:
+    container = lab.run(lab.pod(), "exec sleep 600")
+    answer = lab.exec(container, "sh", "-c", "echo out; echo err >&2; exit 5")
+    assert (answer.stdout, answer.stderr, answer.exit_code) == (b"out\n", b"err\n", 5)
+
+
+def test_exec_sync_ends_in_time_and_leaves_nothing(lab: Lab) -> None:
+    container = lab.run(lab.pod(), "exec sleep 600")
+    with pytest.raises(grpc.RpcError) as caught:
+        lab.exec(container, "sleep", "321", timeout=1)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    waiting.until(
+        lambda: b"sleep 321" not in lab.exec(container, "ps").stdout, "the command is dead"
+    )
+
+
+def test_containers_of_a_pod_share_its_network(lab: Lab) -> None:
+    pod = lab.pod()
+    lab.run(pod, "echo shared | nc -l -p 7000")
+    client = lab.run(pod, "until nc 127.0.0.1 7000; do sleep 0.1; done")
+    lab.kubelet.wait_log(client, "shared")
+    addresses = lab.exec(lab.run(pod, "exec sleep 600"), "ip", "addr").stdout.decode()
+    assert lab.kubelet.pod_status(pod.id).status.network.ip in addresses
+
+
+def test_stats_are_the_containers(lab: Lab) -> None:
+    container = lab.run(lab.pod(), "i=0; while [ $i -lt 9999 ]; do i=$((i+1)); done; sleep 600")
+
+    def seen() -> api.ContainerStats | None:
+        request = api.ContainerStatsRequest(container_id=container)
+        stats = lab.kubelet.runtime.ContainerStats(request).stats
+        used = stats.cpu.usage_core_nano_seconds.value and stats.memory.usage_bytes.value
+        return stats if used else None
+
+    assert waiting.until(seen, "CPU and memory are counted").attributes.id == container
+
+
+def test_memory_has_a_limit(lab: Lab) -> None:
+    limits = api.LinuxContainerResources(memory_limit_in_bytes=64 << 20)
+    linux = api.LinuxContainerConfig(resources=limits)
+    pod = lab.pod(linux=api.LinuxPodSandboxConfig(resources=limits))
+    container = lab.run(pod, "exec tail -c 300m /dev/zero", linux=linux)
+    ended = lab.kubelet.wait_exit(container, seconds=40)
+    assert ended.exit_code == 137
+    assert ended.reason == "OOMKilled"
+    lab.note("cell", "of the pod" if lab.kernel else "of the container")
+
+
+def test_limits_change_while_it_runs_or_that_is_refused(lab: Lab) -> None:
+    container = lab.run(lab.pod(), "exec sleep 600")
+    limits = api.LinuxContainerResources(memory_limit_in_bytes=MEMORY)
+    request = api.UpdateContainerResourcesRequest(container_id=container, linux=limits)
+    if not lab.kernel:
+        lab.kubelet.runtime.UpdateContainerResources(request)
+        now = lab.kubelet.status(container).resources.linux.memory_limit_in_bytes
+        assert now == MEMORY
+        return
+    with pytest.raises(grpc.RpcError, match="cannot change the limits") as caught:
+        lab.kubelet.runtime.UpdateContainerResources(request)
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    lab.note("cell", "refused")
+
+
+def test_a_restart_of_the_server_changes_nothing(lab: Lab) -> None:
+    pod = lab.pod()
+    script = "trap 'exit 4' TERM; echo before; while :; do sleep 0.1; done"
+    container = lab.run(pod, script)
+    lab.kubelet.wait_log(container, "before")
+    pid = lab.kubelet.status_response(container, verbose=True).info["info"]
+    lab.site.kill()
+    lab.site.start()
+    waiting.until(lambda: lab.kubelet.status(container), "the server answers again")
+    assert lab.kubelet.status_response(container, verbose=True).info["info"] == pid
+    assert lab.exec(container, "echo", "after").stdout == b"after\n"
+    lab.kubelet.stop(container, timeout=20)
+    assert lab.kubelet.status(container).exit_code == 4
