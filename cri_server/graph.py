@@ -27,6 +27,7 @@ from cri_server import (
     imagehost,
     imagevolumes,
     info,
+    kernelstats,
     metrics,
     podfiles,
     pods,
@@ -215,6 +216,7 @@ class Graph:
             container_host=self._containers,
             groups=self._groups,
             layers=self.layers,
+            kernels=kernelstats.KernelStats(self._settings),
         )
 
     def _metrics(self) -> metrics.Metrics:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What containers and pods use: cgroup files, network counters, writable layers. No process, no
-`du`.
+"""What containers and pods use: cgroup files, network counters, writable layers. No `du`, and no
+process but for containers that the host's kernel cannot tell apart (`kernelstats`).
 
 All containers of a list are read in one hop to a thread. A container that cannot be read costs its
 own figures and never the list. `usage_nano_cores` needs two samples: it is absent in the first
@@ -12,7 +12,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cri_server import cgroups, containers, errors, pods, snapshots, state, usage
+from cri_server import (
+    cgroups,
+    containers,
+    errors,
+    kernelstats,
+    pods,
+    snapshots,
+    state,
+    usage,
+)
 from cri_server.network import counters
 from cri_server.pb import api_pb2 as api
 from shim import cgroup
@@ -36,7 +45,9 @@ class Stats:
         container_host: containers.Containers,
         groups: cgroups.Cgroups,
         layers: snapshots.Snapshots,
+        kernels: kernelstats.KernelStats,
     ) -> None:
+        self._kernels = kernels
         self._pods, self._containers = pod_host, container_host
         self._groups, self._layers = groups, layers
         self._samples: dict[str, tuple[_Sample, int | None]] = {}
@@ -48,7 +59,7 @@ class Stats:
         container = self._containers.record(wanted)
         if container.finished_at:
             raise errors.FailedPrecondition(f"container {container.id[:13]} has ended: no stats")
-        return (await asyncio.to_thread(self._read, [container]))[0]
+        return (await self._read([container]))[0]
 
     async def containers(self, wanted: api.ContainerStatsFilter) -> Sequence[api.ContainerStats]:
         """Return the stats of all containers that match and have not ended."""
@@ -61,12 +72,15 @@ class Stats:
         )
         alive = [c for c in records if not c.finished_at]
         self._forget({c.id for c in self._containers.matching(api.ContainerFilter())})
-        return await asyncio.to_thread(self._read, alive)
+        return await self._read(alive)
 
-    def _read(self, records: Sequence[state.Container]) -> list[api.ContainerStats]:
-        return [self._one(c) for c in records]
+    async def _read(self, records: Sequence[state.Container]) -> list[api.ContainerStats]:
+        inside = await self._kernels.read(records)
+        return await asyncio.to_thread(lambda: [self._one(c, inside) for c in records])
 
-    def _one(self, container: state.Container) -> api.ContainerStats:
+    def _one(
+        self, container: state.Container, inside: Mapping[str, usage.Usage | None]
+    ) -> api.ContainerStats:
         now = time.time_ns()
         m = container.config
         stats = api.ContainerStats(
@@ -75,10 +89,13 @@ class Stats:
             ),
             writable_layer=self._writable_layer(container.id, now),
         )
-        used = usage.read(self._groups.accounts(container.cgroups_path)) if container.pid else None
+        used = inside[container.id] if container.id in inside else self._of_cgroup(container)
         if used is not None:
             _fill(stats, used, now, self._rate(container.id, now, used.cpu))
         return stats
+
+    def _of_cgroup(self, container: state.Container) -> usage.Usage | None:
+        return usage.read(self._groups.accounts(container.cgroups_path)) if container.pid else None
 
     def _writable_layer(self, container_id: str, now: int) -> api.FilesystemUsage:
         size = self._layers.usage(container_id)
@@ -106,24 +123,28 @@ class Stats:
         return await self._read_pods([p for p in chosen if p.state is state.PodState.READY])
 
     async def _read_pods(self, chosen: Sequence[state.Pod]) -> list[api.PodSandboxStats]:
-        inside = {p.id: self._containers.of_pod(p.id) for p in chosen}
-        return await asyncio.to_thread(self._pods_now, chosen, inside)
+        alive = {
+            p.id: [c for c in self._containers.of_pod(p.id) if not c.finished_at] for p in chosen
+        }
+        used = await self._kernels.read(c for of_pod in alive.values() for c in of_pod)
 
-    def _pods_now(
-        self, chosen: Sequence[state.Pod], inside: Mapping[str, Sequence[state.Container]]
-    ) -> list[api.PodSandboxStats]:
-        networks = counters.read(p.netns for p in chosen if p.netns)
-        return [self._pod(p, inside[p.id], networks.get(p.netns)) for p in chosen]
+        def read() -> list[api.PodSandboxStats]:
+            networks = counters.read(p.netns for p in chosen if p.netns)
+            return [
+                self._pod(p, [self._one(c, used) for c in alive[p.id]], networks.get(p.netns))
+                for p in chosen
+            ]
+
+        return await asyncio.to_thread(read)
 
     def _pod(
         self,
         pod: state.Pod,
-        inside: Sequence[state.Container],
+        parts: Sequence[api.ContainerStats],
         network: Sequence[counters.Counters] | None,
     ) -> api.PodSandboxStats:
         now = time.time_ns()
         m = pod.config
-        parts = self._read([c for c in inside if not c.finished_at])
         linux = api.LinuxPodSandboxStats(containers=parts)
         directories = self._groups.pod_accounts(pod.id, m.linux.cgroup_parent)
         used = usage.read(directories)

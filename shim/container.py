@@ -65,9 +65,19 @@ class Spec(NamedTuple):
 
 
 class Container:
-    """A container that the shim answers for. Raises InvalidArgument if its log cannot be opened."""
+    """A container that the shim answers for. Raises InvalidArgument if its log cannot be opened.
 
-    def __init__(self, spec: Spec, *, runtime: runtimes.Runtime, children: reaper.Reaper) -> None:
+    `kernel` is the one that this one runs in, if any: its cgroup is where the host kills.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        *,
+        runtime: runtimes.Runtime,
+        children: reaper.Reaper,
+        kernel: "Container | None" = None,
+    ) -> None:
         self.spec = spec
         self.runtime = runtime
         self.children = children
@@ -83,6 +93,8 @@ class Container:
             owner=spec.owner,
         )
         self._parts: list[cgroup.Cgroup] = []
+        self._kernel = kernel
+        self._kills = 0
         self._kills_above = 0
         self._condemned = False
         self._started_at = 0
@@ -102,7 +114,7 @@ class Container:
         async with self._lock:
             self.require(State.CREATED, verb="start")
             self.state = State.STARTING
-            self._kills_above = oom.above(self.spec.cgroups)
+            self._kills_above = self._count_above()
             self._launch = loop.spawn(self._run(), name="start")
             try:
                 self._begin(await self._launch.join())
@@ -233,12 +245,12 @@ class Container:
         await self._finish(pb.ExitRecord(exit_code=code, finished_at=time.time_ns()))
 
     async def _finish(self, record: pb.ExitRecord) -> None:
-        seen = oom.kills(self.spec.cgroups)  # at once: systemd may be about to remove the cgroup
+        self.count_kills()  # at once: systemd may be about to remove the cgroup
         try:
             await self._settle()
         except Exception as error:  # An end must be told, whatever went wrong with the rest.
             diagnostics.report("cannot settle an end", container=self.spec.id, error=error)
-        if killed := max(seen, oom.kills(self.spec.cgroups)) or self._unseen_kills(record):
+        if killed := self.count_kills() or self._unseen_kills(record):
             record.oom_killed = True
             record.message = record.message or f"{killed} process{'es' * (killed > 1)} OOM-killed"
         self._write(record)
@@ -247,14 +259,23 @@ class Container:
         self._stopped.set()
         self._removal = loop.spawn(self._remove(), name="remove")
 
+    def count_kills(self) -> int:
+        """Return how many processes were OOM-killed in its cgroup, also when that is gone."""
+        self._kills = max(self._kills, oom.kills(self.spec.cgroups))
+        return self._kills
+
+    def _count_above(self) -> int:
+        return self._kernel.count_kills() if self._kernel else oom.above(self.spec.cgroups)
+
     def _unseen_kills(self, record: pb.ExitRecord) -> int:
         """Return the OOM kills that the pod has more than at the start, if they must be ours: the
         init was killed, nobody had asked us to, and our own counter has gone with the cgroup.
         """
         killed = record.exit_code == 128 + signal.SIGKILL and not self._condemned
-        if not killed or any(map(os.path.exists, self.spec.cgroups.values())):
+        counted = not self._kernel and any(map(os.path.exists, self.spec.cgroups.values()))
+        if not killed or counted:
             return 0
-        return max(0, oom.above(self.spec.cgroups) - self._kills_above)
+        return max(0, self._count_above() - self._kills_above)
 
     async def _settle(self) -> None:
         """Kill what the init has left and bring the last output into the log."""

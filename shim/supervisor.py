@@ -94,7 +94,10 @@ class Supervisor:
         yield from self._containers.values()
 
     def _make(self, spec: container.Spec) -> container.Container:
-        return container.Container(spec, runtime=self.runtime, children=self._children)
+        first = next(self._all(), None) if self.runtime.shares_kernel else None
+        return container.Container(
+            spec, runtime=self.runtime, children=self._children, kernel=first
+        )
 
     async def _start_sandbox(self, spec: container.Spec) -> int:
         one = self._make(spec)

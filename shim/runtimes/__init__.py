@@ -62,8 +62,10 @@ class Claims(Protocol):
 
 class Runtime(Protocol):
     """The verbs of a container's life. `directory` is where a verb may put its files; the caller
-    removes it.
+    removes it. `shares_kernel`: the first container is what all others run in.
     """
+
+    shares_kernel: bool
 
     async def run(self, container_id: str, bundle: str, *, directory: str, stdio: Stdio) -> int:
         """Create and start a container; return the host pid of what ends with its init."""

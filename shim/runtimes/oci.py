@@ -62,6 +62,8 @@ class Oci:
     `args` are flags of the handler's configuration, before the verb.
     """
 
+    shares_kernel = False
+
     def __init__(
         self,
         path: str,

@@ -37,6 +37,7 @@ class _Started(NamedTuple):
 class Sandboxed(oci.Oci):
     """Implements `runtimes.Runtime` for the containers of one pod."""
 
+    shares_kernel = True
     _started: dict[int, _Started]
     _kernels: set[int]
 

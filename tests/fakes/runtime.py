@@ -24,6 +24,8 @@ class Plain:
     `gates`: an event per verb that it waits for first. `calls` is what was asked, in order.
     """
 
+    shares_kernel = False
+
     def __init__(self) -> None:
         self.failures: dict[str, errors.ShimError] = {}
         self.gates: dict[str, loop.Event] = {}
