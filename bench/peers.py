@@ -56,6 +56,8 @@ def main() -> int:
     kind = sys.argv.pop(1)
     parser = {"pods": pods.arguments, "streams": streams.arguments}[kind]()
     parser.add_argument("--ours-only", action="store_true", help="leave containerd out")
+    handlers = "handlers of ours, measured side by side: crun,runc (the default: runc alone)"
+    parser.add_argument("--handlers", type=_handlers, default={"ours": "runc"}, help=handlers)
     options = parser.parse_args()
     net = network.own("crib")
     with contextlib.ExitStack() as stack:
@@ -82,11 +84,16 @@ def _set_up(
     }
     site = stack.enter_context(server.site(settings, prefix="crib-"))
     site.start()
-    sockets = {"ours": site.endpoint}
+    sockets = {name: f"{site.endpoint}#{chosen}" for name, chosen in options.handlers.items()}
     if not options.ours_only:
         text = CONTAINERD.format(home=home / "c", pause=pause, conf=conf, hosts=hosts)
         sockets["containerd"] = stack.enter_context(containerd(home / "c", text))
     return sockets, reference
+
+
+def _handlers(text: str) -> dict[str, str]:
+    """Return the handlers of "crun,runc" by the names that they have in the table."""
+    return {f"ours-{handler}": handler for handler in text.split(",")}
 
 
 def pause_image() -> image.Image:

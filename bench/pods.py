@@ -2,6 +2,9 @@
 """Drive any number of CRI sockets through the same work, in alternating rounds, and compare them.
 
     python -m bench.pods --image registry.test/bench/busybox ours=unix:///… containerd=unix:///…
+    python -m bench.pods --image … crun=unix:///…#crun runc=unix:///…#runc containerd=unix:///…
+
+What comes after "#" is the handler (RuntimeClass.handler) of the pods; without it, the default.
 
 Ratios are to the last socket; the first one is judged by `LIMITS` and the exit status is 1 when it
 misses one. Every pod that is started is removed again, whatever fails. Times are of the calls
@@ -76,6 +79,7 @@ class Subject:
     name: str
     client: kubelet.Kubelet
     image: str
+    handler: str = ""
     samples: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, row: str, value: float) -> None:
@@ -94,7 +98,7 @@ class Subject:
         """Bring up a pod with one container, each call timed."""
         with self.timed("pod up"):
             with self.timed("RunPodSandbox"):
-                pod = self.client.run_pod()
+                pod = self.client.run_pod(handler=self.handler)
             config = self.client.container_config(self.image, COMMAND)
             with self.timed("CreateContainer"):
                 container = self.client.create(pod, config)
@@ -268,14 +272,16 @@ def arguments() -> argparse.ArgumentParser:
 def subjects(
     sockets: Mapping[str, str], image: str, *, cgroup_parent: str
 ) -> Iterator[list[Subject]]:
-    """Give a subject for each name → endpoint; their pods are removed at the end."""
+    """Give a subject for each name → endpoint, with #HANDLER; their pods are removed at the end."""
     with contextlib.ExitStack() as stack:
         made = []
         for name, endpoint in sockets.items():
-            client = kubelet.Kubelet(endpoint, cgroup_parent=cgroup_parent, prefix=f"bench-{name}")
+            address, _, handler = endpoint.partition("#")
+            client = kubelet.Kubelet(address, cgroup_parent=cgroup_parent, prefix=f"bench-{name}")
             stack.callback(client.close)
             stack.callback(client.remove_own_pods)
-            made.append(Subject(name=name, client=client, image=image))
+            subject = Subject(name=name, client=client, image=image, handler=handler)
+            made.append(subject)
         yield made
 
 
@@ -291,7 +297,7 @@ def command(parser: argparse.ArgumentParser, runner: Callable[..., int]) -> int:
     """Parse the command line of a benchmark on given sockets and run it."""
     parser.add_argument("--image", required=True, help="an image with busybox's applets")
     parser.add_argument("--cgroup-parent", default="", help="parent of the pods' cgroups")
-    parser.add_argument("sockets", nargs="+", metavar="NAME=unix://SOCKET")
+    parser.add_argument("sockets", nargs="+", metavar="NAME=unix://SOCKET[#HANDLER]")
     options = parser.parse_args()
     sockets = dict(socket.split("=", 1) for socket in options.sockets)
     return runner(sockets, options.image, options, cgroup_parent=options.cgroup_parent)

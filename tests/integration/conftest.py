@@ -22,7 +22,7 @@ from tests import residue
 from tests.conftest import Marks
 from tests.fakes import kubelet as kubelets
 from tests.fakes import registry as evil
-from tests.lab import cgroups, hostile, image, network, server
+from tests.lab import cgroups, hostile, image, matrix, network, server
 from tests.lab import registry as registries
 
 ELSEWHERE = os.environ.get("CRI_ENDPOINT", "")
@@ -37,6 +37,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "ours: about this runtime only, not about every CRI server")
+
+
+MATRIX = matrix.Matrix()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    MATRIX.add(report)
+
+
+def pytest_sessionfinish() -> None:
+    if page := os.environ.get("CRI_TESTS_TABLE"):
+        MATRIX.write(Path(page))
 
 
 # -- what stands for the whole session -------------------------------------------------------------

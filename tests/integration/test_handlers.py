@@ -2,11 +2,12 @@
 """The contract of handlers: what every runtime at the end of the chain does for a kubelet.
 
 One server has them all. A new kind of handler is one more line of HANDLERS. What a handler cannot
-do it must refuse, by an error that says so; the note that a test then leaves goes into the table of
-docs/runtimes.md, which CRI_TESTS_TABLE=docs/runtimes.md has this file write.
+do it must refuse, by an error that says so. CRI_TESTS_TABLE=docs/runtimes.md has a run write the
+table of that page: a row for each test, with the notes that it left (`Lab.note`).
 """
 
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 from cri_server.pb import api_pb2 as api
 from tests.conftest import Marks
 from tests.fakes import kubelet as kubelets
+from tests.fakes import streams
 from tests.integration import conftest
 from tests.lab import server, waiting
 
@@ -154,6 +156,47 @@ def test_exec_sync_ends_in_time_and_leaves_nothing(lab: Lab) -> None:
     waiting.until(
         lambda: b"sleep 321" not in lab.exec(container, "ps").stdout, "the command is dead"
     )
+
+
+@pytest.mark.parametrize("connect", [streams.Spdy, streams.WebSocket])
+def test_exec_has_streams_and_a_terminal(lab: Lab, connect: Any) -> None:
+    container = lab.run(lab.pod(), "exec sleep 600")
+    request = api.ExecRequest(container_id=container, cmd=["sh"], stdin=True, stdout=True, tty=True)
+    url = lab.kubelet.runtime.Exec(request).url
+    with connect(url, ("stdin", "stdout", "error", "resize")) as session:
+        session.send("resize", json.dumps({"Width": 120, "Height": 33}).encode())
+        session.send("stdin", b"while [ '33 120' != \"$(stty size)\" ]; do :; done; echo a''b\n")
+        streams.until(session, "stdout", b"ab")
+        session.send("stdin", b"exit 7\n")
+        assert streams.exit_code(streams.ending(session)) == 7
+
+
+def test_attach_gives_input_and_output(lab: Lab) -> None:
+    container = lab.run(lab.pod(), "while read x; do echo got $x; done; exit 0", stdin=True)
+    request = api.AttachRequest(container_id=container, stdin=True, stdout=True, stderr=True)
+    url = lab.kubelet.runtime.Attach(request).url
+    with streams.WebSocket(url, ("stdin", "stdout", "stderr", "error")) as session:
+        session.send("stdin", b"word\n")
+        streams.until(session, "stdout", b"got word\n")
+    assert [line.text for line in lab.kubelet.log(container)] == ["got word"]
+
+
+def test_a_container_has_a_terminal(lab: Lab) -> None:
+    container = lab.run(lab.pod(), "test -t 0 && test -t 1 && echo yes; exit 6", tty=True)
+    assert lab.kubelet.wait_exit(container).exit_code == 6
+    assert "yes" in lab.kubelet.log(container)[0].text
+
+
+def test_containers_can_share_processes(lab: Lab) -> None:
+    config = lab.kubelet.pod_config()
+    config.linux.security_context.namespace_options.pid = api.POD
+    pod = lab.kubelet.run_pod(config, handler=lab.name)
+    shared = api.LinuxContainerConfig()
+    shared.security_context.namespace_options.pid = api.POD
+    shared.security_context.namespace_options.target_id = ""
+    lab.run(pod, "exec sleep 4321", linux=shared)
+    other = lab.run(pod, "exec sleep 600", linux=shared)
+    assert b"sleep 4321" in lab.exec(other, "ps").stdout
 
 
 def test_containers_of_a_pod_share_its_network(lab: Lab) -> None:

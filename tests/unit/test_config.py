@@ -53,7 +53,9 @@ def test_no_file_gives_the_defaults(tmp_path: Path, install: Install) -> None:
         assert settings.network == config.Network()
         assert settings.images == config.Images()
         assert settings.runtime == config.Runtime()
-        assert settings.runtimes == {"runc": config.Handler(path=str(folder / "runc"))}
+        assert settings.runtimes == {
+            "runc": config.Handler(path=str(folder / "runc"), dialect="runc")
+        }
 
 
 def test_an_empty_file_is_the_same_as_none(read: Read, install: Install) -> None:
@@ -104,7 +106,7 @@ def test_a_configured_handler_replaces_the_installed_one(read: Read, install: In
     settings = read('[runtimes.runc]\npath = "runc-debug"\nsandbox = "container"')
 
     assert settings.runtimes["runc"] == config.Handler(
-        path=str(folder / "runc-debug"), sandbox="container"
+        path=str(folder / "runc-debug"), dialect="runc", sandbox="container"
     )
 
 
@@ -115,24 +117,45 @@ def test_a_binary_that_is_not_there_keeps_its_name(read: Read, install: Install)
 
 
 @pytest.mark.parametrize(
-    ("installed", "text", "default"),
+    ("section", "dialect"),
     [
-        (("runc", "crun"), "", "runc"),
-        (("crun",), "", "crun"),
-        (("crun",), '[runtime]\ndefault = "runc"', "crun"),
-        (("runc", "crun"), '[runtime]\ndefault = "crun"', "crun"),
-        (("runc",), "[runtimes.runsc]", "runc"),
-        (("runc",), '[runtime]\ndefault = "runsc"\n[runtimes.runsc]', "runsc"),
-        ((), "[runtimes.youki]", "youki"),
-        ((), "", "runc"),
+        ("[runtimes.runsc]", "runsc"),
+        ('[runtimes.gvisor]\npath = "/opt/gvisor/runsc"', "runsc"),
+        ('[runtimes.gvisor]\npath = "/opt/gvisor"\ndialect = "runsc"', "runsc"),
+        ('[runtimes.crun]\npath = "/opt/crun-1.28"', "crun"),
+        ('[runtimes.other]\npath = "/opt/other"', "runc"),
     ],
 )
-def test_the_default_handler(
-    read: Read, install: Install, installed: tuple[str, ...], text: str, default: str
+def test_the_dialect_is_told_by_key_program_or_name(
+    read: Read, install: Install, section: str, dialect: str
 ) -> None:
-    install(*installed)
+    install()
 
-    assert read(text).runtime.default == default
+    (handler,) = read(section).runtimes.values()
+
+    assert handler.dialect == dialect
+    assert handler.has_kernel == handler.has_sandbox == (dialect == "runsc")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ('args = ["ptrace"]', r"args: 'ptrace' is not --NAME or --NAME=VALUE"),
+        ('args = ["--platform ptrace", "x"]', "is not --NAME"),
+        ('args = ["--strace=a\\nb"]', "is not --NAME"),
+        ('args = ["--root=/tmp"]', "the server gives --root itself"),
+        ('args = ["-log=/tmp"]', "the server gives --log itself"),
+        ('sandbox = "namespaces"', "runsc needs a sandbox container"),
+        ('dialect = "kata"', "dialect"),
+    ],
+)
+def test_what_a_runtime_cannot_be_given_is_refused(
+    read: Read, install: Install, keys: str, message: str
+) -> None:
+    install()
+
+    with pytest.raises(config.ConfigError, match=rf"\[runtimes\.runsc\]: .*{message}"):
+        read(f"[runtimes.runsc]\n{keys}")
 
 
 def test_a_chosen_default_is_never_replaced(read: Read, install: Install) -> None:
@@ -146,7 +169,7 @@ def test_a_chosen_default_is_never_replaced(read: Read, install: Install) -> Non
 
 def test_a_handler_is_found_by_name_and_the_default_by_none(read: Read, install: Install) -> None:
     install("runc", "crun")
-    settings = read("")
+    settings = read('[runtime]\ndefault = "runc"')
 
     assert settings.handler("crun") is settings.runtimes["crun"]
     assert settings.handler("") is settings.runtimes["runc"]

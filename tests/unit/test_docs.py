@@ -91,7 +91,7 @@ def test_a_setting_is_documented_with_its_choices(
     kind = get_type_hints(SECTIONS[heading])[field.name]
     _, said, _, _ = documented()[heading, field.name]
 
-    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    choices = tuple(filter(None, get_args(kind))) if get_origin(kind) is Literal else ()
     assert tuple(re.findall(r'`"(\w+)"`', said)) == choices
 
 
