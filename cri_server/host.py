@@ -20,9 +20,20 @@ from typing import Any
 
 import msgspec
 
-from cri_server import apparmor, cgroups, commands, config, labels, limits, spec, userns
+from cri_server import (
+    apparmor,
+    cgroups,
+    commands,
+    config,
+    errors,
+    labels,
+    limits,
+    spec,
+    userns,
+)
 from shim import linux
 
+_COMPLAINT = 200  # characters
 _SIZES = {"kB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
 
 
@@ -185,7 +196,9 @@ async def _runtime(handler: config.Handler) -> RuntimeFacts:
     try:
         version = await commands.run([binary, *handler.args, "--version"], timeout=10)
         features = await commands.run([binary, "features"], timeout=10, check=False)
-    except (commands.Failed, commands.TimedOut, OSError) as e:
+    except commands.Failed as e:
+        return RuntimeFacts(path=binary, error=_complaint(e))
+    except (commands.TimedOut, OSError) as e:
         return RuntimeFacts(path=binary, error=str(e))
     return RuntimeFacts(
         path=binary,
@@ -193,6 +206,20 @@ async def _runtime(handler: config.Handler) -> RuntimeFacts:
         version=_version(version.stdout.decode(errors="replace")),
         features=_features(features.stdout) if features.returncode == 0 else {},
     )
+
+
+async def check_runtime(name: str, handler: config.Handler, known: RuntimeFacts | None) -> None:
+    """Raise FailedPrecondition, with handler, program and reason, for a runtime that could not be
+    used when the server started and still cannot.
+    """
+    if known is not None and known.error and (error := (await _runtime(handler)).error):
+        raise errors.FailedPrecondition(f"handler {name}: {handler.path}: {error}")
+
+
+def _complaint(failed: commands.Failed) -> str:
+    """Return the first line that a program said, for after it comes how it is used."""
+    said = failed.finished.stderr.decode(errors="replace").strip()
+    return said.partition("\n")[0][:_COMPLAINT] or failed.message
 
 
 def _version(text: str) -> str:

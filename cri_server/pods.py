@@ -105,13 +105,15 @@ class Pods:
 
         The same metadata again waits for the attempt in flight or returns the finished pod
         (design.md §4). Raises InvalidArgument for a config that can never work, Unavailable when
-        there is no network yet.
+        there is no network yet, FailedPrecondition for a handler whose program does not work.
         """
         served_by = self._settings.handler(handler)
-        facts = self._facts.facts(handler or self._settings.runtime.default)
+        chosen = handler or self._settings.runtime.default
+        facts = self._facts.facts(chosen)
         spec.validate_sandbox(wanted, facts)
         allowed = served_by.allowed(served_by.pod_annotations, wanted.annotations)
         spec.check_pod_annotations(wanted, allowed, facts)
+        await host.check_runtime(chosen, served_by, self._facts.runtimes.get(chosen))
         m = wanted.metadata
         name = (m.name, m.namespace, m.uid, m.attempt)
         return await self._attempts.join(name, lambda: self._run(name, wanted, handler))

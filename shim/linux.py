@@ -321,9 +321,11 @@ def fork() -> int:
     return _check(_python.fork())
 
 
-def prctl_set_child_subreaper() -> None:
-    """Become the parent of every orphan among our descendants; not inherited by fork."""
-    _check(_libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
+def prctl_set_child_subreaper(*, on: bool = True) -> None:
+    """Become the parent of every orphan among our descendants, or no longer; not inherited by
+    fork.
+    """
+    _check(_libc.prctl(PR_SET_CHILD_SUBREAPER, int(on), 0, 0, 0))
 
 
 def prctl_set_name(name: str) -> None:

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every runtime below a shim does: the fake one, runc and crun pass the same tests.
 
+Those whose containers live in a kernel of their own need a shim around them: see
+tests/integration/test_handlers.py.
+
 The test process is the subreaper, as a shim is; containers share a busybox root.
 """
 
@@ -39,7 +42,7 @@ class Lab:
         return oci.Oci(
             path,
             os.fspath(self.folder / "state"),
-            dialect=oci.dialect_of(self.name, path),
+            dialect=oci.dialect_of("", self.name),
             children=self.children,
             timeout=timeout,
         )
@@ -47,12 +50,12 @@ class Lab:
     def prepare(self, *args: str, **options: Any) -> bundle.Bundle:
         return bundle.make(self.folder, self.root, args, **options)
 
-    async def run(self, made: bundle.Bundle, **streams: Any) -> reaper.Process:
+    async def run(self, made: bundle.Bundle, **streams: Any) -> runtimes.Process:
         folder = os.fspath(made.path)
         stdio = runtimes.Stdio(**streams)
         with self.children.launching():
             pid = await self.runtime.run(made.id, folder, directory=folder, stdio=stdio)
-            return self.children.claim(pid)
+            return self.runtime.claim(pid, self.children)
 
     async def exec(self, made: bundle.Bundle, *args: str, part: str = "", **streams: Any) -> int:
         """Run a command in a container to its end; return its exit code."""
@@ -64,13 +67,13 @@ class Lab:
             pid = await self.runtime.exec(
                 made.id, directory=os.fspath(folder), cgroup=part, stdio=stdio
             )
-            claimed = self.children.claim(pid)
+            claimed = self.runtime.claim(pid, self.children)
         return await claimed.wait()
 
     @asynccontextmanager
     async def running(
         self, *args: str, **options: Any
-    ) -> AsyncIterator[tuple[bundle.Bundle, reaper.Process]]:
+    ) -> AsyncIterator[tuple[bundle.Bundle, runtimes.Process]]:
         """Run a container for the block."""
         made = self.prepare(*(args or FOREVER), **options)
         init = await self.run(made)

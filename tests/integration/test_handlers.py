@@ -8,6 +8,8 @@ table of that page: a row for each test, with the notes that it left (`Lab.note`
 
 import itertools
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +19,12 @@ import grpc
 import pytest
 
 from cri_server.pb import api_pb2 as api
+from shim import linux
 from tests.conftest import Marks
 from tests.fakes import kubelet as kubelets
 from tests.fakes import streams
 from tests.integration import conftest
-from tests.lab import server, waiting
+from tests.lab import faults, server, waiting
 
 pytestmark = [
     pytest.mark.needs("root", "netns", "overlay", "runc", "catatonit"),
@@ -72,7 +75,10 @@ def chain(
 ) -> Iterator[server.Site]:
     """Return a server with all handlers."""
     request.getfixturevalue("crun")
+    linux.prctl_set_child_subreaper(on=False)  # other tests are; orphans of dead shims are init's
     tables = {f"runtimes.{name}": {"path": name, **table} for name, table in HANDLERS.items()}
+    for name in HANDLERS:
+        tables[f"runtimes.odd-{name}"] = {"path": name, "args": ["--no-such-flag"]}
     with conftest.running_site({**settings, **tables}, marks) as site:
         yield site
 
@@ -120,7 +126,8 @@ def test_the_kernel_is_the_pods_own_or_the_hosts(lab: Lab) -> None:
 def test_exit_codes_and_signals_are_told(lab: Lab) -> None:
     pod = lab.pod()
     assert lab.kubelet.wait_exit(lab.run(pod, "exit 3")).exit_code == 3
-    assert lab.kubelet.wait_exit(lab.run(pod, "kill -SEGV $$; sleep 9")).exit_code == 139
+    crash = "sh -c 'kill -SEGV $$'; exit $?"  # not the init itself, which Linux protects
+    assert lab.kubelet.wait_exit(lab.run(pod, crash)).exit_code == 139
 
 
 def test_a_stop_signal_is_heard_in_time(lab: Lab) -> None:
@@ -259,3 +266,28 @@ def test_a_restart_of_the_server_changes_nothing(lab: Lab) -> None:
     assert lab.exec(container, "echo", "after").stdout == b"after\n"
     lab.kubelet.stop(container, timeout=20)
     assert lab.kubelet.status(container).exit_code == 4
+
+
+def test_a_lost_shim_ends_its_containers_and_leaves_nothing(lab: Lab) -> None:
+    pod = lab.pod()
+    container = lab.run(pod, "exec sleep 600")
+    os.kill(faults.shim_of(lab.site, pod.id), signal.SIGKILL)
+    assert lab.kubelet.wait_exit(container).exit_code == 255
+    waiting.until(
+        lambda: lab.kubelet.pod_status(pod.id).status.state == api.SANDBOX_NOTREADY,
+        "the pod is not ready",
+    )
+    lab.kubelet.remove_pod(pod.id)
+    assert not list(lab.site.state.glob(f"runtimes/*/{pod.id}*"))
+    assert not list(lab.site.state.glob(f"runtimes/*/{container}*"))
+    assert not faults.processes(container)
+
+
+def test_a_flag_that_the_program_does_not_know_is_named(lab: Lab) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        lab.kubelet.run_pod(handler=f"odd-{lab.name}")
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    details = str(caught.value.details())
+    assert details.startswith(f"handler odd-{lab.name}: ")
+    assert "no-such-flag" in details
+    assert lab.pod().id  # the others are not affected
