@@ -26,6 +26,7 @@ ALLOWED = frozenset(
         "cgroup-v1",
         "cgroup-v2",
         "kvm",
+        "runsc",
         "sys_resource",
         "userns",
     }
