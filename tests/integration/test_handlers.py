@@ -95,6 +95,7 @@ def lab(
 ) -> Iterator[Lab]:
     with kubelets.Kubelet(chain.endpoint, cgroup_parent=cgroup_parent, prefix="chain") as client:
         client.pull(reference)
+        record_property("handler", request.param)
         yield Lab(
             name=request.param, kubelet=client, site=chain, image=reference, note=record_property
         )
@@ -114,7 +115,7 @@ def test_a_pod_with_two_containers_lives_and_goes(lab: Lab) -> None:
     assert [p.id for p in lab.kubelet.pods() if p.id == pod.id] == []
 
 
-def test_the_kernel_is_the_pods_own_or_the_hosts(lab: Lab) -> None:
+def test_the_kernel_is_its_own_or_that_of_the_host(lab: Lab) -> None:
     container = lab.run(lab.pod(), "exec sleep 600")
     said = lab.exec(container, "dmesg").stdout
     assert (b"Starting gVisor" in said) == lab.kernel
@@ -215,7 +216,7 @@ def test_containers_of_a_pod_share_its_network(lab: Lab) -> None:
     assert lab.kubelet.pod_status(pod.id).status.network.ip in addresses
 
 
-def test_stats_are_the_containers(lab: Lab) -> None:
+def test_stats_are_those_of_the_container(lab: Lab) -> None:
     container = lab.run(lab.pod(), "i=0; while [ $i -lt 9999 ]; do i=$((i+1)); done; sleep 600")
 
     def seen() -> api.ContainerStats | None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of what each handler can do, made from a run of tests/integration/test_handlers.py.
 
-A row is a test's name as a sentence, a column a handler. A cell says "yes", the note that the test
-left (property "cell"), "FAILED", or "not here" for a skipped test. It stands between two marks of
-a page and replaces what was there.
+A row is a test's name as a sentence, a column a handler (property "handler"). A cell says "yes",
+the note that the test left (property "cell") or "FAILED"; it is empty for a test that was skipped.
+The table stands between two marks of a page and replaces what was there.
 """
 
 import re
@@ -14,7 +14,7 @@ import pytest
 
 BEGIN, END = "<!-- begin: made by test_handlers.py -->", "<!-- end -->"
 MODULE = "test_handlers.py"
-_TEST = re.compile(r"::test_(\w+)\[([\w-]+)\]")
+_TEST = re.compile(r"::test_(\w+)\[")
 
 
 class Matrix:
@@ -26,12 +26,13 @@ class Matrix:
     def add(self, report: pytest.TestReport) -> None:
         """Take a report in; the ones of other modules, and of set-up that went well, are not it."""
         found = _TEST.search(report.nodeid) if MODULE in report.nodeid else None
-        if found is None or (report.when != "call" and report.passed):
+        told = dict(report.user_properties)
+        if found is None or "handler" not in told or (report.when != "call" and report.passed):
             return
-        handler = found[2].split("-")[-1] if "-" in found[2] else found[2]
         row = self.cells.setdefault(found[1].replace("_", " "), {})
+        handler = str(told["handler"])
         if row.get(handler) != "FAILED":  # of several cases the worst counts
-            row[handler] = _cell(report)
+            row[handler] = "FAILED" if report.failed else str(told.get("cell", "yes"))
 
     def text(self) -> str:
         """Return the table in Markdown."""
@@ -50,10 +51,3 @@ class Matrix:
 
 def _row(row: Mapping[str, str], handlers: Iterable[str]) -> list[str]:
     return [row.get(handler, "") for handler in handlers]
-
-
-def _cell(report: pytest.TestReport) -> str:
-    if report.skipped:
-        return "not here"
-    notes = [str(value) for name, value in report.user_properties if name == "cell"]
-    return ("FAILED" if report.failed else "") or (notes[-1] if notes else "yes")
