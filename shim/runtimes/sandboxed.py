@@ -73,8 +73,18 @@ class Sandboxed(oci.Oci):
         return _Process(self, claimed, started) if started else claimed
 
     def send(self, container_id: str, *flags: str, signum: int) -> None:
-        """Have a signal sent soon."""
+        """Have a signal sent to a container soon."""
         loop.spawn(self._send(("kill", *flags, container_id, str(signum))), name="signal")
+
+    def kill_tree(self, container_id: str, inner: int) -> None:
+        """Have a process in a container killed soon, with its descendants."""
+        loop.spawn(self._kill_tree(container_id, inner), name="kill tree")
+
+    async def _kill_tree(self, container_id: str, inner: int) -> None:
+        with self._children.launching():
+            seen = await self._run(("ps", container_id), stdin=b"")
+        for pid in _tree(seen.stdout, inner):
+            await self._send(("kill", "--pid", str(pid), container_id, str(int(signal.SIGKILL))))
 
     async def _send(self, verb: tuple[str, ...]) -> None:
         async with self._signals:
@@ -118,8 +128,19 @@ class _Process:
         self._runtime.send(self._started.container_id, *everything, signum=signum)
 
     def kill_tree(self) -> None:
-        inner = str(self._started.inner)
-        self._runtime.send(self._started.container_id, "--pid", inner, signum=signal.SIGKILL)
+        self._runtime.kill_tree(self._started.container_id, self._started.inner)
+
+
+def _tree(table: bytes, top: int) -> list[int]:
+    """Return a process and its descendants, parents first, from what `runsc ps` prints: lines of
+    UID, PID, PPID and more, in the order of pids.
+    """
+    found = [top]
+    for line in table.splitlines()[1:]:
+        pid, parent = map(int, line.split()[1:3])
+        if parent in found:
+            found.append(pid)
+    return found
 
 
 def _exit_status(answer: int) -> int:

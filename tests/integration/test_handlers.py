@@ -159,10 +159,10 @@ def test_exec_sync_gives_streams_and_code(lab: Lab) -> None:
 def test_exec_sync_ends_in_time_and_leaves_nothing(lab: Lab) -> None:
     container = lab.run(lab.pod(), "exec sleep 600")
     with pytest.raises(grpc.RpcError) as caught:
-        lab.exec(container, "sleep", "321", timeout=1)
+        lab.exec(container, "sh", "-c", "sh -c 'sleep 321 & wait' & wait", timeout=2)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     waiting.until(
-        lambda: b"sleep 321" not in lab.exec(container, "ps").stdout, "the command is dead"
+        lambda: b"sleep 321" not in lab.exec(container, "ps").stdout, "the whole tree is dead"
     )
 
 
