@@ -49,7 +49,7 @@ def refused_hierarchy(hierarchy: cgroups.Hierarchy) -> str:
     """Return why crun refuses these cgroups, "" if it does not.
 
     In hybrid mode it gives up when cgroup v2 holds a controller ("cgroups in hybrid mode not
-    supported": crun 1.8, src/libcrun/cgroup-utils.c).
+    supported, drop all controllers from cgroupv2": crun 1.8.1).
     """
     if hierarchy.mode != "hybrid" or hierarchy.unified is None:
         return ""

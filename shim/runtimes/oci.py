@@ -34,16 +34,16 @@ class Dialect(NamedTuple):
 
 
 DIALECTS: Mapping[str, Dialect] = {
-    # runc(8), runc-exec(8): --cgroup since 1.1, "path" on v2 and "controller:path" on v1.
+    # test_an_exec_can_have_a_part_of_the_cgroup: what runc and crun do with --cgroup.
     "runc": Dialect(exec_cgroups=frozenset({"v1", "v2"})),
-    # crun(1): --log takes "file:PATH", a bare path only since 0.10; exec --cgroup is for v2.
+    # --log in the form that crun 1.8 is run with in the tests.
     "crun": Dialect(
         log_flags=("--log", "file:{log}", "--log-format", "json"), exec_cgroups=frozenset({"v2"})
     ),
-    # `runsc help`: there is no `update` and no `exec --cgroup`; gvisor.dev/docs/user_guide/faq says
-    # that limits hold for the sandbox, not for a container in it.
+    # `runsc help` (2022): there is no `update`, `help exec` has no --cgroup; one limit holds for the
+    # kernel with all that runs in it (google/gvisor#10264).
     "runsc": Dialect(updates=False, sandboxed=True),
-    # youki's docs, "Commands": those of runc; its `exec` has no --cgroup.
+    # Taken to be runc's without exec --cgroup; no test has run youki.
     "youki": Dialect(),
 }
 
