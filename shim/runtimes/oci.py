@@ -40,8 +40,8 @@ DIALECTS: Mapping[str, Dialect] = {
     "crun": Dialect(
         log_flags=("--log", "file:{log}", "--log-format", "json"), exec_cgroups=frozenset({"v2"})
     ),
-    # `runsc help` (2022): there is no `update`, `help exec` has no --cgroup; one limit holds for the
-    # kernel with all that runs in it (google/gvisor#10264).
+    # `runsc help` (2022): there is no `update`, and `exec` has no --cgroup; one limit holds for
+    # the kernel with all that runs in it (google/gvisor#10264).
     "runsc": Dialect(updates=False, sandboxed=True),
     # Taken to be runc's without exec --cgroup; no test has run youki.
     "youki": Dialect(),
