@@ -210,6 +210,17 @@ def start_time(pid: int) -> int:
     return int(_stat(pid)[19])
 
 
+def descends(pid: int, ancestor: int) -> bool:
+    """Say whether a process, ended or not, is below another one. Raises ProcessLookupError."""
+    above = int(_stat(pid)[1])
+    while above not in (0, ancestor):
+        try:
+            above = int(_stat(above)[1])
+        except ProcessLookupError:  # it has ended: who was below it has another parent now
+            above = int(_stat(pid)[1])
+    return above == ancestor
+
+
 def alive(pid: int, start_time: int) -> bool:
     """Say whether exactly this process exists and is not a zombie."""
     try:

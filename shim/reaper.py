@@ -26,10 +26,7 @@ class Process:
     """
 
     def __init__(self, reaper: "Reaper", pid: int) -> None:
-        try:
-            self._pidfd = os.pidfd_open(pid)
-        except ProcessLookupError as error:
-            raise errors.Internal(f"process {pid} was gone before it could be watched") from error
+        self._pidfd = _open(pid)
         self.pid = pid
         self._reaper = reaper
         reaper.claimed[pid] = self
@@ -62,6 +59,19 @@ class Process:
         if self._pidfd >= 0:
             process.kill_group(process.Child(pid=self.pid, pidfd=self._pidfd))
             self.signal(signal.SIGKILL)  # it need not lead a group: crun's exec does not
+
+
+def _open(pid: int) -> int:
+    """Return a pidfd of a process below us: a runtime that lies must not have us kill another."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except (OSError, OverflowError) as error:
+        raise errors.Internal(f"process {pid} was gone before it could be watched") from error
+    with contextlib.suppress(ProcessLookupError):
+        if process.descends(pid, os.getpid()):
+            return pidfd
+    os.close(pidfd)
+    raise errors.Internal(f"process {pid} is not one that was started for us")
 
 
 async def _exit_code(pidfd: int) -> int:

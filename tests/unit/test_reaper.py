@@ -125,6 +125,20 @@ def test_a_process_that_does_not_exist(children: reaper.Reaper) -> None:
         children.claim(pid)
 
 
+@pytest.mark.parametrize("pid", [1, os.getppid(), os.getpid()])
+def test_a_process_of_somebody_else_is_not_watched(children: reaper.Reaper, pid: int) -> None:
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(errors.Internal, match=f"process {pid} is not one that was started for us"):
+        children.claim(pid)
+    assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.parametrize("pid", [-1, 0, 1 << 40])
+def test_a_number_that_no_process_can_have(children: reaper.Reaper, pid: int) -> None:
+    with pytest.raises(errors.Internal):
+        children.claim(pid)
+
+
 def test_an_end_that_somebody_else_took_has_no_code(children: reaper.Reaper) -> None:
     async def work() -> None:
         orphan = process.spawn(["sleep", "0.1"])
