@@ -125,6 +125,7 @@ def make_runtime(handler: pb.Handler, children: reaper.Reaper) -> runtimes.Runti
         timeout=float(handler.options.get("timeout", "") or DEFAULT_TIMEOUT),
         systemd=handler.options.get("cgroup_driver") == "systemd",
         args=handler.options.get("args", "").splitlines(),
+        handler=handler.name,
     )
 
 

@@ -14,7 +14,7 @@ from shim import errors
 MESSAGE_LIMIT = 1024
 # Where runc was when it failed; what comes after it tells a user more.
 _WHERE = (
-    "runc run failed: ", "exec failed: ",
+    "error in executing command: ", "runc run failed: ", "exec failed: ",
     "unable to start container process: ", "error during container init: ",
 )  # fmt: skip
 
@@ -100,7 +100,7 @@ def last_error(said: bytes) -> str:
     there is none.
 
     Where runc was comes off: the first words are for users. Lines are JSON objects with `level` and
-    `msg` (runc, crun, youki with --log-format json) or plain text.
+    `msg` (runc, crun and runsc with --log-format json) or `message` (youki), or plain text.
     """
     last = ""
     for line in said.decode(errors="replace").splitlines():
@@ -115,6 +115,7 @@ def last_error(said: bytes) -> str:
 def _parse(line: str) -> tuple[str, str]:
     try:
         record = json.loads(line)
-        return str(record.get("level", "error")), str(record["msg"])
+        text = record["msg"] if "msg" in record else record["message"]
+        return str(record.get("level", "error")).lower(), str(text)
     except (ValueError, KeyError, AttributeError, RecursionError):
         return "error", line.strip()

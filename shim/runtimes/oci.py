@@ -43,7 +43,8 @@ DIALECTS: Mapping[str, Dialect] = {
     # `runsc help` (2022): there is no `update`, and `exec` has no --cgroup; one limit holds for
     # the kernel with all that runs in it (google/gvisor#10264).
     "runsc": Dialect(updates=False, sandboxed=True),
-    # Taken to be runc's without exec --cgroup; no test has run youki.
+    # Read, never run (youki-dev/youki at 0.7.0, crates/liboci-cli/src): the flags are runc's. exec
+    # --cgroup is ignored up to 0.6 and since then a path without a controller: not used.
     "youki": Dialect(),
 }
 
@@ -59,7 +60,8 @@ class Oci:
     """An OCI runtime at `path` with its state below `root`; implements `runtimes.Runtime`.
 
     With `systemd` cgroups are scopes that systemd is asked for, "slice:prefix:name" in config.json.
-    `args` are flags of the handler's configuration, before the verb.
+    `args` are flags of the handler's configuration, before the verb. What the program itself gets
+    wrong is told with the `handler` that it serves.
     """
 
     shares_kernel = False
@@ -74,8 +76,10 @@ class Oci:
         timeout: float,
         systemd: bool = False,
         args: Sequence[str] = (),
+        handler: str = "",
     ) -> None:
         self._base = (path, "--root", root, *(("--systemd-cgroup",) if systemd else ()), *args)
+        self._who = f"handler {handler}: {path}" if handler else path
         self._dialect = dialect
         self._children = children
         self._timeout = timeout
@@ -90,7 +94,7 @@ class Oci:
              *_console(stdio), container_id),
             directory, stdio,
         )  # fmt: skip
-        return read_pid(pid_file)
+        return self._pid(directory)
 
     async def exec(
         self, container_id: str, *, directory: str, cgroup: str, stdio: runtimes.Stdio
@@ -104,17 +108,20 @@ class Oci:
              *self._more_of_exec(directory), *part, *_console(stdio), container_id),
             directory, stdio,
         )  # fmt: skip
-        return read_pid(pid_file)
+        return self._pid(directory)
 
     def claim(self, pid: int, children: runtimes.Claims) -> runtimes.Process:
-        """Watch a process by its host pid."""
-        return children.claim(pid)
+        """Watch a process by its host pid. Raises Internal for one that was not started here."""
+        try:
+            return children.claim(pid)
+        except errors.Internal as error:
+            raise errors.Internal(f"{self._who}: {error.message}") from error
 
     async def update(self, container_id: str, resources: bytes) -> None:
         """Apply LinuxResources (OCI JSON). Raises Unimplemented where the runtime cannot."""
         if not self._dialect.updates:
-            name = os.path.basename(self._base[0])
-            raise errors.Unimplemented(f"{name} cannot change the limits of a running container")
+            what = "cannot change the limits of a running container"
+            raise errors.Unimplemented(f"{self._who} {what}")
         await self._command(("update", *self._dialect.update_flags, container_id), stdin=resources)
 
     async def delete(self, container_id: str) -> None:
@@ -141,13 +148,13 @@ class Oci:
                 stderr=null if stdio.stderr is None else stdio.stderr,
             )
         if done.returncode:
-            raise _failure(verb[0], done, _read_log(log))
+            raise self._failure(verb[0], done, _read_log(log))
 
     async def _command(self, verb: Sequence[str], *, stdin: bytes = b"") -> None:
         with self._children.launching():
             done = await self._run(verb, stdin=stdin)
         if done.returncode:
-            raise _failure(verb[0], done, done.stderr)
+            raise self._failure(verb[0], done, done.stderr)
 
     async def _run(
         self,
@@ -166,10 +173,23 @@ class Oci:
             )  # fmt: skip
         except TimeoutError as error:
             raise errors.DeadlineExceeded(
-                f"{argv[0]} {verb[0]} did not end within {self._timeout:g} s and was killed"
+                f"{self._who} {verb[0]} did not end within {self._timeout:g} s and was killed"
             ) from error
         except OSError as error:
-            raise errors.FailedPrecondition(f"cannot run {argv[0]}: {error.strerror}") from error
+            raise errors.FailedPrecondition(f"cannot run {self._who}: {error.strerror}") from error
+
+    def _failure(self, verb: str, done: loop.Finished, said: bytes) -> errors.ShimError:
+        if message := runtimes.last_error(said):
+            return errors.ShimError(message)
+        code = done.returncode
+        how = f"status {code}" if code > 0 else f"signal {-code}"
+        return runtimes.Silent(f"{self._who} {verb} ended with {how} and said nothing")
+
+    def _pid(self, directory: str) -> int:
+        try:
+            return read_pid(os.path.join(directory, runtimes.PID_FILE))
+        except errors.Internal as error:
+            raise errors.Internal(f"{self._who}: {error.message}") from error
 
 
 def read_pid(path: str) -> int:
@@ -202,12 +222,3 @@ def _open_null() -> Iterator[int]:
 
 def _console(stdio: runtimes.Stdio) -> tuple[str, ...]:
     return ("--console-socket", stdio.console) if stdio.console else ()
-
-
-def _failure(verb: str, done: loop.Finished, said: bytes) -> errors.ShimError:
-    how = f"status {done.returncode}" if done.returncode > 0 else f"signal {-done.returncode}"
-    name = os.path.basename(done.argv[0])
-    message = runtimes.last_error(said)
-    if message:
-        return errors.ShimError(message)
-    return runtimes.Silent(f"{name} {verb} ended with {how} and said nothing")

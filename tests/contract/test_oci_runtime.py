@@ -377,6 +377,8 @@ def test_a_runtime_that_is_not_there(tmp_path: Path, root: Path) -> None:
         (b'{"level":"error","msg":"two\\nlines"}', "two lines"),
         (b"runc run failed: unable to start container process: exec: no", "exec: no"),
         (b"exec failed: unable to start container process: chdir: no", "chdir: no"),
+        (b'{"level":"ERROR","message":"why"}\n{"level":"WARN","message":"by the way"}\n', "why"),
+        (b'{"level":"ERROR","message":"error in executing command: no"}', "no"),  # youki
         (b'{"level":"error"}', '{"level":"error"}'),
         (b"[1, 2]", "[1, 2]"),
         (b"\xff\n", "\ufffd"),
