@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 _VERSION = re.compile(r"(\d+)(?:\.(\d+))?(?:\.(\d+))?(?:-?rc\.?(\d+))?")
+_PREFIX = re.compile(r"^(release-|v|0\.0~)")  # gVisor's own, youki's, Debian's for gVisor
 _RELEASED = 1 << 30  # sorts behind every release candidate
 
 Version = tuple[int, int, int, int]
@@ -73,7 +74,7 @@ def known(program: str, version: str) -> tuple[Advisory, ...]:
 
     Nothing for another program, and for a version that does not begin with a number.
     """
-    parsed = _VERSION.match(version.removeprefix("release-").removeprefix("v"))
+    parsed = _VERSION.match(_PREFIX.sub("", version))
     if parsed is None:
         return ()
     return tuple(a for a in TABLE if a.program == program and a.affects(_numbers(parsed)))

@@ -212,7 +212,7 @@ def _runtimes(settings: config.Config, facts: host.Host) -> Iterator[Finding]:
                 name=f"runtime {name}{default}",
                 status=status,
                 detail=found.error,
-                remedy=f"install {name} or correct runtimes.{name}.path",
+                remedy=f"install {found.path} or correct [runtimes.{name}], its path and args",
             )
             continue
         features = "reports features" if found.features else "reports no features"

@@ -34,6 +34,7 @@ from cri_server import (
 from shim import linux
 
 _COMPLAINT = 200  # characters
+_PATIENCE = 5.0  # seconds for an answer: all handlers wait at start for one that gives none
 _SIZES = {"kB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
 
 
@@ -194,16 +195,19 @@ async def _runtime(handler: config.Handler) -> RuntimeFacts:
     if binary is None:
         return RuntimeFacts(path=handler.path, error="not found: install it or set its path")
     try:
-        version = await commands.run([binary, *handler.args, "--version"], timeout=10)
-        features = await commands.run([binary, "features"], timeout=10, check=False)
+        version = await commands.run([binary, *handler.args, "--version"], timeout=_PATIENCE)
+        features = await commands.run([binary, "features"], timeout=_PATIENCE, check=False)
     except commands.Failed as e:
         return RuntimeFacts(path=binary, error=_complaint(e))
     except (commands.TimedOut, OSError) as e:
         return RuntimeFacts(path=binary, error=str(e))
+    said = version.stdout.decode(errors="replace")
+    if not re.search(r"\d", said.partition("\n")[0]):
+        return RuntimeFacts(path=binary, error=f"asked for its version it says {said[:60]!r}")
     return RuntimeFacts(
         path=binary,
-        program=version.stdout.decode(errors="replace").partition(" ")[0],
-        version=_version(version.stdout.decode(errors="replace")),
+        program=said.partition(" ")[0],
+        version=_version(said),
         features=_features(features.stdout) if features.returncode == 0 else {},
     )
 

@@ -88,6 +88,7 @@ def _warn_of_old_runtimes(facts: host.Host) -> None:
             log.warning(
                 "upstream version of the runtime has known vulnerabilities",
                 runtime=name,
+                program=found.path,
                 version=found.version,
                 vulnerabilities=advisories.names(known),
                 remedy=advisories.remedy(known),

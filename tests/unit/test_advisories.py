@@ -60,6 +60,11 @@ def test_releases_that_are_dates() -> None:
     assert ids("runsc", "release-20250407.0") == set()
 
 
+def test_dates_are_read_behind_what_a_distribution_puts_before_them() -> None:
+    assert ids("runsc", "0.0~20221219.0") == {"CVE-2025-2713"}  # Debian 12
+    assert ids("runsc", "0.0~20250407.0") == set()
+
+
 def test_youki() -> None:
     assert ids("youki", "0.5.4") == {"CVE-2025-54867", "CVE-2025-62161", "CVE-2025-62596"}
     assert ids("youki", "0.5.7") == set()
