@@ -43,7 +43,7 @@ class Sample:
     account: accounts.Account
     layer: trees.Usage
     disk: Disk
-    processes: processes.Processes | None  # None: not asked for
+    processes: processes.Processes | None  # None: not asked for, or not to be told
 
 
 Value = tuple[tuple[str, ...], int | None]  # values of the extra labels, and the figure

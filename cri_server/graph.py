@@ -80,6 +80,7 @@ class Graph:
         self._volumes = imagevolumes.ImageVolumes(settings.server.state, self.layers)
         self._profiles = apparmor.AppArmor()
         self._remains = remains.Remains(settings, self._groups)
+        self._kernels = kernelstats.KernelStats(settings)
         devices = cdi.Registry(settings.runtime.cdi_spec_dirs)
         self._bundles = bundles.Bundles(
             settings,
@@ -216,7 +217,7 @@ class Graph:
             container_host=self._containers,
             groups=self._groups,
             layers=self.layers,
-            kernels=kernelstats.KernelStats(self._settings),
+            kernels=self._kernels,
         )
 
     def _metrics(self) -> metrics.Metrics:
@@ -226,6 +227,7 @@ class Graph:
             container_host=self._containers,
             groups=self._groups,
             layers=self.layers,
+            kernels=self._kernels,
         )
 
     def _info(self) -> info.Info:

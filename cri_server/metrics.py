@@ -2,8 +2,10 @@
 """ListMetricDescriptors and ListPodSandboxMetrics: what a kubelet turns into /metrics/cadvisor.
 
 Which metrics there are is in `catalogue`. Everything is read in one hop to a thread, each file
-once; no process is started. A container that cannot be read has no metrics, and never costs the
-others theirs. The values of a metric's labels come in the order of its descriptor's keys.
+once; no process is started but for containers that the host's kernel cannot tell apart, which have
+what their own tells of them (`kernelstats`). A container that cannot be read has no metrics, and
+never costs the others theirs. The values of a metric's labels come in the order of its
+descriptor's keys.
 """
 
 import asyncio
@@ -17,6 +19,7 @@ from cri_server import (
     cgroups,
     config,
     containers,
+    kernelstats,
     names,
     pods,
     processes,
@@ -40,7 +43,9 @@ class Metrics:
         container_host: containers.Containers,
         groups: cgroups.Cgroups,
         layers: snapshots.Snapshots,
+        kernels: kernelstats.KernelStats,
     ) -> None:
+        self._kernels = kernels
         self._pods, self._containers = pod_host, container_host
         self._groups, self._layers = groups, layers
         self._included = frozenset(settings.groups)
@@ -69,7 +74,8 @@ class Metrics:
         every = self._pods.matching(api.PodSandboxFilter())
         ready = [p for p in every if p.state is state.PodState.READY]
         running = {p.id: self._running(p.id) for p in ready}
-        return await asyncio.to_thread(self._read, ready, running)
+        inside = await self._kernels.read(c for of_pod in running.values() for c in of_pod)
+        return await asyncio.to_thread(self._read, ready, running, inside)
 
     def _running(self, pod_id: str) -> list[state.Container]:
         return [c for c in self._containers.of_pod(pod_id) if c.pid and not c.finished_at]
@@ -77,7 +83,10 @@ class Metrics:
     # -- in a thread ------------------------------------------------------------------------------
 
     def _read(
-        self, ready: Sequence[state.Pod], running: Mapping[str, Sequence[state.Container]]
+        self,
+        ready: Sequence[state.Pod],
+        running: Mapping[str, Sequence[state.Container]],
+        inside: Mapping[str, usage.Usage | None],
     ) -> list[api.PodSandboxMetrics]:
         disk = self._disk()
         networks = counters.read(p.netns for p in ready if p.netns and self._of_network)
@@ -85,7 +94,9 @@ class Metrics:
             api.PodSandboxMetrics(
                 pod_sandbox_id=pod.id,
                 metrics=list(self._network(pod, networks.get(pod.netns, ()))),
-                container_metrics=[self._container(pod, c, disk) for c in running[pod.id]],
+                container_metrics=[
+                    self._container(pod, c, self._sample(c, disk, inside)) for c in running[pod.id]
+                ],
             )
             for pod in ready
         ]
@@ -110,9 +121,8 @@ class Metrics:
                 yield _metric(m.name, catalogue.COUNTER, now, labels, getattr(interface, m.field))
 
     def _container(
-        self, pod: state.Pod, container: state.Container, disk: catalogue.Disk
+        self, pod: state.Pod, container: state.Container, sample: catalogue.Sample | None
     ) -> api.ContainerMetrics:
-        sample = self._sample(container, disk)
         if sample is None:
             return api.ContainerMetrics(container_id=container.id)
         base = _labels(pod, container)
@@ -124,12 +134,18 @@ class Metrics:
         )
         return api.ContainerMetrics(container_id=container.id, metrics=found)
 
-    def _sample(self, container: state.Container, disk: catalogue.Disk) -> catalogue.Sample | None:
-        directories = self._groups.accounts(container.cgroups_path)
-        used = usage.read(directories)
+    def _sample(
+        self,
+        container: state.Container,
+        disk: catalogue.Disk,
+        inside: Mapping[str, usage.Usage | None],
+    ) -> catalogue.Sample | None:
+        own = container.id in inside  # then its cgroup is empty
+        directories = {} if own else self._groups.accounts(container.cgroups_path)
+        used = inside[container.id] if own else usage.read(directories)
         if used is None:
             return None
-        look = "process" in self._included
+        look = "process" in self._included and not own
         return catalogue.Sample(
             now=time.time_ns(),
             container=container,
