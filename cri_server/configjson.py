@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import structlog
 
 from cri_server import (
     capability,
@@ -23,8 +24,9 @@ from cri_server import (
     podfiles,
     spec,
 )
-from cri_server.spec import why
+from cri_server.spec import pooled, why
 
+log = structlog.get_logger()
 NAME = "config.json"
 
 
@@ -45,7 +47,19 @@ class ConfigJson:
         """
         document = spec.container(self._input(order, found, user, bundle))
         found.note_shortfalls()
+        self._note_pooled(order)
         return document
+
+    def _note_pooled(self, order: orders.Order) -> None:
+        """Say which limits the handler cannot keep, for it can limit the pod alone."""
+        name = order.pod.handler
+        if not self._settings.handler(name).has_kernel:
+            return
+        of_pod = order.pod.config.linux.resources
+        if loose := pooled.unheld(order.config.linux.resources, of_pod):
+            pooled.note(loose, f"[runtimes.{name}] dialect")
+            what = "limits hold for the pod as a whole, not for this container"
+            log.warning(what, container=order.container.id, handler=name, asked=dict(loose))
 
     def _input(
         self, order: orders.Order, found: givens.Givens, user: spec.User, bundle: Path

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -228,6 +229,22 @@ def test_stats_are_those_of_the_container(lab: Lab) -> None:
     assert waiting.until(seen, "CPU and memory are counted").attributes.id == container
 
 
+def test_metrics_are_those_of_the_container(lab: Lab) -> None:
+    pod = lab.pod()
+    container = lab.run(pod, "while :; do :; done")
+    names = ("container_memory_usage_bytes", "container_cpu_usage_seconds_total")
+
+    def seen() -> dict[str, int] | None:
+        request = api.ListPodSandboxMetricsRequest()
+        of_pods = lab.kubelet.runtime.ListPodSandboxMetrics(request).pod_metrics
+        of_pod = next(p for p in of_pods if p.pod_sandbox_id == pod.id)
+        (own,) = (c for c in of_pod.container_metrics if c.container_id == container)
+        values = {m.name: m.value.value for m in own.metrics}
+        return values if all(values.get(name) for name in names) else None
+
+    waiting.until(seen, "CPU and memory have metrics", seconds=30)
+
+
 def test_memory_has_a_limit(lab: Lab) -> None:
     limits = api.LinuxContainerResources(memory_limit_in_bytes=64 << 20)
     linux = api.LinuxContainerConfig(resources=limits)
@@ -237,6 +254,26 @@ def test_memory_has_a_limit(lab: Lab) -> None:
     assert ended.exit_code == 137
     assert ended.reason == "OOMKilled"
     lab.note("cell", "of the pod" if lab.kernel else "of the container")
+
+
+def test_a_limit_of_one_container_holds_or_that_is_told(lab: Lab) -> None:
+    limits = api.LinuxContainerResources(memory_limit_in_bytes=MEMORY)
+    wider = api.LinuxContainerResources(memory_limit_in_bytes=MEMORY * 2)
+    pod = lab.pod(linux=api.LinuxPodSandboxConfig(resources=wider))
+    container = lab.run(pod, "exec sleep 600", linux=api.LinuxContainerConfig(resources=limits))
+    told = [json.loads(line) for line in lab.site.log.read_text().splitlines()]
+    warned = [e for e in told if "hold for the pod as a whole" in e["event"]]
+    mine = [e["asked"] for e in warned if e["container"] == container]
+    assert mine == ([{"linux.resources.memory.limit": str(MEMORY)}] if lab.kernel else [])
+    config = lab.site.home / "config.toml"
+    done = subprocess.run(
+        [server.command(), "explain", container, "--diff", "--config", config],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ("not for one container" in done.stdout) == lab.kernel
+    lab.note("cell", "told" if lab.kernel else "yes")
 
 
 def test_limits_change_while_it_runs_or_that_is_refused(lab: Lab) -> None:
