@@ -117,5 +117,5 @@ def _parse(line: str) -> tuple[str, str]:
         record = json.loads(line)
         text = record["msg"] if "msg" in record else record["message"]
         return str(record.get("level", "error")).lower(), str(text)
-    except (ValueError, KeyError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "error", line.strip()
