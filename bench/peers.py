@@ -19,10 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import pods, streams
+from bench import page, pods, streams
 from tests.fakes import kubelet
 from tests.lab import cgroups, image, network, registry, server, waiting
 
+KINDS = {"pods": pods, "streams": streams}
+HANDLERS = {"pods": "runc,crun", "streams": "runc"}
 CONTAINERD = """\
 version = 2
 root = "{home}/root"
@@ -54,19 +56,40 @@ runtime_type = "io.containerd.runc.v2"
 def main() -> int:
     """Set both up, measure, take both down."""
     kind = sys.argv.pop(1)
-    parser = {"pods": pods.arguments, "streams": streams.arguments}[kind]()
+    options = _options(KINDS[kind].arguments(), kind)
+    rows = _measure(kind, options)
+    misses = pods.missed(rows, KINDS[kind].LIMITS)
+    if options.page:
+        page.write(kind, rows, misses)
+    if options.page and kind == "pods":
+        page.plot("performance", rows)
+    return pods.report(rows, misses, as_json=options.json)
+
+
+def _options(parser: argparse.ArgumentParser, kind: str) -> argparse.Namespace:
     parser.add_argument("--ours-only", action="store_true", help="leave containerd out")
-    handlers = "handlers of ours, measured side by side: crun,runc (the default: runc alone)"
-    parser.add_argument("--handlers", type=_handlers, default={"ours": "runc"}, help=handlers)
-    options = parser.parse_args()
+    parser.add_argument("--page", action="store_true", help="write the result into docs/")
+    parser.add_argument(
+        "--handlers",
+        type=_handlers,
+        default=_handlers(HANDLERS[kind]),
+        help=f"handlers of ours, side by side; the first is judged ({HANDLERS[kind]})",
+    )
+    return parser.parse_args()
+
+
+def _measure(kind: str, options: argparse.Namespace) -> list[pods.Row]:
     net = network.own("crib")
     with contextlib.ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp")))
         stack.callback(cgroups.remove, f"/{net.name}")
         stack.callback(net.remove)
+        if "ours-crun" in options.handlers:
+            stack.enter_context(cgroups.hugetlb())
         sockets, reference = _set_up(stack, home, net, options)
-        run = {"pods": pods.run, "streams": streams.run}[kind]
-        return run(sockets, reference, options, cgroup_parent=f"/{net.name}")
+        parent = f"/{net.name}"
+        rows: list[pods.Row] = KINDS[kind].run(sockets, reference, options, cgroup_parent=parent)
+        return rows
 
 
 def _set_up(

@@ -194,11 +194,11 @@ def arguments() -> argparse.ArgumentParser:
 
 def run(
     sockets: Mapping[str, str], image: str, options: argparse.Namespace, *, cgroup_parent: str
-) -> int:
-    """Measure name → endpoint, print, and return the exit status."""
+) -> list[pods.Row]:
+    """Measure name → endpoint and return the table."""
     with pods.subjects(sockets, image, cgroup_parent=cgroup_parent) as subjects:
-        return pods.report(measure(subjects, options), LIMITS, as_json=options.json)
+        return measure(subjects, options)
 
 
 if __name__ == "__main__":
-    sys.exit(pods.command(arguments(), run))
+    sys.exit(pods.command(arguments(), run, LIMITS))

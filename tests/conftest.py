@@ -7,6 +7,7 @@ The snapshot of the host is taken before the first test and compared after the l
 unless a probe of `probes.ALLOWED` caused it.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Generator, Iterator
@@ -15,13 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from shim import linux
 from tests import probes, residue
-from tests.lab import waiting
+from tests.lab import cgroups, waiting
 
 REQUIRE_ALL = os.environ.get("CRI_TESTS_REQUIRE") == "all"
 ID = re.compile(rb"\b[0-9a-f]{64}\b")
-HUGETLB = Path("/sys/fs/cgroup/hugetlb")
 ALLOWED = pytest.StashKey[bool]()
 BEFORE = pytest.StashKey[AbstractSet[str]]()
 
@@ -128,14 +127,10 @@ def marks() -> Marks:
 @pytest.fixture(scope="session")
 def hugetlb() -> Iterator[None]:
     """Mount the v1 hierarchy of hugepages for the run, where there is v1 and nobody has."""
-    mounted = not probes.missing("cgroup-v1") and not os.path.ismount(HUGETLB)
-    if mounted:
-        HUGETLB.mkdir(exist_ok=True)
-        linux.mount("cgroup", os.fspath(HUGETLB), "cgroup", 0, "hugetlb")
-    yield
-    if mounted:
-        linux.umount2(os.fspath(HUGETLB))
-        HUGETLB.rmdir()
+    with contextlib.ExitStack() as stack:
+        if not probes.missing("cgroup-v1"):
+            stack.enter_context(cgroups.hugetlb())
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,10 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from shim import linux
+
 TOP = Path("/sys/fs/cgroup")
+HUGETLB = TOP / "hugetlb"
 NO_LIMIT = str(2**63 - 4096)  # what v1 says of memory
 MOUNTINFO = Path("/proc/self/mountinfo")
 
@@ -22,6 +25,21 @@ def hierarchies() -> list[Path]:
     """Return the mount points of all cgroup hierarchies."""
     lines = (line.split() for line in MOUNTINFO.read_text().splitlines())
     return [Path(f[4]) for f in lines if f[f.index("-") + 1] in ("cgroup", "cgroup2")]
+
+
+@contextlib.contextmanager
+def hugetlb() -> Iterator[None]:
+    """Mount the v1 hierarchy of hugepages for the block, where nobody has; crun refuses a hybrid
+    host on which cgroup v2 holds a controller, and this is the one that is left over.
+    """
+    mounted = not os.path.ismount(HUGETLB)
+    if mounted:
+        HUGETLB.mkdir(exist_ok=True)
+        linux.mount("cgroup", os.fspath(HUGETLB), "cgroup", 0, "hugetlb")
+    yield
+    if mounted:
+        linux.umount2(os.fspath(HUGETLB))
+        HUGETLB.rmdir()
 
 
 def below(parent: str) -> Iterator[Path]:
