@@ -76,6 +76,7 @@ class Container:
         *,
         runtime: runtimes.Runtime,
         children: reaper.Reaper,
+        ledger: oom.Ledger,
         kernel: "Container | None" = None,
     ) -> None:
         self.spec = spec
@@ -93,9 +94,10 @@ class Container:
             owner=spec.owner,
         )
         self._parts: list[cgroup.Cgroup] = []
+        self._ledger = ledger
+        self._kills = ledger.open(spec.cgroups)
         self._kernel = kernel
-        self._kills = 0
-        self._kills_above = 0
+        self._kernel_kills = 0
         self._condemned = False
         self._started_at = 0
         self._start_time = 0
@@ -114,7 +116,7 @@ class Container:
         async with self._lock:
             self.require(State.CREATED, verb="start")
             self.state = State.STARTING
-            self._kills_above = self._count_above()
+            self._kernel_kills = self._kernel.count_kills() if self._kernel else 0
             self._launch = loop.spawn(self._run(), name="start")
             try:
                 self._begin(await self._launch.join())
@@ -157,6 +159,7 @@ class Container:
             self.streams.close()
             self._log.close()
             self._stopped.set()  # for who waits for one that never ran
+            self._ledger.close(self._kills)
             for name in (runtimes.PID_FILE, runtimes.LOG_FILE, EXIT_FILE):
                 with contextlib.suppress(OSError):
                     os.unlink(os.path.join(self.spec.bundle, name))
@@ -245,12 +248,12 @@ class Container:
         await self._finish(pb.ExitRecord(exit_code=code, finished_at=time.time_ns()))
 
     async def _finish(self, record: pb.ExitRecord) -> None:
-        self.count_kills()  # at once: systemd may be about to remove the cgroup
+        self._kills.read()  # at once: systemd may be about to remove the cgroup
         try:
             await self._settle()
         except Exception as error:  # An end must be told, whatever went wrong with the rest.
             diagnostics.report("cannot settle an end", container=self.spec.id, error=error)
-        if killed := self.count_kills() or self._unseen_kills(record):
+        if killed := self._kills.last() or self._kills_of_kernel(record):
             record.oom_killed = True
             record.message = record.message or f"{killed} process{'es' * (killed > 1)} OOM-killed"
         self._write(record)
@@ -261,21 +264,16 @@ class Container:
 
     def count_kills(self) -> int:
         """Return how many processes were OOM-killed in its cgroup, also when that is gone."""
-        self._kills = max(self._kills, oom.kills(self.spec.cgroups))
-        return self._kills
+        return self._kills.read()
 
-    def _count_above(self) -> int:
-        return self._kernel.count_kills() if self._kernel else oom.above(self.spec.cgroups)
-
-    def _unseen_kills(self, record: pb.ExitRecord) -> int:
-        """Return the OOM kills that the pod has more than at the start, if they must be ours: the
-        init was killed, nobody had asked us to, and our own counter has gone with the cgroup.
+    def _kills_of_kernel(self, record: pb.ExitRecord) -> int:
+        """Return the OOM kills that the kernel it runs in has more than at the start, if they must
+        be of this one: its init was killed, and nobody had asked us to.
         """
         killed = record.exit_code == 128 + signal.SIGKILL and not self._condemned
-        counted = not self._kernel and any(map(os.path.exists, self.spec.cgroups.values()))
-        if not killed or counted:
+        if not killed or not self._kernel:
             return 0
-        return max(0, self._count_above() - self._kills_above)
+        return self._kernel.count_kills() - self._kernel_kills
 
     async def _settle(self) -> None:
         """Kill what the init has left and bring the last output into the log."""

@@ -4,7 +4,8 @@
 The kernel counts before it kills, and a cgroup outlives its processes until the runtime removes it;
 so the counter is read after the exit and before `delete`, and a kill in the first milliseconds
 cannot be missed. Only systemd is quicker: it removes a scope as soon as that is empty. The kills
-are then still in the count of the group above, the pod's, next to those of its other containers.
+are then still in the count of the group above, the pod's: what is there and what no other container
+has told is of the one whose group has gone.
 """
 
 import os
@@ -12,6 +13,56 @@ from collections.abc import Mapping
 
 # (controller, file): v1 counts in the victim's own group, v2 in it and in all above.
 _COUNTERS = (("memory", "memory.oom_control"), ("", "memory.events"))
+
+
+class Ledger:
+    """The OOM kills of the containers of one pod."""
+
+    def __init__(self) -> None:
+        self._counters: list[Counter] = []
+        self._before = -1  # what the pod's group had counted before its first container
+        self._told = 0  # by containers that are deleted
+
+    def open(self, directories: Mapping[str, str]) -> "Counter":
+        """Return the counter of a container that is about to start in these cgroups."""
+        if self._before < 0:
+            self._before = above(directories)
+        counter = Counter(self, directories)
+        self._counters.append(counter)
+        return counter
+
+    def close(self, counter: "Counter") -> None:
+        """Forget a container that is deleted, not what it has told."""
+        if counter in self._counters:
+            self._counters.remove(counter)
+            self._told += counter.seen
+
+    def untold(self, directories: Mapping[str, str]) -> int:
+        """Return the kills in the pod's group that no container has told yet."""
+        told = self._before + self._told + sum(counter.read() for counter in self._counters)
+        return max(0, above(directories) - told)
+
+
+class Counter:
+    """The OOM kills of one container; `seen` is the last count."""
+
+    __slots__ = ("_directories", "_ledger", "seen")
+
+    def __init__(self, ledger: Ledger, directories: Mapping[str, str]) -> None:
+        self._ledger, self._directories = ledger, directories
+        self.seen = 0
+
+    def read(self) -> int:
+        """Return how many processes were killed so far, as far as that was seen."""
+        self.seen = max(self.seen, kills(self._directories))
+        return self.seen
+
+    def last(self) -> int:
+        """Return how many it were in the end, also when its cgroup has gone meanwhile."""
+        self.read()
+        if not any(map(os.path.exists, self._directories.values())):
+            self.seen += self._ledger.untold(self._directories)
+        return self.seen
 
 
 def kills(directories: Mapping[str, str]) -> int:

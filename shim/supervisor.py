@@ -8,7 +8,7 @@ state what became of it.
 
 from collections.abc import Iterator
 
-from shim import container, diagnostics, errors, loop, reaper, runtimes, sandbox
+from shim import container, diagnostics, errors, loop, oom, reaper, runtimes, sandbox
 
 
 class Supervisor:
@@ -17,6 +17,7 @@ class Supervisor:
     def __init__(self, children: reaper.Reaper) -> None:
         self.runtime: runtimes.Runtime  # set once, before the first verb
         self._children = children
+        self._ledger = oom.Ledger()
         self._containers: dict[str, container.Container] = {}
         self._sandbox: container.Container | None = None
         self._lock = loop.Lock()
@@ -96,7 +97,11 @@ class Supervisor:
     def _make(self, spec: container.Spec) -> container.Container:
         first = next(self._all(), None) if self.runtime.shares_kernel else None
         return container.Container(
-            spec, runtime=self.runtime, children=self._children, kernel=first
+            spec,
+            runtime=self.runtime,
+            children=self._children,
+            ledger=self._ledger,
+            kernel=first,
         )
 
     async def _start_sandbox(self, spec: container.Spec) -> int:

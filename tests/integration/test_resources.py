@@ -343,7 +343,7 @@ def test_an_update_that_changes_nothing_runs_nothing(
         update(kubelet, container, **fields)
     assert calls()[before:] == []
     update(kubelet, container, cpuset_cpus="1")
-    assert [call.split()[2] for call in calls()[before:]] == ["update"]
+    assert ["update" in call.split() for call in calls()[before:]] == [True]
 
 
 def test_updates_and_a_stop_at_the_same_time_end_well(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from shim import container, errors, loop, reaper
+from shim import container, errors, loop, oom, reaper
 from shim.pb import shim_pb2 as pb
 from tests.fakes import runtime
 from tests.lab import driving
@@ -33,7 +33,9 @@ class Case:
             cgroups={},
             **options,
         )
-        self.it = container.Container(spec, runtime=self.runtime, children=self.children)
+        self.it = container.Container(
+            spec, runtime=self.runtime, children=self.children, ledger=oom.Ledger()
+        )
 
     def record(self) -> dict[str, Any]:
         record: dict[str, Any] = json.loads((self.folder / "exit.json").read_text())

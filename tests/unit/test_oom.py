@@ -2,6 +2,7 @@
 """The kernel's counters of OOM kills, as v1 and v2 write them."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,61 @@ def test_what_cannot_be_read_counts_nothing(tmp_path: Path, text: str | None) ->
         (tmp_path / "memory.oom_control").write_text(text)
     assert oom.kills({"memory": os.fspath(tmp_path)}) == 0
     assert oom.kills({}) == 0
+
+
+class Pod:
+    """A v2 group with containers below it; the kernel counts in both."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.ledger = folder, oom.Ledger()
+        self._kills: dict[str, int] = {}
+        self._write(folder, 3)  # of a sandbox that was there before
+
+    def container(self, name: str) -> oom.Counter:
+        (self.folder / name).mkdir()
+        self.kill(name, 0)
+        return self.ledger.open({"": os.fspath(self.folder / name)})
+
+    def kill(self, name: str, times: int) -> None:
+        self._kills[name] = self._kills.get(name, 0) + times
+        self._write(self.folder / name, self._kills[name])
+        self._write(self.folder, 3 + sum(self._kills.values()))
+
+    def vanish(self, name: str) -> None:
+        shutil.rmtree(self.folder / name)
+
+    def _write(self, folder: Path, count: int) -> None:
+        (folder / "memory.events").write_text(V2.format(count))
+
+
+@pytest.fixture
+def pod(tmp_path: Path) -> Pod:
+    return Pod(tmp_path)
+
+
+def test_a_group_that_is_there_tells_its_own_kills(pod: Pod) -> None:
+    one, other = pod.container("one"), pod.container("other")
+    pod.kill("one", 2)
+    pod.kill("other", 1)
+    assert (one.last(), other.last()) == (2, 1)
+
+
+def test_what_the_pod_counted_and_nobody_told_is_of_the_group_that_has_gone(pod: Pod) -> None:
+    one, other = pod.container("one"), pod.container("other")
+    pod.kill("other", 1)
+    pod.kill("one", 1)
+    assert one.read() == 1
+    pod.kill("one", 2)
+    pod.vanish("one")
+    assert one.last() == 3
+    assert other.last() == 1
+
+
+def test_what_deleted_containers_have_told_is_not_told_again(pod: Pod) -> None:
+    one, other = pod.container("one"), pod.container("other")
+    pod.kill("one", 2)
+    pod.vanish("one")
+    assert one.last() == 2
+    pod.ledger.close(one)
+    pod.vanish("other")
+    assert other.last() == 0
