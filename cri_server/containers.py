@@ -415,11 +415,11 @@ class Containers:
 
     def matching(self, wanted: api.ContainerFilter) -> Sequence[state.Container]:
         """Return the records behind `list`."""
-        return [c for c in self._store.containers() if _listed(c) and _matches(c, wanted)]
+        return [c for c in self._store.containers() if containerstatus.matches(c, wanted)]
 
     def of_pod(self, pod_id: str) -> Sequence[state.Container]:
         """Return the records of one pod's containers."""
-        return [c for c in self._store.containers(pod_id) if _listed(c)]
+        return [c for c in self._store.containers(pod_id) if containerstatus.visible(c)]
 
     def status(self, wanted: str) -> api.ContainerStatus:
         """Return the CRI status. Raises NotFound."""
@@ -427,7 +427,11 @@ class Containers:
 
     def statuses(self, pod_id: str) -> Sequence[api.ContainerStatus]:
         """Return the statuses of all containers of a pod."""
-        return [containerstatus.status(c) for c in self._store.containers(pod_id) if _listed(c)]
+        return [
+            containerstatus.status(c)
+            for c in self._store.containers(pod_id)
+            if containerstatus.visible(c)
+        ]
 
 
 def log_path(pod: api.PodSandboxConfig, wanted: api.ContainerConfig) -> str:
@@ -490,18 +494,3 @@ def _reason(record: shim_pb2.ExitRecord) -> str:
 
 def _state_name(container: state.Container) -> str:
     return api.ContainerState.Name(container.state)
-
-
-def _listed(container: state.Container) -> bool:
-    return container.complete or bool(container.finished_at)
-
-
-def _matches(container: state.Container, wanted: api.ContainerFilter) -> bool:
-    if not container.id.startswith(wanted.id):
-        return False
-    if not container.pod_id.startswith(wanted.pod_sandbox_id):
-        return False
-    if wanted.HasField("state") and wanted.state.state != container.state:
-        return False
-    labels = container.config.labels
-    return all(labels.get(k) == v for k, v in wanted.label_selector.items())

@@ -5,6 +5,23 @@ from cri_server import spec, state, updates
 from cri_server.pb import api_pb2 as api
 
 
+def visible(container: state.Container) -> bool:
+    """Tell whether anybody may know of a container: once it is made, or has failed to."""
+    return container.complete or bool(container.finished_at)
+
+
+def matches(container: state.Container, wanted: api.ContainerFilter) -> bool:
+    """Tell whether a visible container matches every part of a filter; ids may be cut short."""
+    if not visible(container) or not container.id.startswith(wanted.id):
+        return False
+    if not container.pod_id.startswith(wanted.pod_sandbox_id):
+        return False
+    if wanted.HasField("state") and wanted.state.state != container.state:
+        return False
+    labels = container.config.labels
+    return all(labels.get(k) == v for k, v in wanted.label_selector.items())
+
+
 def item(container: state.Container) -> api.Container:
     """Return what a list shows."""
     return api.Container(

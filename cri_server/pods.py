@@ -38,6 +38,7 @@ from cri_server import (
     names,
     origins,
     podfiles,
+    podstatus,
     remains,
     shims,
     sources,
@@ -52,7 +53,6 @@ from cri_server.spec import why
 from shim.pb import shim_pb2
 
 log = structlog.get_logger()
-READY, NOTREADY = api.PodSandboxState.SANDBOX_READY, api.PodSandboxState.SANDBOX_NOTREADY
 
 
 class _Home(NamedTuple):
@@ -401,26 +401,15 @@ class Pods:
 
     def status(self, wanted: str) -> api.PodSandboxStatus:
         """Return the CRI status. Raises NotFound."""
-        pod = self._listed(wanted)
-        return api.PodSandboxStatus(
-            id=pod.id,
-            metadata=pod.config.metadata,
-            state=_cri_state(pod),
-            created_at=pod.created_at,
-            network=_network_status(pod.ips),
-            linux=_linux_status(pod.config),
-            labels=pod.config.labels,
-            annotations=pod.config.annotations,
-            runtime_handler=pod.runtime_handler,
-        )
+        return podstatus.status(self._listed(wanted))
 
     def list(self, wanted: api.PodSandboxFilter) -> Sequence[api.PodSandbox]:
         """Return the pods that match every part of the filter; an unknown id matches none."""
-        return [_item(p) for p in self.matching(wanted)]
+        return [podstatus.item(p) for p in self.matching(wanted)]
 
     def matching(self, wanted: api.PodSandboxFilter) -> Sequence[state.Pod]:
         """Return the records behind `list`."""
-        return [p for p in self._store.pods() if _visible(p) and _matches(p, wanted)]
+        return [p for p in self._store.pods() if podstatus.matches(p, wanted)]
 
     def now(self) -> int:
         """Return the time that a status is true for, nanoseconds since the epoch."""
@@ -432,7 +421,7 @@ class Pods:
 
     def _listed(self, wanted: str) -> state.Pod:
         pod = self._store.pod(wanted)
-        if not _visible(pod):
+        if not podstatus.visible(pod):
             raise errors.NotFound(f"pod sandbox {wanted[:80]!r} not found")
         return pod
 
@@ -537,42 +526,3 @@ def _init_binary() -> str:
             "a sandbox container needs catatonit: install it on the host"
         )
     return found
-
-
-def _visible(pod: state.Pod) -> bool:
-    return pod.state is not state.PodState.CREATING
-
-
-def _cri_state(pod: state.Pod) -> "api.PodSandboxState.ValueType":
-    return READY if pod.state is state.PodState.READY else NOTREADY
-
-
-def _matches(pod: state.Pod, wanted: api.PodSandboxFilter) -> bool:
-    if not pod.id.startswith(wanted.id):
-        return False
-    if wanted.HasField("state") and wanted.state.state != _cri_state(pod):
-        return False
-    labels = pod.config.labels
-    return all(labels.get(k) == v for k, v in wanted.label_selector.items())
-
-
-def _item(pod: state.Pod) -> api.PodSandbox:
-    return api.PodSandbox(
-        id=pod.id,
-        metadata=pod.config.metadata,
-        state=_cri_state(pod),
-        created_at=pod.created_at,
-        labels=pod.config.labels,
-        annotations=pod.config.annotations,
-        runtime_handler=pod.runtime_handler,
-    )
-
-
-def _network_status(ips: Sequence[str]) -> api.PodSandboxNetworkStatus:
-    more = [api.PodIP(ip=ip) for ip in ips[1:]]
-    return api.PodSandboxNetworkStatus(ip=ips[0] if ips else "", additional_ips=more)
-
-
-def _linux_status(wanted: api.PodSandboxConfig) -> api.LinuxPodSandboxStatus:
-    options = wanted.linux.security_context.namespace_options
-    return api.LinuxPodSandboxStatus(namespaces=api.Namespace(options=options))
