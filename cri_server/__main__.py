@@ -49,10 +49,26 @@ def _parser() -> argparse.ArgumentParser:
         "explain", help="tell where each part of a container or a pod came from"
     )
     _explain_arguments(explain)
+    reset = commands.add_parser("reset", help="end all pods and the server, remove what it kept")
+    _reset_arguments(reset)
     image = commands.add_parser("image", aliases=["images"], help="import and tag images")
-    for command in (serve, check, explain, *_image_commands(image)):
+    for command in (serve, check, explain, reset, *_image_commands(image)):
         _common(command)
     return parser
+
+
+def _reset_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--grace",
+        type=int,
+        default=30,
+        metavar="SECONDS",
+        help="how long a container may take to end (default: 30)",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="also while a kubelet is connected to the server"
+    )
+    parser.set_defaults(run=_reset)
 
 
 def _image_commands(parser: argparse.ArgumentParser) -> tuple[argparse.ArgumentParser, ...]:
@@ -136,6 +152,12 @@ def _explain(settings: config.Config, arguments: argparse.Namespace) -> int:
         diff=arguments.diff,
         as_json=arguments.json,
     )
+
+
+def _reset(settings: config.Config, arguments: argparse.Namespace) -> int:
+    from cri_server import reset
+
+    return reset.run(settings, grace=arguments.grace, force=arguments.force)
 
 
 def _import(settings: config.Config, arguments: argparse.Namespace) -> int:

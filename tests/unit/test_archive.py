@@ -153,6 +153,13 @@ async def test_what_docker_saves_comes_and_has_the_same_digest_each_time(
     assert node.images.find(made.id) == first
 
 
+async def test_layers_of_dockers_form_may_be_compressed(loader: load.Loader, tar: Path) -> None:
+    """minikube keeps its images so."""
+    made = pulling.make(BASE)
+    archives.docker(tar, ["a:1"], [gzip.compress(BASE)], made.config)
+    assert await loader.load(str(tar)) == [(NAME, made.id)]
+
+
 async def test_a_layer_that_is_a_link_to_another_one_comes_too(
     loader: load.Loader, tar: Path
 ) -> None:
