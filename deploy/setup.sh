@@ -9,7 +9,7 @@ PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 # The package that has a command.
 package() {
     case $1 in
-        docker-registry | runc | crun | catatonit | iptables | containerd | curl | strace | runsc) echo "$1" ;;
+        docker-registry | runc | crun | catatonit | iptables | containerd | curl | strace | runsc | shellcheck) echo "$1" ;;
         ip) echo iproute2 ;;
         busybox) echo busybox-static ;;
         qemu-system-x86_64) echo qemu-system-x86 ;;

@@ -160,7 +160,6 @@ class Spec(TypedDict, total=False):
     ociVersion: str
     process: Process
     root: Root
-    hostname: str
     mounts: list[Mount]
     annotations: dict[str, str]
     hooks: dict[str, list[Hook]]
