@@ -36,6 +36,8 @@ class Ledger:
         if counter in self._counters:
             self._counters.remove(counter)
             self._told += counter.seen
+        if not self._counters:  # the next is the first again, also after a zygote's rehearsal
+            self._before, self._told = -1, 0
 
     def untold(self, directories: Mapping[str, str]) -> int:
         """Return the kills in the pod's group that no container has told yet."""
