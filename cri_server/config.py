@@ -31,6 +31,7 @@ Patience = Annotated[float, msgspec.Meta(ge=0, le=86400)]  # 0 is for ever
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
 INSTALLED = ("crun", "runc")  # offered where they are installed, and in this order as the default
+COPIED = frozenset({"crun", "youki"})  # dialects that copy themselves at each start: shim/sealed.py
 KERNELS = frozenset({"runsc"})  # dialects whose sandbox is a kernel in which the containers run
 OPTIONS = ("timeout",)  # of a handler
 # Of a handler, too: values that whoever uses them reads, and that are tried when the file is read.

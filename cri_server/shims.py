@@ -17,7 +17,7 @@ from typing import Literal
 
 import structlog
 
-from cri_server import config, errors, podfiles, state
+from cri_server import config, errors, podfiles, programs, state
 from shim import client, mounts, process
 from shim import errors as shim_errors
 from shim.pb import shim_pb2
@@ -63,6 +63,7 @@ class Shims:
     ) -> None:
         self._settings, self._zygote = settings, zygote
         self._files, self._driver = files, driver
+        self._programs = programs.Programs()
         self._clients: dict[str, client.ShimClient] = {}
         self._pids: dict[str, tuple[int, int]] = {}  # with the start time: a pid is used again
         self._watchers: dict[str, asyncio.Task[None]] = {}
@@ -104,8 +105,11 @@ class Shims:
         """Start the pod's shim, connect to it and return its pid and start time."""
         path = str(self._files.socket(pod.id))
         handler = self.handler(pod.handler)
+        wanted = self._settings.handler(pod.handler)
         with translated():
-            pid = await self._zygote.fork(pod.id, path, handler=handler)
+            async with self._programs.lent(wanted) as program:
+                handler.options["program"] = program.identity
+                pid = await self._zygote.fork(pod.id, path, handler=handler, program=program.fd)
             self._clients[pod.id] = await client.ShimClient.connect(path)
         try:
             self._pids[pod.id] = (pid, process.start_time(pid))
@@ -238,6 +242,7 @@ class Shims:
             watcher.cancel()
         for shim in self._clients.values():
             shim.close()
+        self._programs.close()
         await self._zygote.close()
 
 

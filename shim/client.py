@@ -66,10 +66,12 @@ class Zygote:
         socket_path: str,
         *,
         handler: HandlerSpec,
+        program: int = -1,
     ) -> int:
         """Make a shim that serves on `socket_path` and return its pid.
 
-        The socket's directory is made when it is missing and is the pod's directory to the shim.
+        `program` is a sealed copy of the handler's (shim/sealed.py), and stays the caller's. The
+        socket's directory is made when it is missing and is the pod's directory to the shim.
         Asking again for a pod whose shim runs gives that shim's pid. Raises Unavailable.
         """
         told = pb.ForkRequest(pod_id=pod_id, pod_dir=os.path.dirname(socket_path), handler=handler)
@@ -80,19 +82,20 @@ class Zygote:
         except OSError as error:
             raise errors.Unavailable(f"no shim: {error}") from error
         with listener:
+            sent = [listener.fileno(), *([program] if program >= 0 else [])]
             async with self._lock:
-                return await self._ask_healing(told, listener)
+                return await self._ask_healing(told, sent)
 
     async def close(self) -> None:
         """End the process; its shims live on."""
         async with self._lock:
             await self._stop()
 
-    async def _ask_healing(self, told: pb.ForkRequest, listener: socket.socket) -> int:
+    async def _ask_healing(self, told: pb.ForkRequest, descriptors: list[int]) -> int:
         for last in (False, True):
             try:
                 await self._ensure()
-                return await self._ask(told, listener)
+                return await self._ask(told, descriptors)
             except (
                 OSError,
                 DecodeError,
@@ -103,8 +106,8 @@ class Zygote:
                     raise errors.Unavailable(f"no shim: the zygote failed: {error}") from error
         raise AssertionError  # the loop has returned or raised
 
-    async def _ask(self, told: pb.ForkRequest, listener: socket.socket) -> int:
-        socket.send_fds(self._control(), [told.SerializeToString()], [listener.fileno()])
+    async def _ask(self, told: pb.ForkRequest, descriptors: list[int]) -> int:
+        socket.send_fds(self._control(), [told.SerializeToString()], descriptors)
         async with asyncio.timeout(_FORK_SECONDS):
             while True:
                 reply = pb.ForkReply.FromString(await self._receive())

@@ -474,6 +474,7 @@ async def run_command(
     env: Mapping[str, str] | None = None,
     fds: Mapping[int, int] | None = None,
     max_output: int = 1 << 20,
+    program: str = "",
 ) -> Finished:
     """Run a program and collect what it says. A stream given as a descriptor is passed on instead.
 
@@ -487,8 +488,9 @@ async def run_command(
         out = _Output(stdout, max_output, ours, theirs)
         err = _Output(stderr, max_output, ours, theirs)
         child = process.spawn(
-            argv, env=env, stdin=source, stdout=out.child_fd, stderr=err.child_fd, fds=fds
-        )
+            argv, env=env, stdin=source, stdout=out.child_fd, stderr=err.child_fd, fds=fds,
+            program=program,
+        )  # fmt: skip
         ours.pop_all()  # from here on the outputs close themselves
     out.start()
     err.start()

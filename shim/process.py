@@ -38,9 +38,11 @@ def spawn(
     stderr: int | None = None,
     fds: Mapping[int, int] | None = None,
     new_session: bool = True,
+    program: str = "",
 ) -> Child:
     """Start a program and return at once; no shell, and no descriptor but the given ones.
 
+    `program` is the file that is executed, "" for the one that argv[0] names.
     `env` is the whole environment (None: `DEFAULT_ENV`). A standard stream that is None is
     /dev/null. `fds` maps numbers in the child to descriptors here. The caller keeps, and closes,
     what it passed. What this process itself has inherited goes along until `keep_descriptors`.
@@ -52,7 +54,7 @@ def spawn(
     duplicates: list[int] = []
     try:
         pid = os.posix_spawn(
-            find(argv[0], environment.get("PATH", DEFAULT_PATH)),
+            program or find(argv[0], environment.get("PATH", DEFAULT_PATH)),
             list(argv),
             dict(environment),
             file_actions=_file_actions(wanted, duplicates),

@@ -70,13 +70,15 @@ class Shim:
             os.unlink(os.path.join(directory, name))
         os.rmdir(directory)
 
-    async def serve(self, listener: socket.socket, told: pb.ForkRequest) -> None:
+    async def serve(
+        self, listener: socket.socket, told: pb.ForkRequest, *, program: int = -1
+    ) -> None:
         """Be the shim of a pod until it is told to end. The listener stays the caller's."""
         os.umask(0o022)  # What runtimes and containers inherit is ours to choose.
         diagnostics.set_context(pod=told.pod_id)
         loop.set_error_hook(_report)
         self._service.pod_id = told.pod_id
-        self._pod.runtime = make_runtime(told.handler, self.children)
+        self._pod.runtime = make_runtime(told.handler, self.children, program=program)
         loop.spawn(self.children.run(), name="reaper")
         accepting = loop.spawn(self._ttrpc.serve(listener), name="accept")
         await self._pod.ending.wait()
@@ -106,10 +108,13 @@ def _rehearsal(directory: str) -> list[tuple[str, Message]]:
     ]
 
 
-def make_runtime(handler: pb.Handler, children: reaper.Reaper) -> runtimes.Runtime:
+def make_runtime(
+    handler: pb.Handler, children: reaper.Reaper, *, program: int = -1
+) -> runtimes.Runtime:
     """Return the runtime of a handler. Options: `timeout`, seconds for one call of it, 120;
     `cgroup_driver`, cgroupfs or systemd; `args`, flags for each call, one a line; `dialect`,
-    which command line it is, else the program's name tells.
+    which command line it is, else the program's name tells; `program`, of which state of its file
+    the descriptor `program` is a copy (`sealed`).
 
     Raises InvalidArgument for a kind that this shim does not speak.
     """
@@ -126,6 +131,7 @@ def make_runtime(handler: pb.Handler, children: reaper.Reaper) -> runtimes.Runti
         systemd=handler.options.get("cgroup_driver") == "systemd",
         args=handler.options.get("args", "").splitlines(),
         handler=handler.name,
+        copied=(program, handler.options.get("program", "")),
     )
 
 

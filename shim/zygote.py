@@ -45,12 +45,13 @@ async def _serve(control: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, _bury(os.getpid()))
     control.send(READY)
     while True:
-        request, descriptors, _, _ = socket.recv_fds(control, MESSAGE_LIMIT, 1)
+        request, descriptors, _, _ = socket.recv_fds(control, MESSAGE_LIMIT, 2)
         if not request:
             return
         if linux.fork() == 0:
-            await _be_shim(shim, request, descriptors[0], control)
-        os.close(descriptors[0])
+            await _be_shim(shim, request, descriptors, control)
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
 async def _settle(shim: server.Shim) -> None:
@@ -77,9 +78,12 @@ def _bury(zygote: int) -> Callable[[int, object], None]:
 
 
 async def _be_shim(
-    shim: server.Shim, request: bytes, descriptor: int, control: socket.socket
+    shim: server.Shim, request: bytes, descriptors: list[int], control: socket.socket
 ) -> None:
-    """Leave all of the zygote's behind and serve; the process ends here, whatever happens."""
+    """Leave all of the zygote's behind and serve; the process ends here, whatever happens.
+
+    `descriptors`: the listening socket and, it may be, a copy of the runtime's program.
+    """
     code = 1
     try:
         loop.after_fork()
@@ -87,9 +91,10 @@ async def _be_shim(
         _reset_process()
         _answer(control, told)
         gc.enable()
-        os.set_inheritable(descriptor, False)  # received ones are: runtimes would get it
-        listener = socket.socket(fileno=descriptor)
-        await shim.serve(listener, told)
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, False)  # received ones are: runtimes would get it
+        listener = socket.socket(fileno=descriptors[0])
+        await shim.serve(listener, told, program=descriptors[1] if len(descriptors) > 1 else -1)
         os.unlink(os.path.join(told.pod_dir, os.path.basename(listener.getsockname())))
         code = 0
     except BaseException as error:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from shim import errors, loop, reaper, runtimes
+from shim import errors, loop, reaper, runtimes, sealed
 
 _OUTPUT_LIMIT = 64 << 10
 _LOG_TAIL = 16 << 10
@@ -61,7 +61,8 @@ class Oci:
 
     With `systemd` cgroups are scopes that systemd is asked for, "slice:prefix:name" in config.json.
     `args` are flags of the handler's configuration, before the verb. What the program itself gets
-    wrong is told with the `handler` that it serves.
+    wrong is told with the `handler` that it serves. `copied` is a descriptor of a sealed copy of
+    the program, and the `sealed.identity` of the file when it was made.
     """
 
     shares_kernel = False
@@ -77,9 +78,11 @@ class Oci:
         systemd: bool = False,
         args: Sequence[str] = (),
         handler: str = "",
+        copied: tuple[int, str] = (-1, ""),
     ) -> None:
         self._base = (path, "--root", root, *(("--systemd-cgroup",) if systemd else ()), *args)
         self._who = f"handler {handler}: {path}" if handler else path
+        self._path, self._copied = path, copied
         self._dialect = dialect
         self._children = children
         self._timeout = timeout
@@ -169,7 +172,7 @@ class Oci:
         try:
             return await loop.run_command(
                 argv, stdin=stdin, stdout=stdout, stderr=stderr,
-                timeout=self._timeout, max_output=_OUTPUT_LIMIT,
+                timeout=self._timeout, max_output=_OUTPUT_LIMIT, program=self._program(),
             )  # fmt: skip
         except TimeoutError as error:
             raise errors.DeadlineExceeded(
@@ -177,6 +180,11 @@ class Oci:
             ) from error
         except OSError as error:
             raise errors.FailedPrecondition(f"cannot run {self._who}: {error.strerror}") from error
+
+    def _program(self) -> str:
+        """Return the copy of the program while it is one of the file that is there, else ""."""
+        fd, of = self._copied
+        return f"/proc/self/fd/{fd}" if fd >= 0 and sealed.identity(self._path) == of else ""
 
     def _failure(self, verb: str, done: loop.Finished, said: bytes) -> errors.ShimError:
         if message := runtimes.last_error(said):

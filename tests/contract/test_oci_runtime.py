@@ -9,6 +9,7 @@ The test process is the subreaper, as a shim is; containers share a busybox root
 
 import json
 import os
+import shutil
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from shim import cgroup, console, errors, linux, loop, process, reaper, runtimes
+from shim import cgroup, console, errors, linux, loop, process, reaper, runtimes, sealed
 from shim.runtimes import oci
 from tests.fakes import runtime as fakes
 from tests.lab import bundle, cgroups, faults, waiting
@@ -364,6 +365,36 @@ def test_a_runtime_that_is_not_there(tmp_path: Path, root: Path) -> None:
             await lab.run(lab.prepare("true"))
 
     lab.drive(work())
+
+
+@pytest.mark.needs("crun")
+def test_a_copy_is_run_while_the_file_is_the_one_that_was_copied(
+    tmp_path: Path, root: Path, request: pytest.FixtureRequest
+) -> None:
+    """The file is not crun at all: what succeeds was run from the copy."""
+    request.getfixturevalue("crun")
+    program = tmp_path / "crun"
+    shutil.copy("/bin/false", program)
+    copy = sealed.copy(process.find("crun"))
+    lab = Lab("crun", tmp_path, root)
+    lab.runtime = oci.Oci(
+        os.fspath(program),
+        os.fspath(tmp_path / "state"),
+        dialect=oci.DIALECTS["crun"],
+        children=lab.children,
+        timeout=30,
+        copied=(copy, sealed.identity(os.fspath(program))),
+    )
+
+    async def work() -> None:
+        async with lab.running() as (made, _):
+            assert await lab.exec(made, "sh", "-c", "exit 5") == 5
+        os.utime(program)
+        with pytest.raises(errors.ShimError, match="crun run ended with status 1"):
+            await lab.run(lab.prepare("true"))
+
+    lab.drive(work())
+    os.close(copy)
 
 
 @pytest.mark.parametrize(
