@@ -75,7 +75,10 @@ async def _reset(settings: config.Config, grace: int) -> None:
     if pid is not None:
         await _end_pods(settings.server.listen, grace)
         await _end_server(pid)
-    elif _remains(settings):
+        if sockets.listener(_path(settings)) is not None:
+            raise Stuck("the server was started anew by somebody else: stop that first")
+    # None ran; or pods were made while it went, by a kubelet that was not heeded.
+    if _pods(settings) if pid is not None else _remains(settings):
         async with _own_server(settings) as address:
             await _end_pods(address, grace)
     await asyncio.to_thread(_remove_folders, settings)
@@ -90,12 +93,16 @@ def _remains(settings: config.Config) -> bool:
     return any((settings.server.root / name).exists() for name in OF_ROOT)
 
 
+def _pods(settings: config.Config) -> bool:
+    return any((settings.server.root / "pods").glob("*.json"))
+
+
 @contextlib.asynccontextmanager
 async def _own_server(settings: config.Config) -> AsyncIterator[str]:
     """Have a server in this process for the block; its recovery ends what no record names."""
     from cri_server import server
 
-    print("no server runs: this takes up what it left")
+    print("no server runs: taking up what is left")
     address = f"unix://{settings.server.state / PRIVATE}"
     private = dataclasses.replace(settings.server, listen=address, crio_socket="")
     async with server.running(dataclasses.replace(settings, server=private)):

@@ -9,13 +9,13 @@ import contextlib
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _SOCK_DIAG, _BY_FAMILY, _DONE, _ERROR = 4, 20, 3, 2  # linux/netlink.h, linux/sock_diag.h
 _REQUEST_DUMP = 0x301
-_SHOW_NAME, _SHOW_PEER = 1, 4  # linux/unix_diag.h
-_NAME, _PEER = 0, 2
+_SHOW = 1 | 4 | 8  # UDIAG_SHOW_NAME, _PEER, _ICONS: linux/unix_diag.h
+_NAME, _PEER, _ICONS = 0, 2, 3  # the last are the peers of those that wait to be accepted
 _HEADER, _MESSAGE, _ATTRIBUTE = struct.Struct("=IHHII"), struct.Struct("=BBBxI8x"), "=HH"
 
 
@@ -36,16 +36,14 @@ def clients(path: Path) -> dict[int, str]:
 
     Raises OSError where the kernel does not tell.
     """
-    peers = {peer for name, peer in _sockets() if name == os.fsencode(path) and peer}
-    return dict(_owners(peers)) if peers else {}
+    wanted = {inode for name, peers in _sockets() if name == os.fsencode(path) for inode in peers}
+    return dict(_owners(wanted)) if wanted else {}
 
 
-def _sockets() -> Iterator[tuple[bytes, int]]:
-    """Yield the name and the peer's inode of every unix socket; a peer is 0 where there is none."""
+def _sockets() -> Iterator[tuple[bytes, Sequence[int]]]:
+    """Yield the name of every unix socket, and the inodes of its peers."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _SOCK_DIAG) as diag:
-        request = struct.pack(
-            "=BBHIII8x", socket.AF_UNIX, 0, 0, 0xFFFFFFFF, 0, _SHOW_NAME | _SHOW_PEER
-        )
+        request = struct.pack("=BBHIII8x", socket.AF_UNIX, 0, 0, 0xFFFFFFFF, 0, _SHOW)
         header = _HEADER.pack(_HEADER.size + len(request), _BY_FAMILY, _REQUEST_DUMP, 1, 0)
         diag.send(header + request)
         while True:
@@ -55,9 +53,12 @@ def _sockets() -> Iterator[tuple[bytes, int]]:
                 if kind == _ERROR:
                     code = -struct.unpack_from("=i", body)[0]
                     raise OSError(code, os.strerror(code))
-                found = dict(_attributes(body[_MESSAGE.size :]))
-                peer = struct.unpack("=I", found.get(_PEER, bytes(4)))[0]
-                yield found.get(_NAME, b"").rstrip(b"\0"), peer
+                said = dict(_attributes(body[_MESSAGE.size :]))
+                peers = said.get(_PEER, b"") + said.get(_ICONS, b"")
+                yield (
+                    said.get(_NAME, b"").rstrip(b"\0"),
+                    struct.unpack(f"={len(peers) // 4}I", peers),
+                )
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:

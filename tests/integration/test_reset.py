@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 
 from cri_server import sockets
@@ -124,6 +125,25 @@ def test_a_connected_kubelet_keeps_everything_as_it_is(
         assert f"a kubelet is connected (pid {pid})" in done.stderr
         assert len(client_of(busy).pods()) == 2
         assert reset(busy, "--force", "--grace", "0").returncode == 0
+    busy.wait_death()
+    gone(busy)
+
+
+@pytest.mark.usefixtures("traceless")
+def test_pods_that_are_made_meanwhile_end_too(busy: server.Site, client_of: ClientOf) -> None:
+    """A kubelet that was not stopped makes them until there is no server."""
+    client, made = client_of(busy), []
+    done = subprocess.Popen(
+        [server.command(), "reset", "--force", "--grace=0", "--config", busy.home / "config.toml"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with contextlib.suppress(grpc.RpcError):
+        while True:
+            made.append(client.run_pod().id)
+    told, _ = done.communicate()
+    assert made
+    assert done.returncode == 0, told
     busy.wait_death()
     gone(busy)
 
