@@ -27,10 +27,13 @@ from cri_server import (
     cgroups,
     config,
     configjson,
+    errors,
     givens,
+    handlers,
     idmap,
     orders,
     origins,
+    overlayoptions,
     podfiles,
     relabel,
     remains,
@@ -55,6 +58,7 @@ class Bundles:
         self,
         settings: config.Config,
         *,
+        live: handlers.Handlers,
         files: podfiles.PodFiles,
         groups: cgroups.Cgroups,
         layers: snapshots.Snapshots,
@@ -63,8 +67,8 @@ class Bundles:
     ) -> None:
         self.root = settings.server.state / "containers"
         self._files, self._groups, self._snapshots = files, groups, layers
-        self._giver, self._remains = giver, remains_host
-        self._documents = configjson.ConfigJson(settings, files=files, groups=groups)
+        self._handlers, self._giver, self._remains = live, giver, remains_host
+        self._documents = configjson.ConfigJson(live, files=files, groups=groups)
 
     def directory(self, container_id: str) -> Path:
         return self.root / container_id
@@ -74,8 +78,8 @@ class Bundles:
     async def create(self, order: orders.Order, recipe: steps.Steps) -> state.Container:
         """Make the bundle; return the record with the user and the cgroup that it will have.
 
-        Raises InvalidArgument for what the host or the image cannot give, DeadlineExceeded when a
-        host path does not answer.
+        Raises InvalidArgument for what the host or the image cannot give, FailedPrecondition for
+        snapshot options that the kernel refuses, DeadlineExceeded when a host path does not answer.
         """
         with recipe.step("host paths"):
             found = await self._giver.look(order)
@@ -98,8 +102,23 @@ class Bundles:
         podfiles.admit(folder, order.owner)
         root = folder / "rootfs"
         root.mkdir(mode=0o700)
-        options, mapped = order.labels.mount_options, self._giver.mapped(order)
-        self._snapshots.mount(container.id, container.layers, root, options, mapped=mapped)
+        words = self._handlers.of(container.handler).snapshot_options
+        options = (*order.labels.mount_options, *overlayoptions.of_mount(words))
+        try:
+            self._snapshots.mount(
+                container.id,
+                container.layers,
+                root,
+                options,
+                mapped=self._giver.mapped(order),
+                volatile=overlayoptions.SYNC not in words,
+            )
+        except OSError as e:
+            if not words:
+                raise
+            label = self._handlers.label(container.handler, "snapshot_options")
+            reason = f"{label}: {', '.join(words)}: {e.strerror}"
+            raise errors.FailedPrecondition(reason) from e
 
     def _furnish(self, order: orders.Order, found: givens.Givens) -> state.Container:
         """Make config.json, what the runtime will mount on, and the notes of why it is so."""

@@ -22,7 +22,16 @@ from pathlib import Path
 
 import msgspec
 
-from cri_server import advisories, apparmor, cgroups, config, defaults, host
+from cri_server import (
+    advisories,
+    apparmor,
+    cgroups,
+    config,
+    defaults,
+    handlers,
+    host,
+    roster,
+)
 from cri_server.network import conf
 from shim import linux, mounts
 
@@ -64,9 +73,9 @@ async def run(settings: config.Config, *, as_json: bool) -> int:
 async def look(settings: config.Config) -> list[Finding]:
     """Return a finding for everything that is looked at, in the order of the report."""
     hierarchy = cgroups.detect()
-    found = await host.runtimes(settings)
-    settings, reason = defaults.choose(settings, found, hierarchy)
-    facts = host.probe(hierarchy, found, places=settings.server)
+    now = await roster.look(settings)
+    settings, reason = defaults.choose(settings, roster.named(now), hierarchy)
+    facts = host.probe(hierarchy, roster.named(now), places=settings.server)
     driver = cgroups.driver(settings.runtime.cgroup_driver)
     return [
         _kernel(facts),
@@ -75,8 +84,10 @@ async def look(settings: config.Config) -> list[Finding]:
         _user_namespaces(facts.no_user_namespaces),
         *_security(facts),
         *_runtimes(settings, facts),
+        *_drop_ins(settings, roster.with_shortfalls(now, facts)),
         _ok("default runtime", f"{settings.runtime.default}: {reason}"),
         *await asyncio.to_thread(lambda: list(_network(settings.network))),
+        *await asyncio.to_thread(lambda: list(_networks(settings.network, now))),
         *_tools(),
     ]
 
@@ -221,6 +232,18 @@ def _runtimes(settings: config.Config, facts: host.Host) -> Iterator[Finding]:
         yield from _quirks(name, facts)
 
 
+def _drop_ins(settings: config.Config, now: roster.Roster) -> Iterator[Finding]:
+    """What is wrong with files of conf.d, and with what the others ask for."""
+    for problem in now.problems:
+        lost = settings.runtime.default in now.refused and problem.handler in now.refused
+        yield Finding(
+            name=f"handler {problem.handler or problem.file}",
+            status=Status.MISSING if lost else Status.LIMITED,
+            detail=problem.message,
+            remedy="correct or remove the drop-in" if problem.holds else "take the key away",
+        )
+
+
 def _vulnerabilities(name: str, found: host.RuntimeFacts) -> Iterator[Finding]:
     """A warning, never an error: distributions fix what keeps its old version (advisories.py)."""
     if known := advisories.known(found.program, found.version):
@@ -261,6 +284,20 @@ def _network(settings: config.Network) -> Iterator[Finding]:
     yield _ok("CNI configuration", f"{loaded.chain.name} ({loaded.chain.path})")
     for plugin in loaded.chain.plugins:
         yield _plugin(plugin.type, settings.bin_dirs)
+
+
+def _networks(settings: config.Network, now: roster.Roster) -> Iterator[Finding]:
+    """The networks of handlers that have their own."""
+    for name, revision in now.current.items():
+        place = handlers.place(revision.handler, settings)
+        if place is not None:
+            loaded = conf.Directory(*place).load()
+            if loaded.chain is None:
+                problem = "; ".join([f"none in {place}", *loaded.skipped])
+                remedy = f"pods of {name} get no network: add a file, or correct runtimes.{name}"
+                yield _limited(f"CNI configuration of {name}", problem, remedy)
+            else:
+                yield _ok(f"CNI configuration of {name}", f"{loaded.chain.name} ({place})")
 
 
 def _plugin(name: str, bin_dirs: Iterable[Path]) -> Finding:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from cri_server import capability, errors, limits
+from cri_server import capability, limits, overlayoptions
 
 Dialect = Literal["runc", "crun", "runsc", "youki"]
 CgroupDriver = Literal["auto", "cgroupfs", "systemd"]
@@ -34,16 +34,20 @@ INSTALLED = ("crun", "runc")  # offered where they are installed, and in this or
 COPIED = frozenset({"crun", "youki"})  # dialects that copy themselves at each start: shim/sealed.py
 KERNELS = frozenset({"runsc"})  # dialects whose sandbox is a kernel in which the containers run
 OPTIONS = ("timeout",)  # of a handler
+DROP_INS = "conf.d"  # beside the file
 # Of a handler, too: values that whoever uses them reads, and that are tried when the file is read.
 _READ_LATER: Mapping[str, Callable[[Any], object]] = {
     "default_capabilities": capability.chosen,
     "default_rlimits": limits.rlimits,
     "default_shm_size": limits.size,
+    "min_memory": limits.size,
+    "snapshot_options": overlayoptions.chosen,
 }
 _ARGUMENT = re.compile(r"--?([a-z][a-z0-9_-]*)(=[^\x00-\x1f\x7f]*)?")
 _OURS = frozenset({"root", "log", "log-format", "log-fd", "systemd-cgroup", "bundle", "version"})
 _ADDRESS = re.compile(r"([^:\s]+|\[[0-9a-fA-F:]+\]):[0-9]{1,5}")  # [::1]:10010
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_CNI_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.(conf|conflist|json)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,6 +127,13 @@ class Handler:
     default_capabilities: tuple[str, ...] = capability.DEFAULT  # for capability.chosen()
     default_rlimits: str = limits.DEFAULT  # for limits.rlimits()
     default_shm_size: str = limits.SHM_SIZE  # for limits.size()
+    default_pids_limit: Annotated[int, msgspec.Meta(ge=0, le=1 << 22)] = 0  # PID_MAX_LIMIT
+    min_memory: str = "0"  # for limits.size()
+    snapshot_options: tuple[str, ...] = ()  # for overlayoptions.chosen()
+    cni_conf_dir: str = ""
+    cni_conf_file: str = ""
+    seccomp_profile: str = ""
+    seccomp_audit: bool = False
 
     @staticmethod
     def allowed(globs: Collection[str], annotations: Mapping[str, str]) -> dict[str, str]:
@@ -146,8 +157,15 @@ class Handler:
     def __post_init__(self) -> None:
         if "/" in self.path:
             _check_absolute("path", Path(self.path))
+        for key in ("cni_conf_dir", "seccomp_profile"):
+            if value := getattr(self, key):
+                _check_absolute(key, Path(value))
+        if self.cni_conf_file and not _CNI_FILE.fullmatch(self.cni_conf_file):
+            raise ConfigError(f"cni_conf_file: {self.cni_conf_file[:100]!r} is not NAME.conflist")
         if self.has_kernel and self.sandbox == "namespaces":
             raise ConfigError(f"sandbox: {self.dialect} needs a sandbox container")
+        if self.has_kernel and self.default_pids_limit:
+            raise ConfigError(f"default_pids_limit: {self.dialect} cannot limit one container")
         for arg in self.args:
             _check_argument(arg)
         for key, read in _READ_LATER.items():
@@ -157,7 +175,7 @@ class Handler:
                 raise ConfigError(f"{key}: {e}") from e
 
 
-_PLAIN = Handler()
+PLAIN = Handler()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,25 +207,7 @@ class Config:
     runtime: Runtime = field(default_factory=Runtime)
     metrics: Metrics = field(default_factory=Metrics)
     runtimes: Mapping[str, Handler] = field(default_factory=dict)
-
-    def handler(self, name: str) -> Handler:
-        """Return the handler called `name`, the default one for "" (CRI
-        RunPodSandbox.runtime_handler).
-
-        Raises InvalidArgument for a name that is not configured.
-        """
-        found = self.runtimes.get(name or self.runtime.default)
-        if found is None:
-            known = ", ".join(sorted(self.runtimes))
-            raise errors.InvalidArgument(
-                f"runtime_handler {name!r} is not configured (known: {known})"
-            )
-        return found
-
-    def key_of(self, handler: str, key: str) -> str:
-        """Return what people call a key of a handler's section, "" where it has its default."""
-        same = getattr(self.handler(handler), key) == getattr(_PLAIN, key)
-        return "" if same else f"[runtimes.{handler}] {key}"
+    drop_ins: Path | None = None  # the folder with more handlers, beside the file
 
 
 class ConfigError(ValueError):
@@ -236,42 +236,39 @@ def load(path: Path | None) -> Config:
         raise ConfigError(f"{where}: {e}") from e
     except OSError as e:
         raise ConfigError(f"{where}: {e.strerror}") from e
-    return with_handlers(parse(document, where=where), where=where)
+    folder = path.parent / DROP_INS if path is not None else None
+    return with_handlers(
+        dataclasses.replace(parse(document, where=where), drop_ins=folder), where=where
+    )
 
 
 def parse(document: Mapping[str, Any], *, where: str = "config") -> Config:
     """Turn a TOML document into a Config, without looking at the host. Raises ConfigError."""
-    _refuse_unknown(document, _keys(Config), where)
+    _refuse_unknown(document, (*SECTIONS, "runtimes"), where)
     sections = {n: _section(document.get(n, {}), k, f"{where}: [{n}]") for n, k in SECTIONS.items()}
     tables = _table(document.get("runtimes", {}), f"{where}: [runtimes]")
-    handlers = {n: _handler(n, table, f"{where}: [runtimes.{n}]") for n, table in tables.items()}
+    handlers = {n: handler_of(n, table, f"{where}: [runtimes.{n}]") for n, table in tables.items()}
     return Config(**sections, runtimes=handlers)
 
 
 def with_handlers(config: Config, *, where: str = "config") -> Config:
     """Fill in what the file leaves out: the handlers runc and crun where they are installed, and
-    the binary of each by its name.
-
-    A default that is named must be there, so that a strong isolation is never replaced by a weak
-    one; which one it is where none is named depends on the host (`defaults.choose`). Raises
-    ConfigError.
+    the binary of each by its name. Raises ConfigError.
     """
     installed = {n: Handler() for n in INSTALLED if shutil.which(n)}
-    runtimes = {n: _with_path(n, h, where) for n, h in {**installed, **config.runtimes}.items()}
-    default = config.runtime.default
-    if default and default not in runtimes:
-        known = ", ".join(runtimes) or "none"
-        raise ConfigError(f"{where}: runtime.default: no handler {default!r} (known: {known})")
+    every = {**installed, **config.runtimes}
+    runtimes = {n: completed(n, h, f"{where}: [runtimes.{n}]") for n, h in every.items()}
     return dataclasses.replace(config, runtimes=runtimes)
 
 
-def _with_path(name: str, handler: Handler, where: str) -> Handler:
+def completed(name: str, handler: Handler, where: str) -> Handler:
+    """Return the handler with its program as found and its dialect. Raises ConfigError."""
     wanted = handler.path or name
     dialect = handler.dialect or _dialect(Path(wanted).name) or _dialect(name) or "runc"
     try:
         return dataclasses.replace(handler, path=shutil.which(wanted) or wanted, dialect=dialect)
     except ConfigError as e:  # what is wrong only with this program
-        raise ConfigError(f"{where}: [runtimes.{name}]: {e}") from e
+        raise ConfigError(f"{where}: {e}") from e
 
 
 def _dialect(name: str) -> Literal["", Dialect]:
@@ -289,13 +286,15 @@ def _section(table: Any, kind: type, where: str) -> Any:
         raise ConfigError(f"{where}: {_explain(str(e), kind)}") from e
 
 
-def _handler(name: str, table: Any, where: str) -> Handler:
-    """Refuse unknown options too, and a name that is no file name: a folder is called by it."""
+def handler_of(name: str, table: Any, where: str) -> Handler:
+    """Turn one table into a Handler. Raises ConfigError, also for an unknown option and for a name
+    that is no file name: a folder is called by it.
+    """
     if not _NAME.fullmatch(name):
         raise ConfigError(f"{where}: {name!r} is not a handler name")
-    handler: Handler = _section(table, Handler, where)
-    _refuse_unknown(handler.options, OPTIONS, f"{where}: options")
-    return handler
+    found: Handler = _section(table, Handler, where)
+    _refuse_unknown(found.options, OPTIONS, f"{where}: options")
+    return found
 
 
 def _refuse_unknown(table: Any, known: Collection[str], where: str) -> None:

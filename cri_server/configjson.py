@@ -14,14 +14,13 @@ import msgspec
 import structlog
 
 from cri_server import (
-    capability,
     cgroups,
-    config,
     givens,
-    limits,
+    handlers,
     orders,
     origins,
     podfiles,
+    revisions,
     spec,
 )
 from cri_server.spec import pooled, why
@@ -34,9 +33,9 @@ class ConfigJson:
     """Fills in the documents of containers; one for all."""
 
     def __init__(
-        self, settings: config.Config, *, files: podfiles.PodFiles, groups: cgroups.Cgroups
+        self, live: handlers.Handlers, *, files: podfiles.PodFiles, groups: cgroups.Cgroups
     ) -> None:
-        self._settings, self._files, self._groups = settings, files, groups
+        self._handlers, self._files, self._groups = live, files, groups
 
     def document(
         self, order: orders.Order, found: givens.Givens, user: spec.User, bundle: Path
@@ -52,8 +51,8 @@ class ConfigJson:
 
     def _note_pooled(self, order: orders.Order) -> None:
         """Say which limits the handler cannot keep, for it can limit the pod alone."""
-        name = order.pod.handler
-        if not self._settings.handler(name).has_kernel:
+        name = revisions.name_of(order.pod.handler)
+        if not self._handlers.of(order.pod.handler).has_kernel:
             return
         of_pod = order.pod.config.linux.resources
         if loose := pooled.unheld(order.config.linux.resources, of_pod):
@@ -79,7 +78,7 @@ class ConfigJson:
             pod_files=self._pod_files(order),
             hostname=podfiles.hostname(pod),
             host=order.facts,
-            defaults=self._defaults(pod.handler),
+            defaults=self._handlers.defaults(pod.handler),
             sources={key: source.path for key, source in found.mounts.items()},
             devices=found.devices,
             cdi=found.cdi,
@@ -112,30 +111,21 @@ class ConfigJson:
         shm = self._files.shm(order.pod)
         return spec.PodFiles(resolv_conf=resolv_conf, hostname=hostname, hosts=hosts, shm=shm)
 
-    def _defaults(self, handler: str) -> spec.Defaults:
-        wanted = self._settings.handler(handler)
-        return spec.Defaults(
-            capabilities=capability.chosen(wanted.default_capabilities),
-            capabilities_key=self._settings.key_of(handler, "default_capabilities"),
-            rlimits=limits.rlimits(wanted.default_rlimits),
-            rlimits_key=self._settings.key_of(handler, "default_rlimits"),
-        )
-
     def _annotations(self, order: orders.Order) -> dict[str, str]:
         """Return the annotations that the handler's configuration lets through to the runtime."""
-        name = order.pod.handler
-        handler = self._settings.handler(name)
+        key = order.pod.handler
+        handler = self._handlers.of(key)
         of_pod = handler.allowed(handler.pod_annotations, order.pod.config.annotations)
         own = handler.allowed(handler.container_annotations, order.config.annotations)
-        note_annotations(of_pod, name, "pod_annotations")
-        note_annotations(own, name, "container_annotations")
+        note_annotations(of_pod, self._handlers.label(key, "pod_annotations"))
+        note_annotations(own, self._handlers.label(key, "container_annotations"))
         return {**of_pod, **own}
 
 
-def note_annotations(allowed: Iterable[str], handler: str, key: str) -> None:
+def note_annotations(allowed: Iterable[str], key: str) -> None:
     """Note whose configuration lets these annotations through."""
     for name in allowed:
-        why.handler(f"annotations[{name}]", f"[runtimes.{handler}] {key}", "let through")
+        why.handler(f"annotations[{name}]", key, "let through")
 
 
 # -- on disk ---------------------------------------------------------------------------------------

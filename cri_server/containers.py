@@ -20,12 +20,11 @@ import structlog
 
 from cri_server import (
     bundles,
-    config,
     containerstatus,
     errors,
     escalation,
     events,
-    host,
+    handlers,
     imagevolumes,
     locks,
     names,
@@ -58,7 +57,7 @@ class Containers:
     def __init__(
         self,
         *,
-        settings: config.Config,
+        live: handlers.Handlers,
         store: state.Store,
         image_store: images.Store,
         collector: gc.Collector,
@@ -66,12 +65,11 @@ class Containers:
         remains_host: remains.Remains,
         shim_host: shims.Shims,
         update_host: updates.Updates,
-        facts: host.Host,
         event_host: events.Events,
     ) -> None:
-        self._settings, self._store, self._events = settings, store, event_host
+        self._handlers, self._store, self._events = live, store, event_host
         self._images, self._collector = image_store, collector
-        self._bundles, self._shims, self._facts = bundle_host, shim_host, facts
+        self._bundles, self._shims = bundle_host, shim_host
         self._updates, self._remains = update_host, remains_host
         self._attempts, self._locks = names.Attempts(), locks.Locks()
         self._running: dict[str, asyncio.Event] = {}  # set when the container has ended
@@ -90,8 +88,9 @@ class Containers:
         if not (wanted.metadata.name and wanted.image.image):
             raise errors.InvalidArgument("config.metadata.name or config.image.image is missing")
         image = self._image(wanted.image.image)
-        facts = self._facts.facts(pod.handler)
+        facts = self._handlers.facts(pod.handler)
         spec.validate_container(wanted, pod.config, facts, image=image.config)
+        self._handlers.check_memory(pod.handler, wanted.linux.resources)
         self._check_annotations(pod, wanted)
         log_path(pod.config, wanted)
         wanted, volumes = imagevolumes.resolve(wanted, self._images)
@@ -103,7 +102,7 @@ class Containers:
 
     def _check_annotations(self, pod: state.Pod, wanted: api.ContainerConfig) -> None:
         """Refuse what does not count; the pod's too, for the configuration may have changed."""
-        handler, facts = self._settings.handler(pod.handler), self._facts.facts(pod.handler)
+        handler, facts = self._handlers.of(pod.handler), self._handlers.facts(pod.handler)
         of_pod = handler.allowed(handler.pod_annotations, pod.config.annotations)
         spec.check_pod_annotations(pod.config, of_pod, facts)
         own = handler.allowed(handler.container_annotations, wanted.annotations)

@@ -21,19 +21,17 @@ def choose(
     named = settings.runtime.default
     if named:
         return settings, "the configuration names it"
-    chosen, reason = _chosen(settings, found, why_not_crun(found, hierarchy))
+    chosen, reason = _chosen(found, why_not_crun(found, hierarchy))
     runtime = dataclasses.replace(settings.runtime, default=chosen)
     return dataclasses.replace(settings, runtime=runtime), reason
 
 
-def _chosen(
-    settings: config.Config, found: Mapping[str, host.RuntimeFacts], no_crun: str
-) -> tuple[str, str]:
+def _chosen(found: Mapping[str, host.RuntimeFacts], no_crun: str) -> tuple[str, str]:
     if not no_crun:
         return CRUN, "this host supports crun"
     if RUNC in found or not found:
         return RUNC, no_crun
-    return next(iter(settings.runtimes)), f"{no_crun}, nor is runc installed"
+    return next(iter(found)), f"{no_crun}, nor is runc installed"
 
 
 def why_not_crun(found: Mapping[str, host.RuntimeFacts], hierarchy: cgroups.Hierarchy) -> str:

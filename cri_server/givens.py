@@ -25,6 +25,7 @@ from cri_server import (
     orders,
     podfiles,
     relabel,
+    revisions,
     snapshots,
     sources,
     spec,
@@ -209,7 +210,7 @@ class Giver:
 
         def work() -> Givens:
             if order.facts.shallow_binds:
-                idmap.check_flat(whole.trees, order.pod.handler)
+                idmap.check_flat(whole.trees, revisions.name_of(order.pod.handler))
             shortfalls = idmap.attach(copies, folder) if copies else {}
             locked = {path: idmap.locked(path) for path in whole.bound}
             ours = idmap.locked(os.fspath(bundle))  # one file system with the pods' folders

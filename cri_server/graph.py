@@ -23,7 +23,7 @@ from cri_server import (
     events,
     exec,
     givens,
-    host,
+    handlers,
     imagehost,
     imagevolumes,
     info,
@@ -54,10 +54,10 @@ class Graph:
         self,
         settings: config.Config,
         groups: cgroups.Cgroups,
-        facts: host.Host,
+        live: handlers.Handlers,
         stack: contextlib.AsyncExitStack,
     ) -> None:
-        self._settings, self._groups, self._facts = settings, groups, facts
+        self._settings, self._groups, self._live = settings, groups, live
         self._stack = stack
         self._make_ground()
         self._make_images()
@@ -74,22 +74,32 @@ class Graph:
         self._stack.push_async_callback(self.network.close)
         self.zygote = client.Zygote()
         self._shims = shims.Shims(
-            settings, zygote=self.zygote, files=self._files, driver=self._groups.driver
+            settings,
+            live=self._live,
+            zygote=self.zygote,
+            files=self._files,
+            driver=self._groups.driver,
         )
         self._stack.push_async_callback(self._shims.close)
         self._volumes = imagevolumes.ImageVolumes(settings.server.state, self.layers)
         self._profiles = apparmor.AppArmor()
-        self._remains = remains.Remains(settings, self._groups)
-        self._kernels = kernelstats.KernelStats(settings)
+        self._remains = remains.Remains(settings, self._live, self._groups)
+        self._kernels = kernelstats.KernelStats(settings, self._live)
         devices = cdi.Registry(settings.runtime.cdi_spec_dirs)
         self._bundles = bundles.Bundles(
             settings,
+            live=self._live,
             files=self._files,
             groups=self._groups,
             layers=self.layers,
             giver=givens.Giver(self._files, self._volumes, devices, self._profiles),
             remains_host=self._remains,
         )
+
+    def handlers_in_use(self) -> set[str]:
+        """Return the keys of handlers that records name."""
+        of_containers = {c.handler for c in self._records.containers()}
+        return of_containers | {p.handler for p in self._records.pods()}
 
     def _make_images(self) -> None:
         wanted = self._settings.images
@@ -127,7 +137,7 @@ class Graph:
             lambda pod_id: (self.pods.status(pod_id), self._containers.statuses(pod_id))
         )
         self._containers = containers.Containers(
-            settings=self._settings,
+            live=self._live,
             store=self._records,
             image_store=self._images,
             collector=self.collector,
@@ -135,12 +145,12 @@ class Graph:
             remains_host=self._remains,
             shim_host=self._shims,
             update_host=self._updates(),
-            facts=self._facts,
             event_host=self.events,
         )
         self._stack.push_async_callback(self._containers.close)
         self.pods = pods.Pods(
             settings=self._settings,
+            live=self._live,
             store=self._records,
             files=self._files,
             groups=self._groups,
@@ -150,7 +160,6 @@ class Graph:
             remains_host=self._remains,
             profiles=self._profiles,
             volumes=self._volumes,
-            facts=self._facts,
             event_host=self.events,
         )
         self._stack.push_async_callback(self.pods.close)
@@ -167,12 +176,11 @@ class Graph:
 
     def _updates(self) -> updates.Updates:
         return updates.Updates(
-            settings=self._settings,
+            live=self._live,
             store=self._records,
             groups=self._groups,
             bundle_host=self._bundles,
             shim_host=self._shims,
-            facts=self._facts,
         )
 
     def _make_services(self) -> None:
@@ -233,7 +241,7 @@ class Graph:
     def _info(self) -> info.Info:
         return info.Info(
             settings=self._settings,
-            facts=self._facts,
+            live=self._live,
             groups=self._groups,
             network=self.network,
             pod_host=self.pods,

@@ -62,6 +62,12 @@ class RuntimeFacts:
         return "user" in self.features.get("linux", {}).get("namespaces", ())
 
     @property
+    def logs_system_calls(self) -> bool:
+        """Whether it knows the seccomp action SCMP_ACT_LOG; crun does since 0.13 (libseccomp)."""
+        actions = self.features.get("linux", {}).get("seccomp", {}).get("actions", ())
+        return "SCMP_ACT_LOG" in actions or self.old_crun
+
+    @property
     def old_crun(self) -> bool:
         """crun without `features`, as Debian 12 has it: it joins user namespaces, but in one its
         bind mounts are never recursive.
@@ -71,7 +77,10 @@ class RuntimeFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """The facts of the kernel and of our own rights. `no_user_namespaces`: see `userns.why_not`."""
+    """The facts of the kernel and of our own rights. `no_user_namespaces`: see `userns.why_not`;
+    `no_seccomp_log`: why the kernel logs no system calls, "" if it does. `runtimes` has the facts
+    of handlers, by name and by the key of their revision.
+    """
 
     kernel: str
     hierarchy: cgroups.Hierarchy
@@ -89,6 +98,7 @@ class Host:
     overlayfs: bool
     runtimes: Mapping[str, RuntimeFacts] = field(default_factory=dict)
     no_user_namespaces: str = ""
+    no_seccomp_log: str = ""
 
     @property
     def kernel_version(self) -> tuple[int, int]:
@@ -119,6 +129,13 @@ class Host:
         if not self.no_user_namespaces and runtime and not runtime.user_namespaces:
             return f"{runtime.path} does not list user namespaces among its features"
         return self.no_user_namespaces
+
+    def why_no_seccomp_audit(self, handler: str) -> str:
+        """Return why what seccomp would deny cannot be logged instead, "" if it can."""
+        runtime = self.runtimes.get(handler)
+        if not self.no_seccomp_log and runtime and not runtime.logs_system_calls:
+            return f"{runtime.path} does not list SCMP_ACT_LOG among its features"
+        return self.no_seccomp_log
 
     @cached_property
     def _facts(self) -> dict[str, spec.HostFacts]:
@@ -180,13 +197,14 @@ def probe(
         overlayfs="overlay" in Path("/proc/filesystems").read_text(),
         runtimes=found,
         no_user_namespaces=userns.why_not(places.root, places.state) if places else "",
+        no_seccomp_log=_why_no_seccomp_log(),
     )
 
 
-async def runtimes(settings: config.Config) -> dict[str, RuntimeFacts]:
+async def runtimes(handlers: Mapping[str, config.Handler]) -> dict[str, RuntimeFacts]:
     """Ask the OCI runtime of every handler for its version and features; all at once."""
-    found = await asyncio.gather(*(_runtime(h) for h in settings.runtimes.values()))
-    return dict(zip(settings.runtimes, found, strict=True))
+    found = await asyncio.gather(*(_runtime(h) for h in handlers.values()))
+    return dict(zip(handlers, found, strict=True))
 
 
 async def _runtime(handler: config.Handler) -> RuntimeFacts:
@@ -237,6 +255,15 @@ def _features(text: bytes) -> dict[str, Any]:
     except msgspec.DecodeError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _why_no_seccomp_log() -> str:
+    """Look at /proc/sys/kernel/seccomp: what is not among the actions logged leaves no line."""
+    for name in ("actions_avail", "actions_logged"):
+        path = f"/proc/sys/kernel/seccomp/{name}"
+        if "log" not in _first_line(path).split():
+            return f"{path} does not list log"
+    return ""
 
 
 def _known_capabilities() -> tuple[str, ...]:

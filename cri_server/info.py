@@ -15,11 +15,22 @@ from typing import Any
 import msgspec
 from google.protobuf import json_format, message
 
-from cri_server import bundles, cgroups, config, configjson, containers, host, pods, state
+from cri_server import (
+    bundles,
+    cgroups,
+    config,
+    configjson,
+    containers,
+    handlers,
+    pods,
+    revisions,
+    state,
+)
 from cri_server.network import cni
 from cri_server.pb import api_pb2 as api
 
 NAME = "cri-server"
+HANDLERS_CONFIGURED = "HandlersConfigured"  # a condition beside CRI's two
 KUBELET_API_VERSION = "0.1.0"  # the kubelet refuses to start with any other (behaviour.md §1.1)
 
 
@@ -34,14 +45,15 @@ class Info:
         self,
         *,
         settings: config.Config,
-        facts: host.Host,
+        live: handlers.Handlers,
         groups: cgroups.Cgroups,
         network: cni.Network,
         pod_host: pods.Pods,
         container_host: containers.Containers,
         bundle_host: bundles.Bundles,
     ) -> None:
-        self._settings, self._facts, self._groups, self._network = settings, facts, groups, network
+        self._settings, self._handlers = settings, live
+        self._groups, self._network = groups, network
         self._pods, self._containers, self._bundles = pod_host, container_host, bundle_host
         self._pod_cidr = ""
 
@@ -77,37 +89,50 @@ class Info:
                 reason="" if network.ready else "NetworkPluginNotReady",
                 message=network.message,
             ),
+            self._handlers_condition(),
         ]
         return api.StatusResponse(
             status=api.RuntimeStatus(conditions=conditions),
-            runtime_handlers=[self._handler(name) for name in ("", *self._settings.runtimes)],
+            runtime_handlers=[self._handler(name) for name in ("", *self._handlers.names)],
             features=api.RuntimeFeatures(
                 supplemental_groups_policy=True,
-                user_namespaces_host_network=self._user_namespaces(self._settings.runtime.default),
+                user_namespaces_host_network=self._user_namespaces(self._handlers.default),
             ),
             info=self._status_info() if verbose else {},
         )
 
     def _runtime_condition(self) -> api.RuntimeCondition:
-        facts = self._facts.runtimes.get(self._settings.runtime.default)
-        error = facts.error if facts else "no OCI runtime is installed"
+        name = self._handlers.default
+        facts, roster = self._handlers.host_facts.runtimes.get(name), self._handlers.now
+        lost = roster.refused.get(name, "no OCI runtime is installed")
+        error = facts.error if facts else lost
         return api.RuntimeCondition(
             type="RuntimeReady",
             status=not error,
             reason="RuntimeNotUsable" if error else "",
-            message=f"{self._settings.runtime.default}: {error}" if error else "",
+            message=f"{name}: {error}" if error else "",
+        )
+
+    def _handlers_condition(self) -> api.RuntimeCondition:
+        """Tell of drop-ins that cannot be used; the kubelet only looks at the other two."""
+        problems = [p.message for p in self._handlers.problems]
+        return api.RuntimeCondition(
+            type=HANDLERS_CONFIGURED,
+            status=not problems,
+            reason="DropInNotUsable" if problems else "",
+            message="; ".join(problems),
         )
 
     def _handler(self, name: str) -> api.RuntimeHandler:
-        handler = name or self._settings.runtime.default
+        handler = name or self._handlers.default
         features = api.RuntimeHandlerFeatures(
-            recursive_read_only_mounts=self._facts.recursive_read_only(handler),
+            recursive_read_only_mounts=self._handlers.host_facts.recursive_read_only(handler),
             user_namespaces=self._user_namespaces(handler),
         )
         return api.RuntimeHandler(name=name, features=features)
 
     def _user_namespaces(self, handler: str) -> bool:
-        return not self._facts.why_no_user_namespaces(handler)
+        return not self._handlers.host_facts.why_no_user_namespaces(handler)
 
     def _status_info(self) -> dict[str, str]:
         network = self._network.status()
@@ -115,11 +140,38 @@ class Info:
             "config": _json(dataclasses.asdict(self._settings)),
             "host": _json(self._host()),
             "cniconfig": _json(self._network.info()),
+            "handlers": _json(self._handlers_info()),
             "lastCNILoadStatus": "OK" if network.ready else network.message,
+            **self._networks(),
         }
 
+    def _handlers_info(self) -> dict[str, Any]:
+        roster = self._handlers.now
+        current = {
+            name: {
+                "source": r.source,
+                "revision": r.key,
+                "settings": dataclasses.asdict(r.handler),
+                "runtime": dataclasses.asdict(roster.facts[r.key]),
+            }
+            for name, r in roster.current.items()
+        }
+        problems = [dataclasses.asdict(p) for p in roster.problems]
+        folder = self._settings.drop_ins
+        return {"folder": str(folder or ""), "current": current, "problems": problems}
+
+    def _networks(self) -> dict[str, str]:
+        """Return the state of the networks of handlers that have their own, by containerd's key."""
+        found = {}
+        for name in self._handlers.names:
+            if place := self._handlers.place(name):
+                network = self._network.status(place)
+                said = "OK" if network.ready else network.message
+                found[f"lastCNILoadStatus.{name}"] = said
+        return found
+
     def _host(self) -> dict[str, Any]:
-        facts = self._facts
+        facts = self._handlers.host_facts
         return {
             "kernel": facts.kernel,
             "cgroupMode": facts.hierarchy.mode,
@@ -131,7 +183,6 @@ class Info:
             "capSysResource": facts.raises_limits,
             "swapAccounting": facts.swap_accounting,
             "noUserNamespaces": facts.no_user_namespaces,
-            "runtimes": {n: dataclasses.asdict(r) for n, r in facts.runtimes.items()},
             "podCIDR": self._pod_cidr,
         }
 
@@ -155,7 +206,8 @@ class Info:
             "pid": pod.pid,
             "shimPid": pod.shim_pid,
             "state": pod.state,
-            "runtimeHandler": pod.handler,
+            "runtimeHandler": revisions.name_of(pod.handler),
+            "handlerRevision": pod.handler,
             "netns": pod.netns,
             "cniResult": pod.network,
             "overhead": _message(state.limits(pod.overhead, pod.config.linux.overhead)),

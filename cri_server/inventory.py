@@ -5,7 +5,7 @@ Only for people (`cri-server explain`); nothing reads it to decide. Values and r
 functions that decide them, asked once more.
 """
 
-from cri_server import cgroups, podfiles, spec, state
+from cri_server import cgroups, podfiles, revisions, spec, state
 from cri_server.pb import api_pb2 as api
 from cri_server.spec import why
 
@@ -29,7 +29,7 @@ def of(
     return {
         "sandbox": {
             "name": f"{wanted.metadata.namespace}/{wanted.metadata.name}",
-            "handler": pod.handler,
+            "handler": revisions.name_of(pod.handler),
             "hostname": podfiles.hostname(pod),
             "namespaces": files.namespaces(pod),
             "sysctls": spec.sysctls(wanted),

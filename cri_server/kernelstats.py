@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 import structlog
 
-from cri_server import commands, config, state, usage
+from cri_server import commands, config, handlers, revisions, state, usage
 
 log = structlog.get_logger()
 TIMEOUT = 5.0  # seconds: the kubelet asks every ten
@@ -41,8 +41,8 @@ class _Event(msgspec.Struct):
 class KernelStats:
     """Asks the runtimes that know."""
 
-    def __init__(self, settings: config.Config) -> None:
-        self._settings = settings
+    def __init__(self, settings: config.Config, live: handlers.Handlers) -> None:
+        self._handlers, self._state = live, settings.server.state
 
     async def read(self, records: Iterable[state.Container]) -> Mapping[str, usage.Usage | None]:
         """Return the usage of those containers that the host cannot tell, by id; None for one that
@@ -53,12 +53,12 @@ class KernelStats:
         return dict(zip((c.id for c in asked), found, strict=True))
 
     def _has_kernel(self, handler: str) -> bool:
-        found = self._settings.runtimes.get(handler)
-        return found is not None and found.has_kernel
+        found = self._handlers.find(handler)
+        return found is not None and found.handler.has_kernel
 
     async def _one(self, container: state.Container) -> usage.Usage | None:
-        handler = self._settings.handler(container.handler)
-        root = self._settings.server.state / "runtimes" / container.handler
+        handler = self._handlers.of(container.handler)
+        root = self._state / "runtimes" / revisions.name_of(container.handler)
         argv = [handler.path, "--root", str(root), *handler.args, "events", "--stats", container.id]
         try:
             said = await commands.run(argv, timeout=TIMEOUT)

@@ -29,6 +29,7 @@ from cri_server import (
     containers,
     errors,
     events,
+    handlers,
     host,
     imagevolumes,
     inventory,
@@ -40,6 +41,7 @@ from cri_server import (
     podfiles,
     podstatus,
     remains,
+    revisions,
     shims,
     sources,
     spec,
@@ -77,6 +79,7 @@ class Pods:
         self,
         *,
         settings: config.Config,
+        live: handlers.Handlers,
         store: state.Store,
         files: podfiles.PodFiles,
         groups: cgroups.Cgroups,
@@ -86,13 +89,13 @@ class Pods:
         remains_host: remains.Remains,
         profiles: apparmor.AppArmor,
         volumes: imagevolumes.ImageVolumes,
-        facts: host.Host,
         event_host: events.Events,
     ) -> None:
-        self._settings, self._store, self._files = settings, store, files
+        self._settings, self._handlers = settings, live
+        self._store, self._files = store, files
         self._events = event_host
         self._groups, self._network, self._shims = groups, network, shim_host
-        self._containers, self._remains, self._facts = container_host, remains_host, facts
+        self._containers, self._remains = container_host, remains_host
         self._volumes, self._profiles = volumes, profiles
         self._attempts, self._locks = names.Attempts(), locks.Locks()
         self._levels = labels.Levels(store.selinux_levels)
@@ -107,24 +110,26 @@ class Pods:
         (design.md §4). Raises InvalidArgument for a config that can never work, Unavailable when
         there is no network yet, FailedPrecondition for a handler whose program does not work.
         """
-        served_by = self._settings.handler(handler)
-        chosen = handler or self._settings.runtime.default
-        facts = self._facts.facts(chosen)
+        key = self._handlers.key(handler)
+        served_by, facts = self._handlers.of(key), self._handlers.facts(key)
         spec.validate_sandbox(wanted, facts)
         allowed = served_by.allowed(served_by.pod_annotations, wanted.annotations)
         spec.check_pod_annotations(wanted, allowed, facts)
-        await host.check_runtime(chosen, served_by, self._facts.runtimes.get(chosen))
+        known = self._handlers.host_facts.runtimes.get(key)
+        await host.check_runtime(revisions.name_of(key), served_by, known)
         m = wanted.metadata
         name = (m.name, m.namespace, m.uid, m.attempt)
-        return await self._attempts.join(name, lambda: self._run(name, wanted, handler))
+        return await self._attempts.join(name, lambda: self._run(name, wanted, handler, key))
 
-    async def _run(self, name: state.PodName, wanted: api.PodSandboxConfig, handler: str) -> str:
+    async def _run(
+        self, name: state.PodName, wanted: api.PodSandboxConfig, handler: str, key: str
+    ) -> str:
         earlier = self._store.pod_named(name)
         if earlier is not None and earlier.state is not state.PodState.FAILED:
             return earlier.id
         if earlier is not None:
             await self.remove(earlier.id)
-        pod = await self._begin(wanted, handler)
+        pod = await self._begin(wanted, handler, key)
         try:
             await self._make(pod)
         except BaseException as e:
@@ -135,23 +140,24 @@ class Pods:
             self._events.publish(kind, pod.id, pod=pod.id)
         return pod.id
 
-    async def _begin(self, wanted: api.PodSandboxConfig, handler: str) -> state.Pod:
+    async def _begin(self, wanted: api.PodSandboxConfig, handler: str, key: str) -> state.Pod:
         """Record the intent, with what has to be taken back if we are killed at the next line."""
         pod = state.new_pod(
             wanted,
             runtime_handler=handler,
-            handler=handler or self._settings.runtime.default,
+            handler=key,
             now=time.time_ns(),
         )
         made = self._groups.missing(self._groups.pod_parent(pod.id, wanted.linux.cgroup_parent))
         network: Mapping[str, object] | None = {} if pod.own_network else None
+        await self._handlers.keep(key)
         with self._level(wanted) as level:
             return await self._store.put_pod(
                 dataclasses.replace(pod, cgroups_made=made, network=network, selinux_level=level)
             )
 
     def _level(self, wanted: api.PodSandboxConfig) -> contextlib.AbstractContextManager[str]:
-        if self._facts.selinux is None:
+        if self._handlers.host_facts.selinux is None:
             return contextlib.nullcontext("")
         return self._levels.held(spec.asked_level(wanted))
 
@@ -188,7 +194,7 @@ class Pods:
         with why.recorded() as found:
             size, init = self._shm_size(pod), self._needs_init(pod)
             labels = spec.labels_of_pod(
-                pod.config, pod.selinux_level, self._facts.facts(pod.handler)
+                pod.config, pod.selinux_level, self._handlers.facts(pod.handler)
             )
             self._files.create(pod, shm_size=size, labels=labels)
             document = inventory.of(
@@ -197,9 +203,9 @@ class Pods:
         origins.write(self._files.directory(pod.id), found, document=document)
 
     def _shm_size(self, pod: state.Pod) -> int:
-        handler = self._settings.handler(pod.handler)
+        handler = self._handlers.of(pod.handler)
         allowed = handler.allowed(handler.pod_annotations, pod.config.annotations)
-        key = self._settings.key_of(pod.handler, "default_shm_size")
+        key = self._handlers.label(pod.handler, "default_shm_size")
         return spec.shm_size(allowed, limits.size(handler.default_shm_size), key=key)
 
     async def _attach(
@@ -209,7 +215,9 @@ class Pods:
         if pod.own_network:
             await network.made.wait()
             with recipe.step("network"):
-                result = await self._network.attach(self._attachment(pod))
+                result = await self._network.attach(
+                    self._attachment(pod), self._handlers.place(pod.handler)
+                )
         network.attached.set()
         return result
 
@@ -221,7 +229,7 @@ class Pods:
             async with self._shims.asked(pod.id) as shim:
                 await shim.create_sandbox(self._sandbox_request(pod))
         network.made.set()
-        if self._settings.handler(pod.handler).has_kernel:  # which takes its addresses at start
+        if self._handlers.of(pod.handler).has_kernel:  # which takes its addresses at start
             await network.attached.wait()
         with recipe.step("init"):
             return _Home(shim_pid, start_time, await self._start_init(pod))
@@ -231,7 +239,7 @@ class Pods:
         if not self._needs_init(pod):
             return 0
         cgroups_path = self._init_cgroup(pod)
-        facts = self._facts.facts(pod.handler)
+        facts = self._handlers.facts(pod.handler)
         await self._profiles.provide_for(pod.config.linux.security_context, facts)
         await asyncio.to_thread(self._write_init_bundle, pod, cgroups_path)
         request = shim_pb2.CreateRequest(
@@ -332,7 +340,7 @@ class Pods:
         Raises NotFound, InvalidArgument that names the field.
         """
         pod = self._listed(request.pod_sandbox_id)
-        spec.check_pod_update(request, self._facts.facts(pod.handler))
+        spec.check_pod_update(request, self._handlers.facts(pod.handler))
         async with self._locks.held(pod.id):
             pod = self._store.pod(pod.id)
             if request.HasField("overhead"):
@@ -456,10 +464,10 @@ class Pods:
 
     def _needs_init(self, pod: state.Pod) -> bool:
         options = pod.config.linux.security_context.namespace_options
-        handler = self._settings.runtimes.get(pod.handler)
-        of_handler = handler is not None and handler.has_sandbox
+        found = self._handlers.find(pod.handler)
+        of_handler = found is not None and found.handler.has_sandbox
         if of_handler:
-            key = f"[runtimes.{pod.handler}] sandbox"
+            key = f"[runtimes.{revisions.name_of(pod.handler)}] sandbox"
             why.handler("sandbox.init", key, "each sandbox is a container")
         else:
             shares = "shared by the containers, so a process holds it; else none is needed"
@@ -495,9 +503,9 @@ class Pods:
         origins.write(bundle, found)
 
     def _init_input(self, pod: state.Pod, cgroups_path: str) -> spec.SandboxInput:
-        handler = self._settings.handler(pod.handler)
+        handler = self._handlers.of(pod.handler)
         allowed = handler.allowed(handler.pod_annotations, pod.config.annotations)
-        configjson.note_annotations(allowed, pod.handler, "pod_annotations")
+        configjson.note_annotations(allowed, self._handlers.label(pod.handler, "pod_annotations"))
         profile = spec.seccomp_path(pod.config.linux.security_context)
         return spec.SandboxInput(
             id=pod.id,
@@ -506,7 +514,8 @@ class Pods:
             init=_init_binary(),
             namespaces=self._files.namespaces(pod),
             cgroups_path=cgroups_path,
-            host=self._facts.facts(pod.handler),
+            host=self._handlers.facts(pod.handler),
+            defaults=self._handlers.defaults(pod.handler),
             seccomp_profile=sources.seccomp_profile(profile) if profile else None,
             annotations=allowed,
             kernel=handler.has_kernel,

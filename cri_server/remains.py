@@ -14,7 +14,17 @@ from pathlib import Path
 import structlog
 from google.protobuf import json_format
 
-from cri_server import cgroups, commands, config, configjson, errors, names, state
+from cri_server import (
+    cgroups,
+    commands,
+    config,
+    configjson,
+    errors,
+    handlers,
+    names,
+    revisions,
+    state,
+)
 from shim import process
 from shim.pb import shim_pb2
 
@@ -25,8 +35,10 @@ KILL_TIMEOUT = 10.0  # seconds until one that cannot be killed is an error
 class Remains:
     """What is left of containers, by handler, container id and cgroup path."""
 
-    def __init__(self, settings: config.Config, groups: cgroups.Cgroups) -> None:
-        self._settings, self._groups = settings, groups
+    def __init__(
+        self, settings: config.Config, live: handlers.Handlers, groups: cgroups.Cgroups
+    ) -> None:
+        self._settings, self._handlers, self._groups = settings, live, groups
 
     async def bury(self, container: state.Container, bundle: Path) -> shim_pb2.ExitRecord:
         """End a container whose shim is gone; return the shim's exit record or the lost one's.
@@ -89,19 +101,19 @@ class Remains:
     async def _forget(self, handler: str, container_id: str, cgroups_path: str) -> None:
         if not self._known(handler, container_id, cgroups_path):
             return
-        found, root = self._settings.handler(handler), self._runtime_root(handler)
+        found, root = self._handlers.of(handler), self._runtime_root(handler)
         argv = [found.path, "--root", root, *found.args, "delete", "--force", container_id]
         await commands.run(argv, timeout=self._settings.runtime.runtime_timeout)
         await asyncio.to_thread(self._groups.remove_all, cgroups_path)
 
     def _known(self, handler: str, container_id: str, cgroups_path: str) -> bool:
         """Say whether the runtime, or a cgroup, still has something of the container."""
-        root, found = self._runtime_root(handler), self._settings.runtimes.get(handler)
-        if found is not None and found.has_kernel:  # "<id>_sandbox:<id of the pod>.state"
+        root, found = self._runtime_root(handler), self._handlers.find(handler)
+        if found is not None and found.handler.has_kernel:  # "<id>_sandbox:<id of the pod>.state"
             return any(Path(root).glob(f"{container_id}_*"))
         places = [f"{root}/{container_id}"]
         places += self._groups.directories(cgroups_path).values() if cgroups_path else []
         return any(map(os.path.exists, places))
 
     def _runtime_root(self, handler: str) -> str:
-        return str(self._settings.server.state / "runtimes" / handler)
+        return str(self._settings.server.state / "runtimes" / revisions.name_of(handler))

@@ -22,12 +22,16 @@ from cri_server import (
     defaults,
     errors,
     graph,
+    handlers,
     host,
     localhttp,
     pods,
+    reloading,
+    revisions,
+    roster,
     snapshots,
 )
-from cri_server.network import cni
+from cri_server.network import cni, conf
 from cri_server.pb import api_pb2_grpc
 from cri_server.services import interceptors
 
@@ -55,13 +59,16 @@ async def running(settings: config.Config) -> AsyncIterator[None]:
     """Have a server running for the block."""
     _make_directories(settings)
     groups = _cgroups(settings)
-    found = await host.runtimes(settings)
-    settings, reason = defaults.choose(settings, found, groups.hierarchy)
+    now = await roster.look(settings)
+    settings, reason = defaults.choose(settings, roster.named(now), groups.hierarchy)
     log.info("default handler", handler=settings.runtime.default, reason=reason)
-    facts = host.probe(groups.hierarchy, found, places=settings.server)
-    _warn_of_old_runtimes(facts)
+    facts = host.probe(groups.hierarchy, {}, places=settings.server)
+    store = revisions.Store(settings.server.root)
+    live = handlers.Handlers(settings, facts=facts, now=now, store=store)
+    await live.recall()
+    _warn_of_old_runtimes(now)
     async with contextlib.AsyncExitStack() as stack:
-        objects = graph.Graph(settings, groups, facts, stack)
+        objects = graph.Graph(settings, groups, live, stack)
         edge = interceptors.Edge()
         server = _listen(settings.server.listen, edge, objects)
         await server.start()
@@ -71,19 +78,22 @@ async def running(settings: config.Config) -> AsyncIterator[None]:
         await objects.zygote.start()
         await objects.streaming.start()
         await objects.recovery.run()
+        await live.sweep(objects.handlers_in_use())
         await objects.collector.start()
-        await _collect_addresses(objects.network)
+        for place in live.places():
+            await _collect_addresses(objects.network, place)
         edge.ready = True
         await _open_crio(settings, objects.crio)
-        log.info("ready", network=objects.network.status().ready, handlers=list(settings.runtimes))
-        for work in (_check_networks(objects.pods), _measure(objects.layers)):
+        log.info("ready", network=objects.network.status().ready, handlers=list(live.names))
+        reloader = reloading.Reloader(settings, live)
+        for work in (_check_networks(objects.pods), _measure(objects.layers), reloader.run()):
             stack.callback(asyncio.create_task(work).cancel)
         yield
 
 
-def _warn_of_old_runtimes(facts: host.Host) -> None:
+def _warn_of_old_runtimes(now: roster.Roster) -> None:
     """Name the published vulnerabilities of the upstream versions of what will run containers."""
-    for name, found in facts.runtimes.items():
+    for name, found in roster.named(now).items():
         if known := advisories.known(found.program, found.version):
             log.warning(
                 "upstream version of the runtime has known vulnerabilities",
@@ -157,10 +167,10 @@ async def _end(server: grpc.aio.Server, edge: interceptors.Edge) -> None:
     await stopping
 
 
-async def _collect_addresses(network: cni.Network) -> None:
+async def _collect_addresses(network: cni.Network, place: conf.Place | None) -> None:
     """Have the plugins free what a crash leaked (CNI GC), where there is a network that can."""
     try:
-        await network.collect()
+        await network.collect(place)
     except errors.CriError as e:
         log.info("no CNI garbage collection", reason=e.message)
 

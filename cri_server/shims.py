@@ -17,7 +17,7 @@ from typing import Literal
 
 import structlog
 
-from cri_server import config, errors, podfiles, programs, state
+from cri_server import config, errors, handlers, podfiles, programs, revisions, state
 from shim import client, mounts, process
 from shim import errors as shim_errors
 from shim.pb import shim_pb2
@@ -57,11 +57,12 @@ class Shims:
         self,
         settings: config.Config,
         *,
+        live: handlers.Handlers,
         zygote: client.Zygote,
         files: podfiles.PodFiles,
         driver: Literal["cgroupfs", "systemd"],
     ) -> None:
-        self._settings, self._zygote = settings, zygote
+        self._settings, self._handlers, self._zygote = settings, live, zygote
         self._files, self._driver = files, driver
         self._programs = programs.Programs()
         self._clients: dict[str, client.ShimClient] = {}
@@ -105,7 +106,7 @@ class Shims:
         """Start the pod's shim, connect to it and return its pid and start time."""
         path = str(self._files.socket(pod.id))
         handler = self.handler(pod.handler)
-        wanted = self._settings.handler(pod.handler)
+        wanted = self._handlers.of(pod.handler)
         with translated():
             async with self._programs.lent(wanted) as program:
                 handler.options["program"] = program.identity
@@ -216,11 +217,9 @@ class Shims:
         self._clients.pop(pod_id).close()
         return alive
 
-    def handler(self, name: str) -> client.HandlerSpec:
-        """Return what a shim must know of a handler. Raises InvalidArgument when it is not
-        configured any more.
-        """
-        found = self._settings.handler(name)
+    def handler(self, key: str) -> client.HandlerSpec:
+        """Return what a shim must know of a handler. Raises as `Handlers.of`."""
+        found, name = self._handlers.of(key), revisions.name_of(key)
         limit = self._settings.runtime.runtime_timeout
         options = {
             "timeout": str(found.options.get("timeout", limit)),

@@ -207,6 +207,7 @@ class Snapshots:
         options: Sequence[str] = (),
         *,
         mapped: Mapped | None = None,
+        volatile: bool = True,
     ) -> None:
         """Mount the root file system of a container, if it is not mounted. Raises as `create`
         does.
@@ -220,15 +221,18 @@ class Snapshots:
             return
         plan = self.create(key, layers, mapped)
         with _shown(plan.lowerdirs, mapped, target) as lowerdirs:
-            self._mount(dataclasses.replace(plan, lowerdirs=lowerdirs), target, options)
+            whole = dataclasses.replace(plan, lowerdirs=lowerdirs)
+            self._mount(whole, target, options, volatile=volatile)
 
-    def _mount(self, plan: Overlay, target: Path, options: Sequence[str]) -> None:
+    def _mount(
+        self, plan: Overlay, target: Path, options: Sequence[str], *, volatile: bool
+    ) -> None:
         # A volatile mount that ended in a crash leaves a mark here that forbids the next one.
         trees.remove(Path(plan.work) / "work")
         try:
-            self._overlay(plan, target, (*self._volatile, *options))
+            self._overlay(plan, target, (*(self._volatile if volatile else ()), *options))
         except OSError as e:
-            if e.errno != errno.EINVAL or not self._volatile:
+            if e.errno != errno.EINVAL or not self._volatile or not volatile:
                 raise
             trees.remove(Path(plan.work) / "work")
             self._overlay(plan, target, options)

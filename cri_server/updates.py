@@ -25,10 +25,9 @@ import structlog
 from cri_server import (
     bundles,
     cgroups,
-    config,
     configjson,
     errors,
-    host,
+    handlers,
     shims,
     spec,
     state,
@@ -69,15 +68,13 @@ class Updates:
     def __init__(
         self,
         *,
-        settings: config.Config,
+        live: handlers.Handlers,
         store: state.Store,
         groups: cgroups.Cgroups,
         bundle_host: bundles.Bundles,
         shim_host: shims.Shims,
-        facts: host.Host,
     ) -> None:
-        self._settings, self._store = settings, store
-        self._groups, self._facts = groups, facts
+        self._handlers, self._store, self._groups = live, store, groups
         self._bundles, self._shims = bundle_host, shim_host
 
     async def apply(self, container: state.Container, asked: api.LinuxContainerResources) -> None:
@@ -91,6 +88,7 @@ class Updates:
             raise errors.FailedPrecondition(
                 f"container {container.id[:13]} has ended: its resources cannot be updated"
             )
+        self._handlers.check_memory(container.handler, asked)
         change = self._change(container, asked)
         if change.wanted == in_force(container):
             return
@@ -103,7 +101,7 @@ class Updates:
         log.info("resources updated", container=container.id, limits=change.after)
 
     def _change(self, container: state.Container, asked: api.LinuxContainerResources) -> _Change:
-        facts = self._facts.facts(container.handler)
+        facts = self._handlers.facts(container.handler)
         now = in_force(container)
         wanted = spec.merged(now, asked)
         spec.oom_score_adj(wanted, facts)
@@ -117,7 +115,7 @@ class Updates:
     def _write(self, change: _Change) -> None:
         """Bring config.json up to date; oom_score_adj only counts before the start."""
         container = change.container
-        facts = self._facts.facts(container.handler)
+        facts = self._handlers.facts(container.handler)
         score: int | None = None
         with why.recorded() as found:
             spec.resources(change.wanted, facts)
@@ -153,8 +151,8 @@ class Updates:
         """Have the runtime set the limits, and then write what it would not."""
         directories = self._groups.directories(container.cgroups_path)
         files = dict(_pages(limits, directories))
-        handler = self._settings.runtimes.get(container.handler)
-        if handler and Path(handler.path).name == "crun" and "cpu" in directories:
+        handler = self._handlers.of(container.handler)
+        if Path(handler.path).name == "crun" and "cpu" in directories:
             limits, quota = _without_quota(limits, directories["cpu"])
             files |= quota
         request = shim_pb2.UpdateRequest(id=container.id, resources=msgspec.json.encode(limits))

@@ -109,6 +109,17 @@ PR_SET_NAME = 15
 PR_CAPBSET_READ = 23
 PR_SET_CHILD_SUBREAPER = 36
 
+# inotify(7)
+IN_MODIFY = 0x2
+IN_CLOSE_WRITE = 0x8
+IN_MOVED_FROM = 0x40
+IN_MOVED_TO = 0x80
+IN_CREATE = 0x100
+IN_DELETE = 0x200
+IN_Q_OVERFLOW = 0x4000
+IN_IGNORED = 0x8000
+IN_ONLYDIR = 0x1000000
+
 # close_range(2)
 CLOSE_RANGE_UNSHARE = 0x2
 CLOSE_RANGE_CLOEXEC = 0x4
@@ -383,6 +394,16 @@ def openat2(dirfd: int, path: str, flags: int, *, mode: int = 0, resolve: int = 
 def syncfs(fd: int) -> None:
     """Write the whole file system of `fd` to its device."""
     _check(_libc.syncfs(fd))
+
+
+def inotify_init() -> int:
+    """Return an inotify instance that does not block; the kernel has 128 of them for a user."""
+    return _check(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
+
+
+def inotify_add_watch(fd: int, path: str, mask: int) -> int:
+    """Watch a path and return the watch's number."""
+    return _check(_libc.inotify_add_watch(fd, path.encode(), ctypes.c_uint32(mask)), path)
 
 
 def close_range(first: int, last: int = 0xFFFFFFFF, flags: int = 0) -> None:

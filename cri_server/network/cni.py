@@ -16,7 +16,7 @@ import asyncio
 import dataclasses
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import structlog
 
@@ -49,35 +49,51 @@ class Result:
     raw: dict[str, object]
 
 
+class _Side(NamedTuple):
+    """One place of configurations, and what its plugins say of themselves."""
+
+    directory: conf.Directory
+    poller: poller.Poller
+
+
 class Network:
-    """The network that the first valid file of the configuration directory describes."""
+    """The network that the first valid file of the configuration directory describes, and those of
+    handlers that have their own place (`conf.Place`; None is the directory for all).
+    """
 
     def __init__(self, settings: config.Network) -> None:
         self._settings = settings
-        self._directory = conf.Directory(settings.conf_dir)
         self._plugins = plugin.Plugins(settings.bin_dirs)
         self._cache = cache.Cache(settings.cache_dir)
-        self._poller = poller.Poller(self._ask_status)
+        self._sides: dict[conf.Place, _Side] = {}
         self._locks = locks.Locks()
         self._running: set[asyncio.Task[Any]] = set()
 
+    def _side(self, place: conf.Place | None) -> _Side:
+        wanted = place or conf.Place(self._settings.conf_dir)
+        if wanted not in self._sides:
+            asker = poller.Poller(self._ask_status)
+            self._sides[wanted] = _Side(conf.Directory(*wanted), asker)
+        return self._sides[wanted]
+
     # -- status -----------------------------------------------------------------------------------
 
-    def status(self) -> NetworkStatus:
+    def status(self, place: conf.Place | None = None) -> NetworkStatus:
         """Say whether a pod can be attached now. Quick, waits for nothing; call it in the loop."""
-        loaded = self._directory.load()
-        problem = self._problem(loaded)
+        side = self._side(place)
+        loaded = side.directory.load()
+        problem = self._problem(side, loaded)
         if not problem and loaded.chain is not None:
-            verdict = self._poller.verdict(loaded.chain)
+            verdict = side.poller.verdict(loaded.chain)
             problem = "the CNI plugins have not answered STATUS yet" if verdict is None else verdict
         warnings = [f"skipped {reason}" for reason in loaded.skipped]
         message = "; ".join(filter(None, [problem, *warnings]))
         reason = NOT_READY if problem else ""
         return NetworkStatus(ready=not problem, reason=reason, message=message)
 
-    def _problem(self, loaded: conf.Loaded) -> str:
+    def _problem(self, side: _Side, loaded: conf.Loaded) -> str:
         if loaded.chain is None:
-            return f"no valid CNI configuration in {self._settings.conf_dir}"
+            return f"no valid CNI configuration in {side.directory.place}"
         return self._plugins.missing(loaded.chain)
 
     async def _ask_status(self, chain: conf.Chain) -> None:
@@ -85,7 +101,7 @@ class Network:
 
     def info(self) -> dict[str, object]:
         """Return what `crictl info` shows, ready for JSON."""
-        loaded = self._directory.load()
+        loaded = self._side(None).directory.load()
         return {
             "confDir": str(self._settings.conf_dir),
             "binDirs": [str(d) for d in self._settings.bin_dirs],
@@ -96,27 +112,29 @@ class Network:
 
     async def versions(self) -> dict[str, tuple[str, ...]]:
         """Return the versions of CNI that each plugin speaks (VERSION). Raises as `attach` does."""
-        chain = self._usable()
+        chain = self._usable(None)
         return await verbs.versions(self._plugins, chain, timeout=self._settings.status_timeout)
 
-    def _usable(self) -> conf.Chain:
-        loaded = self._directory.load()
-        problem = self._problem(loaded)
+    def _usable(self, place: conf.Place | None) -> conf.Chain:
+        side = self._side(place)
+        loaded = side.directory.load()
+        problem = self._problem(side, loaded)
         if problem or loaded.chain is None:
             raise errors.Unavailable("; ".join([f"network not ready: {problem}", *loaded.skipped]))
         return loaded.chain
 
     # -- attach -----------------------------------------------------------------------------------
 
-    async def attach(self, attachment: Attachment) -> Result:
-        """Give the pod an interface and addresses, or leave nothing behind.
+    async def attach(self, attachment: Attachment, place: conf.Place | None = None) -> Result:
+        """Give the pod an interface and addresses on the network of a place, or leave nothing
+        behind.
 
         Raises Unavailable when there is no usable network, InvalidArgument for what cannot be
         passed to plugins, DeadlineExceeded when they take too long, Internal when they fail; the
         message says so if undoing failed too, and then a `detach` is owed. When cancelled, the undo
         goes on by itself.
         """
-        return await self._own(self._attach(attachment), cancel=True)
+        return await self._own(self._attach(attachment, place), cancel=True)
 
     async def _own(self, work: Coroutine[Any, Any, T], *, cancel: bool) -> T:
         """Run `work` in a task of ours; the caller's cancellation is passed on to it or not."""
@@ -130,9 +148,9 @@ class Network:
                 task.cancel()
             raise
 
-    async def _attach(self, attachment: Attachment) -> Result:
+    async def _attach(self, attachment: Attachment, place: conf.Place | None) -> Result:
         async with self._locks.held(attachment.pod_id):
-            chain, entry = await asyncio.to_thread(self._begin, attachment)
+            chain, entry = await asyncio.to_thread(self._begin, attachment, place)
             try:
                 answer = await verbs.add(
                     self._plugins, chain, _call(entry), timeout=self._settings.add_timeout
@@ -144,9 +162,11 @@ class Network:
                 raise
         return Result(ips=ips, raw=answer)
 
-    def _begin(self, attachment: Attachment) -> tuple[conf.Chain, cache.Entry]:
+    def _begin(
+        self, attachment: Attachment, place: conf.Place | None
+    ) -> tuple[conf.Chain, cache.Entry]:
         """Choose the network and record the intent."""
-        chain = self._usable()
+        chain = self._usable(place)
         entry = cache.Entry(
             network=chain.name,
             container_id=attachment.pod_id,
@@ -212,8 +232,9 @@ class Network:
             return conf.parse(entry.config)
         except conf.Invalid as e:
             log.warning("cni cache entry is broken", file=entry.file_name, error=str(e))
-        chain = self._directory.load().chain
-        return chain if chain is not None and chain.name == entry.network else None
+        self._side(None)
+        chains = (side.directory.load().chain for side in self._sides.values())
+        return next((c for c in chains if c is not None and c.name == entry.network), None)
 
     # -- the rest ---------------------------------------------------------------------------------
 
@@ -231,19 +252,20 @@ class Network:
                 return await verbs.check(self._plugins, chain, call, entry.result, timeout=timeout)
         raise errors.NotFound(f"pod {attachment.pod_id} is not attached to a network")
 
-    async def collect(self) -> None:
+    async def collect(self, place: conf.Place | None = None) -> None:
         """Have the plugins free what no cache entry, ours or another runtime's, accounts for (GC).
 
         Only while nothing is attached or detached: at start, before requests are served.
         """
-        chain = self._usable()
+        chain = self._usable(place)
         entries = await asyncio.to_thread(lambda: list(self._cache.of_network(chain.name)))
         valid = [(e.container_id, e.ifname) for e in entries]
         await verbs.collect(self._plugins, chain, valid, timeout=self._settings.del_timeout)
 
     async def close(self) -> None:
         """Stop asking for STATUS and wait for what outlived its caller. Cancel callers first."""
-        await self._poller.close()
+        for side in self._sides.values():
+            await side.poller.close()
         if self._running:
             await asyncio.wait(self._running)
 

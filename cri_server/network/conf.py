@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import msgspec
 
@@ -70,11 +70,21 @@ class Loaded:
     skipped: tuple[str, ...] = ()
 
 
-class Directory:
-    """A directory of configurations, read again when it changes."""
+class Place(NamedTuple):
+    """Where a network is described: the first valid file of a directory, or `file` in it alone."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    directory: Path
+    file: str = ""
+
+    def __str__(self) -> str:
+        return os.fspath(self.directory / self.file if self.file else self.directory)
+
+
+class Directory:
+    """The configurations of one place, read again when they change."""
+
+    def __init__(self, path: Path, file: str = "") -> None:
+        self.place = Place(path, file)
         self._seen: tuple[Signature, Loaded] | None = None
 
     def load(self) -> Loaded:
@@ -87,9 +97,9 @@ class Directory:
     def _signature(self) -> Signature:
         found: list[tuple[str, int, int, int]] = []
         try:
-            with os.scandir(self.path) as entries:
+            with os.scandir(self.place.directory) as entries:
                 for entry in entries:
-                    if entry.name.endswith(SUFFIXES):
+                    if entry.name.endswith(SUFFIXES) and self.place.file in ("", entry.name):
                         found += _stamp(entry)
         except OSError:
             return ()
@@ -98,7 +108,7 @@ class Directory:
     def _read(self, names: Iterable[str]) -> Loaded:
         skipped: list[str] = []
         for name in names:
-            path = self.path / name
+            path = self.place.directory / name
             try:
                 return Loaded(chain=parse(_content(path), os.fspath(path)), skipped=tuple(skipped))
             except (Invalid, OSError) as e:

@@ -246,7 +246,13 @@ def _check_seccomp(
     context: api.LinuxContainerSecurityContext, held: oci.Capabilities, host: types.HostFacts
 ) -> None:
     any_profile = {"defaultAction": seccomp.ERRNO}  # the file is read later
-    security.seccomp_profile(context, held=held["bounding"], host=host, localhost=any_profile)
+    security.seccomp_profile(
+        context,
+        held=held["bounding"],
+        host=host,
+        localhost=any_profile,
+        defaults=types.Defaults(),
+    )
 
 
 def _check_process(config: api.ContainerConfig, image: types.ImageConfig) -> None:

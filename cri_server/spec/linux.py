@@ -29,7 +29,11 @@ def linux(wanted: types.ContainerInput, held: Iterable[str]) -> oci.Linux:
     )
     result["maskedPaths"], result["readonlyPaths"] = paths(context)
     profile = security.seccomp_profile(
-        context, held=held, host=wanted.host, localhost=wanted.seccomp_profile
+        context,
+        held=held,
+        host=wanted.host,
+        localhost=wanted.seccomp_profile,
+        defaults=wanted.defaults,
     )
     if profile is not None:
         result["seccomp"] = profile
@@ -104,6 +108,9 @@ def _paths(paths: Iterable[str], part: str, field: str) -> list[str]:
 def _resources(wanted: types.ContainerInput) -> oci.Resources:
     result = resources(wanted.config.linux.resources, wanted.host)
     result["devices"] = devices.rules(wanted.devices, privileged=wanted.security.privileged)
+    if limit := wanted.defaults.pids_limit:
+        why.handler("linux.resources.pids.limit", wanted.defaults.pids_key)
+        result["pids"] = oci.Pids(limit=limit)
     return result
 
 

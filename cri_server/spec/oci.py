@@ -106,8 +106,13 @@ class HugepageLimit(TypedDict):
     limit: int
 
 
+class Pids(TypedDict):
+    limit: int
+
+
 class Resources(TypedDict, total=False):
     devices: list[DeviceRule]
+    pids: Pids
     cpu: Cpu
     memory: Memory
     hugepageLimits: list[HugepageLimit]

@@ -333,7 +333,9 @@ def _linux(wanted: types.SandboxInput) -> oci.Linux:
         resources=_limits(wanted),
     )
     context, local = wanted.config.linux.security_context, wanted.seccomp_profile
-    profile = security.seccomp_profile(context, held=(), host=wanted.host, localhost=local)
+    profile = security.seccomp_profile(
+        context, held=(), host=wanted.host, localhost=local, defaults=wanted.defaults
+    )
     if profile is not None:
         result["seccomp"] = profile
     userns.fill(result, userns.ids(wanted.config))

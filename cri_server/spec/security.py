@@ -10,7 +10,7 @@ from typing import Literal
 
 from cri_server import capability, errors
 from cri_server.pb import api_pb2 as api
-from cri_server.spec import checks, oci, seccomp, seccompfile, types, why
+from cri_server.spec import checks, oci, seccomp, seccompaudit, seccompfile, types, why
 
 _ORDER = {name: number for number, name in enumerate(capability.ALL)}
 _ADD, _DROP, _AMBIENT = (f"capabilities.{f}_capabilities" for f in ("add", "drop", "add_ambient"))
@@ -274,16 +274,33 @@ def seccomp_profile(
     held: Iterable[str],
     host: types.HostFacts,
     localhost: Mapping[str, object] | None,
+    defaults: types.Defaults,
 ) -> Mapping[str, object] | oci.Seccomp | None:
-    """Return the profile to write, None for unconfined. It is shared: do not change it."""
+    """Return the profile to write, None for unconfined. It is shared: do not change it.
+
+    RuntimeDefault is the handler's own where it has one, and only logs where it says so.
+    """
     kind, path = seccomp_request(context)
     if kind == "none":
         return None
     if not host.seccomp:
         raise errors.InvalidArgument("seccomp: this host's kernel has none")
     if kind == "default":
-        return seccomp.default(frozenset(held), host.machine)
+        return _runtime_default(seccomp.default(frozenset(held), host.machine), defaults)
     return seccompfile.checked(localhost, path)
+
+
+def _runtime_default(
+    ours: oci.Seccomp, given: types.Defaults
+) -> Mapping[str, object] | oci.Seccomp:
+    profile: Mapping[str, object] | oci.Seccomp = ours
+    if given.seccomp is not None:
+        why.handler("linux.seccomp", given.seccomp_key, "RuntimeDefault of this handler")
+        profile = given.seccomp
+    if given.seccomp_audit_key:
+        why.handler("linux.seccomp", given.seccomp_audit_key, "what it denies is only logged")
+        return seccompaudit.audited(profile)
+    return profile
 
 
 def apparmor(context: _Context | api.LinuxSandboxSecurityContext, host: types.HostFacts) -> str:

@@ -139,13 +139,19 @@ class PodFiles:
 class Defaults:
     """What a handler's configuration gives to each container that does not ask.
 
-    The keys say where it is set, "[runtimes.runc] default_rlimits"; "" for what is ours.
+    The keys say where it is set, "[runtimes.runc] default_rlimits"; "" for what is ours. `seccomp`
+    is the handler's own RuntimeDefault, None for ours; with `seccomp_audit_key` it only logs.
     """
 
     capabilities: tuple[str, ...] = capability.DEFAULT
     capabilities_key: str = ""
     rlimits: tuple[limits.Rlimit, ...] = limits.rlimits(limits.DEFAULT)
     rlimits_key: str = ""
+    pids_limit: int = 0
+    pids_key: str = ""
+    seccomp: Mapping[str, object] | None = None
+    seccomp_key: str = ""
+    seccomp_audit_key: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -255,6 +261,7 @@ class SandboxInput:
     namespaces: Mapping[str, str]
     cgroups_path: str
     host: HostFacts
+    defaults: Defaults = field(default_factory=Defaults)
     seccomp_profile: Mapping[str, object] | None = None
     annotations: Mapping[str, str] = field(default_factory=dict)
     kernel: bool = False

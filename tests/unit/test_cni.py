@@ -146,7 +146,7 @@ async def test_an_intent_without_a_result_is_detached(
     host: fakes.Fakes, network: cni.Network
 ) -> None:
     """The server was killed between the first plugin and the result."""
-    network._begin(attachment())
+    network._begin(attachment(), None)
     assert host.cached() == ["fakenet-pod1-eth0"]
     await network.detach(attachment())
     assert host.verbs() == ["extra DEL", "main DEL"]
