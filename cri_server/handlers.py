@@ -166,7 +166,8 @@ class Handlers:
     async def sweep(self, in_use: Collection[str]) -> None:
         """Forget the revisions that are not of now and no record names."""
         now = {r.key for r in self._now.current.values()}
-        for key in (self._kept.keys() | self._written) - set(in_use) - now:
+        known = self._kept.keys() | await asyncio.to_thread(self._store.keys)
+        for key in known - set(in_use) - now:
             log.debug("handler of earlier pods forgotten", handler=key)
             await asyncio.to_thread(self._store.forget, key)
             self._written.discard(key)

@@ -87,6 +87,10 @@ class Store:
             except (OSError, ValueError) as e:  # msgspec's errors and config's are ValueErrors
                 log.error("handler of earlier pods not readable", path=str(path), error=str(e))
 
+    def keys(self) -> set[str]:
+        """Return the keys of all files, readable or not."""
+        return {path.stem for path in self._folder.glob("*.json")}
+
     def forget(self, key: str) -> None:
         """Drop a revision; OK when it is not there."""
         self._path(key).unlink(missing_ok=True)

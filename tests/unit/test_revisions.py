@@ -94,7 +94,9 @@ async def test_what_was_kept_is_found_by_the_next_server_until_nobody_needs_it(
     assert second.facts(key).machine
     await second.sweep({key})
     assert second.of(key) == OTHER
+    (tmp_path / "handlers" / "broken@1.json").write_text("{")
     await second.sweep({"own"})  # a plain name of an earlier version holds no revision
+    assert list((tmp_path / "handlers").iterdir()) == []
 
     third = live(tmp_path, made(runc=PLAIN))
     await third.recall()
