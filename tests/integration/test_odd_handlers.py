@@ -96,7 +96,7 @@ def test_its_pods_are_refused_by_handler_program_and_reason(
     assert REASONS[name] in text
     assert len(text) < 1000
     assert [p.id for p in client.pods() if p.runtime_handler == name] == []
-    assert not faults.processes("sleep", "9871")
+    waiting.until(lambda: not faults.processes("sleep", "9871"), "what it started is dead")
     assert client.exec_sync(other, ["true"]).exit_code == 0
 
 

@@ -54,9 +54,17 @@ def test_the_start_and_check_name_what_is_known_of_the_installed_version(
 
 
 @pytest.mark.needs("catatonit")
-def test_v77_the_runtimes_program_is_not_overwritten(attack: Attack) -> None:
-    """Naive: the program of an exec is the runtime itself, which a container can open to write."""
-    program = Path(shutil.which("runc") or "/usr/sbin/runc").resolve()
+@pytest.mark.parametrize("handler", ["runc", pytest.param("crun", marks=pytest.mark.needs("crun"))])
+def test_v77_the_runtimes_program_is_not_overwritten(
+    attack: Attack, handler: str, request: pytest.FixtureRequest
+) -> None:
+    """Naive: the program of an exec is the runtime itself, which a container can open to write; of
+    crun it is the copy from which the shims run it for all.
+    """
+    if handler == "crun":
+        request.getfixturevalue("crun")
+    attack.handler = handler
+    program = Path(shutil.which(handler) or handler).resolve()
     before = hashlib.sha256(program.read_bytes()).digest(), program.stat().st_ino
     attack.pod_config.linux.security_context.namespace_options.pid = api.POD
     script = (
@@ -74,6 +82,7 @@ def test_v77_the_runtimes_program_is_not_overwritten(attack: Attack) -> None:
             continue
     attack.attempt(reference, command=["/proc/self/exe", "init"])
     attack.attempt(reference, command=["/evil"])
+    assert attack.inside(container, "echo fine").strip() == "fine"
     assert (hashlib.sha256(program.read_bytes()).digest(), program.stat().st_ino) == before
 
 

@@ -121,7 +121,7 @@ class Attack:
     ) -> None:
         self.kubelet, self.site = client, site
         self.canary = Canary(folder / "canary")
-        self.pod_config = client.pod_config()
+        self.pod_config, self.handler = client.pod_config(), ""
         self._registry, self._layers = where, layers
         self._pod: kubelet.Pod | None = None
         self._containers: list[str] = []
@@ -132,7 +132,8 @@ class Attack:
 
     @property
     def pod(self) -> kubelet.Pod:
-        self._pod = self._pod or self.kubelet.run_pod(self.pod_config)
+        if self._pod is None:
+            self._pod = self.kubelet.run_pod(self.pod_config, handler=self.handler)
         return self._pod
 
     def make(self, *entries: bytes, layers: Sequence[bytes] = (), **config: Any) -> str:
