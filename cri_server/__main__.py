@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 def _reset_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grace",
-        type=int,
+        type=_seconds,
         default=30,
         metavar="SECONDS",
         help="how long a container may take to end (default: 30)",
@@ -69,6 +69,12 @@ def _reset_arguments(parser: argparse.ArgumentParser) -> None:
         "--force", action="store_true", help="also while a kubelet is connected to the server"
     )
     parser.set_defaults(run=_reset)
+
+
+def _seconds(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return int(text)
 
 
 def _image_commands(parser: argparse.ArgumentParser) -> tuple[argparse.ArgumentParser, ...]:

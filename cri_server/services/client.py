@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 T = TypeVar("T")
-POLL = 0.1  # seconds
+POLL = 0.3  # seconds
 CALL = 10.0  # seconds that a Version may take
 
 
