@@ -191,11 +191,7 @@ def _security(facts: host.Host) -> Iterator[Finding]:
         "" if facts.seccomp else "enable CONFIG_SECCOMP",
     )
     yield _apparmor(facts)
-    yield (
-        _ok("SELinux", "enabled, pods are labelled")
-        if facts.selinux
-        else _limited("SELinux", "not on this host", "labels that pods ask for have no effect")
-    )
+    yield _selinux(facts)
 
 
 def _apparmor(facts: host.Host) -> Finding:
@@ -207,6 +203,16 @@ def _apparmor(facts: host.Host) -> Finding:
         remedy = "pods that ask for the default profile run without one: install apparmor"
         return _limited("AppArmor", detail, remedy)
     return _ok("AppArmor", f"enabled, default profile {apparmor.NAME}")
+
+
+def _selinux(facts: host.Host) -> Finding:
+    if facts.selinux:
+        return _ok("SELinux", "enabled, pods are labelled")
+    if facts.selinux_lacks:
+        detail = f"enabled, but its policy has no label {facts.selinux_lacks}"
+        remedy = "no pod is labelled: install a policy for containers, see deploy/README.md"
+        return _limited("SELinux", detail, remedy)
+    return _limited("SELinux", "not on this host", "labels that pods ask for have no effect")
 
 
 # -- runtimes, network, tools --------------------------------------------------------------------

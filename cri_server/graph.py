@@ -11,6 +11,7 @@ needs closing is on the stack, and closed the other way round.
 """
 
 import contextlib
+import os
 
 from cri_server import (
     apparmor,
@@ -32,6 +33,7 @@ from cri_server import (
     podfiles,
     pods,
     recovery,
+    relabel,
     remains,
     shims,
     snapshots,
@@ -69,6 +71,9 @@ class Graph:
         self._records = state.Store(root)
         self._records.load()
         self.layers = snapshots.Snapshots(root)
+        if policy := self._live.host_facts.selinux:
+            for folder in self.layers.read_only:
+                relabel.once(os.path.realpath(folder), policy.read_only)
         self._files = podfiles.PodFiles(settings.server.state)
         self.network = cni.Network(settings.network)
         self._stack.push_async_callback(self.network.close)

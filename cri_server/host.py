@@ -79,7 +79,8 @@ class RuntimeFacts:
 class Host:
     """The facts of the kernel and of our own rights. `no_user_namespaces`: see `userns.why_not`;
     `no_seccomp_log`: why the kernel logs no system calls, "" if it does. `runtimes` has the facts
-    of handlers, by name and by the key of their revision.
+    of handlers, by name and by the key of their revision. `selinux` is None without SELinux, and
+    where its policy has no label for containers; `selinux_lacks` is that label.
     """
 
     kernel: str
@@ -89,6 +90,7 @@ class Host:
     apparmor: bool
     apparmor_parser: str
     selinux: spec.SelinuxPolicy | None
+    selinux_lacks: str
     effective: frozenset[str]
     bounding: frozenset[str]
     known: frozenset[str]
@@ -180,6 +182,8 @@ def probe(
     """
     controllers = hierarchy.controllers()
     known = _known_capabilities()
+    selinux = labels.policy() if labels.enabled() else None
+    lacks = labels.lacking(selinux) if selinux else ""
     return Host(
         kernel=os.uname().release,
         hierarchy=hierarchy,
@@ -187,7 +191,8 @@ def probe(
         seccomp="Seccomp:" in Path("/proc/self/status").read_text(),
         apparmor=apparmor.supported(),
         apparmor_parser=apparmor.parser(),
-        selinux=labels.policy() if labels.enabled() else None,
+        selinux=None if lacks else selinux,
+        selinux_lacks=lacks,
         effective=_names(linux.effective_capabilities(), known),
         bounding=_names(linux.bounding_capabilities(), known),
         known=frozenset(known),

@@ -11,6 +11,7 @@ record yet. Labels themselves are computed in `spec.selinux`.
 """
 
 import contextlib
+import dataclasses
 import errno
 import os
 import re
@@ -37,7 +38,22 @@ def policy(configuration: Path = CONFIGURATION) -> spec.SelinuxPolicy:
     return spec.SelinuxPolicy(
         process=_whole(contexts.get("process", ""), usual.process),
         file=_whole(contexts.get("file", ""), usual.file),
+        read_only=_whole(contexts.get("ro_file", ""), usual.read_only),
     )
+
+
+def lacking(named: spec.SelinuxPolicy) -> str:
+    """Return the first of the labels that the kernel's policy does not have, "" if it has all.
+
+    A policy may be installed without a module for containers, as Debian's is.
+    """
+    unconfined = dataclasses.replace(selinux.parse(named.process), type=named.unconfined)
+    for label in (named.process, str(unconfined), named.file, named.read_only):
+        try:
+            check(label)
+        except errors.InvalidArgument:
+            return label
+    return ""
 
 
 def _whole(label: str, otherwise: str) -> str:

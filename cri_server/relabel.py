@@ -63,6 +63,23 @@ def relabel(path: str, label: str) -> bool:
     return True
 
 
+def once(path: str, label: str) -> None:
+    """Label a folder of ours, unless its own label says that this is done; what is made in it later
+    inherits the label.
+
+    What cannot be labelled is logged: a policy may keep containers from reading it.
+    """
+    try:
+        if _get(path, follow=False) == label.encode():
+            return
+    except OSError:
+        pass  # relabel says what there is to say
+    try:
+        relabel(path, label)
+    except errors.InvalidArgument as e:
+        log.warning("folder keeps its label", path=path, wanted=label, error=str(e))
+
+
 def _label_content(folder: str, value: bytes) -> None:
     for step in trees.walk(f"{folder}/.", mounts="skip"):
         for name in step.names if step.left is None else (step.left,):

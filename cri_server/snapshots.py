@@ -87,6 +87,11 @@ class Snapshots:
         """A path on the file system that holds everything (CRI FilesystemIdentifier)."""
         return self.root
 
+    @property
+    def read_only(self) -> tuple[Path, ...]:
+        """The folders of which containers only read, through their overlays, once it is made."""
+        return (self._layers_dir, self._empty, self._tmp)
+
     # ---- layers
 
     def layer(self, key: str) -> Layer | None:

@@ -217,4 +217,4 @@ def _note_sandbox(asked: dict[str, str], context: api.LinuxSandboxSecurityContex
 def _note_void(part: str, options: api.SELinuxOption) -> None:
     named = ":".join(getattr(options, name) for name in _PARTS)
     if named.strip(":"):
-        why.host(part, "this host has no SELinux", asked=named)
+        why.host(part, "this host has no SELinux policy for containers", asked=named)

@@ -156,12 +156,13 @@ class Defaults:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SelinuxPolicy:
-    """What the host's SELinux policy has for containers: two labels, and the type of those that are
-    not confined.
+    """What the host's SELinux policy has for containers: the labels of their processes, of their
+    files, and of files that all of them may read; and the type of those that are not confined.
     """
 
     process: str = "system_u:system_r:container_t:s0"
     file: str = "system_u:object_r:container_file_t:s0"
+    read_only: str = "system_u:object_r:container_ro_file_t:s0"
     unconfined: str = "spc_t"
 
 

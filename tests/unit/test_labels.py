@@ -18,9 +18,10 @@ def test_the_policys_own_labels_are_used_and_its_usual_ones_where_it_has_none(
     contexts.mkdir(parents=True)
     (tmp_path / "config").write_text("# a comment\nSELINUX=enforcing\nSELINUXTYPE=mls\n")
     (contexts / "lxc_contexts").write_text(
-        'process = "a_u:a_r:a_t:s0-s1"\nfile="broken"\nsandbox_kvm_process = "x:y:z:s0"\n'
+        'process = "a_u:a_r:a_t:s0-s1"\nfile="broken"\nro_file = "x:y:z:s0"\n'
     )
-    assert labels.policy(tmp_path) == spec.SelinuxPolicy(process="a_u:a_r:a_t:s0-s1")
+    found = spec.SelinuxPolicy(process="a_u:a_r:a_t:s0-s1", read_only="x:y:z:s0")
+    assert labels.policy(tmp_path) == found
 
 
 def test_a_level_is_taken_while_it_is_promised_and_while_it_is_on_record() -> None:
@@ -51,3 +52,15 @@ def test_the_kernel_knows_its_labels() -> None:
     labels.check("system_u:system_r:kernel_t:s0")
     with pytest.raises(errors.InvalidArgument, match="no label 'system_u:system_r:no_such_t:s0'"):
         labels.check("system_u:system_r:no_such_t:s0")
+
+
+@pytest.mark.needs("selinux")
+def test_a_policy_without_a_label_for_containers_is_found_out() -> None:
+    kernel = "system_u:system_r:kernel_t:s0"
+    known = spec.SelinuxPolicy(process=kernel, file=kernel, read_only=kernel, unconfined="kernel_t")
+    assert labels.lacking(known) == ""
+    for part in ("process", "file", "read_only"):
+        wrong = "system_u:system_r:no_such_t:s0"
+        assert labels.lacking(dataclasses.replace(known, **{part: wrong})) == wrong
+    no_type = dataclasses.replace(known, unconfined="no_such_t")
+    assert labels.lacking(no_type) == "system_u:system_r:no_such_t:s0"

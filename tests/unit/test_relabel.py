@@ -15,10 +15,12 @@ LABEL = "system_u:object_r:container_file_t:s0:c1,c2"
 
 
 def label_of(path: Path) -> str:
+    """Return LABEL if the file has it, else "": with SELinux every file has one."""
     try:
-        return os.getxattr(path, relabel.ATTRIBUTE, follow_symlinks=False).decode().rstrip("\0")
+        found = os.getxattr(path, relabel.ATTRIBUTE, follow_symlinks=False).decode().rstrip("\0")
     except OSError:
         return ""
+    return found if found == LABEL else ""
 
 
 @pytest.fixture
@@ -101,3 +103,18 @@ def test_other_folders_are_not(path: str) -> None:
 def test_a_volume_that_vanished_is_named(tmp_path: Path) -> None:
     with pytest.raises(errors.InvalidArgument, match=r"gone.*No such file"):
         relabel.relabel(os.fspath(tmp_path.resolve() / "gone"), LABEL)
+
+
+def test_a_folder_that_bears_its_label_is_not_walked_again(volume: Path) -> None:
+    relabel.once(os.fspath(volume), LABEL)
+    assert label_of(volume / "deep/deeper/file") == LABEL
+    later = volume / "file"
+    os.setxattr(later, relabel.ATTRIBUTE, b"system_u:object_r:container_file_t:s0")
+    relabel.once(os.fspath(volume), LABEL)
+    assert label_of(later) == ""
+
+
+def test_a_folder_that_cannot_be_labelled_is_no_error(volume: Path) -> None:
+    relabel.once(os.fspath(volume / "missing"), LABEL)
+    relabel.once("/usr", LABEL)
+    assert label_of(Path("/usr")) == ""
