@@ -21,6 +21,7 @@ ALLOWED = frozenset(
     {
         "apparmor",
         "selinux",
+        "selinux-enforced",
         "systemd",
         "deployed",
         "cgroup-v1",
@@ -112,6 +113,13 @@ def _apparmor() -> str:
 @probe("selinux")
 def _selinux() -> str:
     return "" if Path("/sys/fs/selinux/enforce").exists() else "the kernel has no SELinux"
+
+
+@probe("selinux-enforced")
+def _selinux_enforced() -> str:
+    enforce = Path("/sys/fs/selinux/enforce")
+    enforced = enforce.exists() and enforce.read_text() == "1"
+    return "" if enforced else "no SELinux policy is enforced"
 
 
 @probe("systemd")
