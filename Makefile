@@ -2,7 +2,7 @@
 # make setup   everything the others need: Debian packages, .venv, .venv/bin/cri-server   (root, Debian 12 or newer)
 # make run     a server on this host with one pod on it; Ctrl-C ends it; ONCE=1 ends after the demonstration
 # make test    all tests (docs/testing.md)
-# make test-vm the tests in a Debian guest under qemu: cgroup v2, systemd (docs/guest-run.md); VM="--help" for a part
+# make test-vm the tests in a Debian guest under qemu: cgroup v2, systemd, SELinux (docs/guest-run.md); VM="--help" for a part
 # make bench   our server next to Debian's containerd (docs/performance.md); BENCH="--rounds 5 --json" passes options
 # make bench-streams   the same for exec and port-forward
 .PHONY: setup run test test-vm bench bench-streams

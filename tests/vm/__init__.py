@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The integration tests inside a Debian guest: cgroup v2, systemd as init, AppArmor (`make
-test-vm`).
+"""The integration tests inside Debian guests: cgroup v2, systemd as init, AppArmor in the one,
+SELinux in the other (`make test-vm`).
 
     host    image.py     root file system, kernel and initrd, by mmdebstrap; kept in build/vm
+            policy.py    SELinux in it: Debian's policy with what it lacks, and labels
             payload.py   a second disk: wheels, tests, deploy/, and room for results
             machine.py   qemu without KVM; the serial console is what one sees; a deadline
             report.py    JUnit files become a table, docs/guest-run.md, and the exit status

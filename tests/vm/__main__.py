@@ -2,18 +2,22 @@
 """`python -m tests.vm`: build, boot, wait, report. See the package's docstring."""
 
 import argparse
+import json
+import os
+import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.vm import image, machine, payload, report
+from tests.vm import image, machine, payload, policy, report
 
 CACHE = payload.REPOSITORY / "build" / "vm"
-CONSOLE = CACHE / "console.log"
 RESULTS = CACHE / "results"
+PARTS = CACHE / "parts"  # of runs with a choice of tests, which no page shows
 PAGE = payload.REPOSITORY / "docs" / "guest-run.md"
 TAIL = 60  # lines of the console to show again when the guest did not come to its end
 HERE = "tests/integration"
@@ -24,8 +28,20 @@ DRIVEN = tuple(
     for name in ("server", "pods", "containers", "exec", "resources", "stats", "ends")
 )
 OTHERS = (HERE, *(f"--ignore={path}" for path in (*DRIVEN, DEPLOYED)))
+# What has to do with labels.
+LABELLED = (
+    f"{HERE}/test_selinux.py",
+    f"{HERE}/test_isolation.py::test_v29_a_file_over_hosts_is_not_relabelled",
+    f"{HERE}/test_security.py::test_a_malformed_label_is_refused_with_and_without_selinux",
+    *(f"tests/unit/test_{name}.py" for name in ("labels", "relabel", "spec_selinux")),
+)
 KERNEL = ("tests/unit/test_mounts.py", "tests/unit/test_linux.py", "tests/contract")
-RUNS = ("unit", "systemd", "cgroupfs", "others", "kernel")
+WITH_APPARMOR = ("unit", "systemd", "cgroupfs", "others", "kernel")
+WITH_SELINUX = ("selinux", "selinux-unit")
+RUNS = (*WITH_APPARMOR, *WITH_SELINUX)
+APPARMOR = image.Kind(parameters="apparmor=1 security=apparmor")
+SELINUX = policy.kind()
+ENGINE = "container_engine_t"  # as what the deployed server runs there
 # What the deployed unit is asked by.
 SOCKET = {
     "CRI_ENDPOINT": "unix:///run/cri-server/cri-server.sock",
@@ -36,50 +52,73 @@ SOCKET = {
 def main() -> int:
     """Return 0 when every test that ran in the guest has passed."""
     wanted = arguments()
-    todo = plan(wanted)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the guest ends with us
-    root = image.provide(CACHE / "images")
-    with tempfile.TemporaryDirectory(prefix="run-", dir=CACHE) as home:
-        disk = Path(home, "payload")
-        payload.make(disk, Path(home, "files"), python=root.python, order={"runs": todo})
-        guest = machine.Machine(root=root, payload=disk, accelerator=wanted.accelerator)
-        in_time = guest.run(CONSOLE, seconds=wanted.deadline)
-        payload.results(disk, RESULTS)
-    found = report.runs(RESULTS, todo)
+    todo, results = plan(wanted), PARTS if wanted.tests else RESULTS
+    if wanted.tests:
+        shutil.rmtree(PARTS, ignore_errors=True)
+    boots = []
+    for kind, names in ((APPARMOR, WITH_APPARMOR), (SELINUX, WITH_SELINUX)):
+        here = [run for run in todo if run["name"] in names]
+        if here:
+            boots.append(boot(wanted, kind, here, results))
     if wanted.page:
-        PAGE.write_text(report.page(RESULTS, found))
-    return verdict(wanted, found, in_time=in_time)
+        PAGE.write_text(report.page(report.latest(RESULTS, RUNS)))
+    print(report.page(boots).removeprefix(report.PAGE))
+    print(f"results: {results}")
+    return 0 if boots and all(run.good for each in boots for run in each.runs) else 1
+
+
+def boot(
+    wanted: argparse.Namespace, kind: image.Kind, todo: list[dict[str, Any]], results: Path
+) -> report.Boot:
+    """Boot a guest for these runs; leave what it says in a new folder of `results`."""
+    root = image.provide(CACHE / "images", kind)
+    folder = results / time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    with tempfile.TemporaryDirectory(prefix="run-", dir=CACHE) as home:
+        disk, console = Path(home, "payload"), Path(home, "console.log")
+        payload.make(disk, Path(home, "files"), python=root.python, order={"runs": todo})
+        guest = machine.Machine(
+            root=root, payload=disk, accelerator=wanted.accelerator, cpus=wanted.cpus
+        )
+        in_time = guest.run(console, seconds=wanted.deadline)
+        payload.results(disk, folder)
+        (folder / report.PLAN).write_text(json.dumps(todo))
+        shutil.move(console, folder)
+    found = report.boot(folder)
+    if not in_time:
+        print(f"the guest was killed after {wanted.deadline:g} s")
+    if not in_time or any(run.missing for run in found.runs):
+        lines = (folder / "console.log").read_text(errors="replace").splitlines()[-TAIL:]
+        print("\n".join(["the end of the guest's console:", *lines]))
+    return found
 
 
 def plan(wanted: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the runs of pytest, in order: name, arguments, cgroup driver, further environment."""
     if wanted.tests:
-        drivers = [run for run in wanted.runs if run in ("systemd", "cgroupfs")]
-        return [_run(driver, wanted.tests, driver) for driver in drivers]
+        parts = {"systemd": "systemd", "cgroupfs": "cgroupfs", "selinux": "systemd"}
+        domains = {"selinux": ENGINE}
+        return [
+            _run(run, wanted.tests, parts[run], domains.get(run, ""))
+            for run in wanted.runs
+            if run in parts
+        ]
     known = {
         "unit": _run("unit", [DEPLOYED], "systemd", **SOCKET),
         "systemd": _run("systemd", DRIVEN, "systemd"),
         "cgroupfs": _run("cgroupfs", DRIVEN, "cgroupfs"),
         "others": _run("others", OTHERS, "systemd"),
         "kernel": _run("kernel", KERNEL, "cgroupfs"),
+        "selinux-unit": _run("selinux-unit", [DEPLOYED], "systemd", **SOCKET),
+        "selinux": _run("selinux", LABELLED, "systemd", ENGINE),
     }
     return [known[name] for name in wanted.runs]
 
 
-def _run(name: str, tests: Sequence[str], driver: str, **env: str) -> dict[str, Any]:
-    return {"name": name, "tests": [*tests], "driver": driver, "env": env}
-
-
-def verdict(wanted: argparse.Namespace, found: list[report.Run], *, in_time: bool) -> int:
-    """Say what came of it; the console's end too, when the guest did not come to its own."""
-    if not in_time or any(run.missing for run in found):
-        lines = CONSOLE.read_text(errors="replace").splitlines()[-TAIL:]
-        print("\n".join(["the end of the guest's console:", *lines]))
-    if not in_time:
-        print(f"the guest was killed after {wanted.deadline:g} s")
-    print(report.page(RESULTS, found).removeprefix(report.PAGE))
-    print(f"console: {CONSOLE}; results: {RESULTS}")
-    return 0 if in_time and all(run.good for run in found) else 1
+def _run(
+    name: str, tests: Sequence[str], driver: str, domain: str = "", **env: str
+) -> dict[str, Any]:
+    return {"name": name, "tests": [*tests], "driver": driver, "domain": domain, "env": env}
 
 
 def arguments() -> argparse.Namespace:
@@ -87,9 +126,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--deadline", type=float, default=7200, metavar="SECONDS")
     parser.add_argument("--accelerator", default="tcg", help="of qemu: tcg or kvm")
     parser.add_argument("--runs", nargs="+", default=RUNS, choices=RUNS, help="these alone")
-    parser.add_argument("--page", action="store_true", help="write docs/guest-run.md")
+    parser.add_argument("--cpus", type=int, default=os.cpu_count(), help="that the guest has")
+    parser.add_argument(
+        "--page", action="store_true", help="write docs/guest-run.md, of the last of each run"
+    )
     parser.add_argument("tests", nargs="*", help="pytest's arguments, in place of the whole plan")
-    return parser.parse_args()
+    wanted = parser.parse_args()
+    if wanted.page and wanted.tests:
+        parser.error("--page is of whole runs")
+    return wanted
 
 
 if __name__ == "__main__":

@@ -35,8 +35,12 @@ def main() -> None:
     write("times", times)
     for run in order["runs"]:
         pytest(**run)
-    journal = ["journalctl", "--no-pager", "-u", "cri-server"]
-    (RESULTS / "journal").write_bytes(subprocess.run(journal, capture_output=True).stdout)
+
+
+def journals() -> None:
+    for name, which in (("journal", "--unit=cri-server"), ("kernel", "--dmesg")):
+        journal = subprocess.run(["journalctl", "--no-pager", which], capture_output=True)
+        (RESULTS / name).write_bytes(journal.stdout)
 
 
 def facts() -> dict[str, Any]:
@@ -51,7 +55,15 @@ def facts() -> dict[str, Any]:
         "runc": said("runc", "--version").partition("\n")[0],
         "crun": said("crun", "--version").partition("\n")[0],
         "python": said("python3", "--version"),
+        "kernel parameters": security(Path("/proc/cmdline").read_text()),
+        "booted": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }
+
+
+def security(parameters: str) -> str:
+    """Return those of the kernel's parameters that have to do with security modules."""
+    names = ("security", "apparmor", "selinux", "enforcing")
+    return " ".join(word for word in parameters.split() if word.partition("=")[0] in names)
 
 
 def install(order: dict[str, Any]) -> None:
@@ -59,6 +71,8 @@ def install(order: dict[str, Any]) -> None:
     subprocess.run(["python3", "-m", "venv", HOME], check=True)
     pip = [PYTHON, "-m", "pip", "install", "-q", "--no-index", "--no-compile"]
     subprocess.run([*pip, "-f", f"{PAYLOAD}/wheels", "cri-server", *order["tools"]], check=True)
+    if shutil.which("restorecon"):
+        subprocess.run(["restorecon", "-R", HOME], check=True)
 
 
 def deploy(_order: dict[str, Any]) -> None:
@@ -75,20 +89,16 @@ def deploy(_order: dict[str, Any]) -> None:
     subprocess.run(["systemctl", "enable", "--now", "cri-server"], check=True)
 
 
-def pytest(*, name: str, tests: list[str], driver: str, env: dict[str, str]) -> None:
-    """Run tests; what they say goes to the console and into a file, their result into JUnit."""
+def pytest(*, name: str, tests: list[str], driver: str, domain: str, env: dict[str, str]) -> None:
+    """Run tests; what they say goes to the console and into a file, their result into JUnit.
+
+    `domain` is that of SELinux, for the tests and the servers that they start; "" for ours.
+    """
     print(f"== {name}: {' '.join(tests)}", flush=True)
-    command = [
-        PYTHON,
-        "-m",
-        "pytest",
-        "-v",
-        "--tb=short",
-        "-o",
-        "faulthandler_timeout=600",
-        "--color=no",
-    ]
+    command = [PYTHON, "-m", "pytest", "-v", "--tb=short", "--color=no"]
+    command += ["-o", "faulthandler_timeout=600"]
     command += ["-p", "no:cacheprovider", f"--junitxml={RESULTS}/{name}.xml", *tests]
+    context = ["runcon", f"system_u:system_r:{domain}:s0"] if domain else []
     logs = RESULTS / f"logs-{name}"
     variables = {
         **os.environ,
@@ -100,7 +110,11 @@ def pytest(*, name: str, tests: list[str], driver: str, env: dict[str, str]) -> 
     }
     with (RESULTS / f"{name}.log").open("wb") as log:
         run = subprocess.Popen(
-            command, cwd=SOURCES, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            [*context, *command],
+            cwd=SOURCES,
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         assert run.stdout is not None
         for line in run.stdout:
@@ -118,4 +132,7 @@ def said(*command: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:
+        journals()

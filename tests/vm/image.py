@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Debian root file system with systemd, what pods need, and a kernel: made once, kept, never
-written to.
+written to. There is one for each kind of guest; kinds differ in their security module.
 
 The packages come from the Debian sources that the host's apt is configured with, so the guest has
 the host's release. An image is kept under the digest of its recipe and those sources; a half-made
@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,27 +51,41 @@ LINKS = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Kind:
+    """A kind of guest: its kernel's `parameters`, packages beside the usual ones, and what else
+    `furnish` does to its root folder, which `recipe` decides.
+    """
+
+    parameters: str
+    packages: tuple[str, ...] = ()
+    furnish: Callable[[Path], None] | None = None
+    recipe: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Image:
     """The files of a guest; `python` is the version of its python3, as "3.11"."""
 
+    parameters: str
     disk: Path
     kernel: Path
     initrd: Path
     python: str
 
 
-def provide(cache: Path) -> Image:
+def provide(cache: Path, kind: Kind) -> Image:
     """Return the image of today's recipe, from `cache` when it is there. Raises
     CalledProcessError.
     """
     sources = debian_sources()
     recipe = [*sources, *PACKAGES, *UNNEEDED, *FILES.items(), *LINKS.items(), SIZE]
+    recipe += [*kind.packages, *kind.recipe]
     folder = cache / hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]
     if not folder.is_dir():
-        _build(sources, folder)
+        _build(sources, kind, folder)
     python = (folder / "python").read_text().strip()
     names = {name: folder / name for name in ("disk", "kernel", "initrd")}
-    return Image(**names, python=python)
+    return Image(**names, python=python, parameters=kind.parameters)
 
 
 def debian_sources() -> list[str]:
@@ -86,21 +101,23 @@ def debian_sources() -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _build(sources: list[str], folder: Path) -> None:
+def _build(sources: list[str], kind: Kind, folder: Path) -> None:
     print("vm: making the guest's root file system (a minute, once)", flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="making-", dir=folder.parent) as home:
         made, root = Path(home, "made"), Path(home, "root")
         made.mkdir()
-        _bootstrap(sources, root)
+        _bootstrap(sources, PACKAGES + kind.packages, root)
         _furnish(root)
+        if kind.furnish:
+            kind.furnish(root)
         _split(root, made)
         made.rename(folder)
 
 
-def _bootstrap(sources: list[str], root: Path) -> None:
+def _bootstrap(sources: list[str], packages: tuple[str, ...], root: Path) -> None:
     suite = min((line.split()[2] for line in sources), key=len)
-    options = ["--quiet", "--mode=root", "--variant=essential", f"--include={','.join(PACKAGES)}"]
+    options = ["--quiet", "--mode=root", "--variant=essential", f"--include={','.join(packages)}"]
     options += [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in UNNEEDED]
     options += ["--dpkgopt=force-unsafe-io", f"--aptopt={_host_apt(root.parent)}"]
     _run("mmdebstrap", *options, suite, root, *sources)

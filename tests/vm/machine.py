@@ -16,7 +16,7 @@ from pathlib import Path
 from tests.vm import image
 
 PARAMETERS = (
-    "console=ttyS0 root=LABEL=root rw quiet apparmor=1 security=apparmor "
+    "console=ttyS0 root=LABEL=root rw quiet "
     "systemd.unified_cgroup_hierarchy=1 systemd.show_status=0 "
     "random.trust_cpu=on mitigations=off panic=-1"
 )
@@ -24,22 +24,25 @@ PARAMETERS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """`memory` in MiB; `accelerator` is one of qemu's: tcg needs nothing of the host."""
+    """`memory` in MiB; `accelerator` is one of qemu's: tcg needs nothing of the host. `cpus`: how
+    many the guest has, and at most what it takes of the host's.
+    """
 
     root: image.Image
     payload: Path
     memory: int = 4096
     accelerator: str = "tcg"
+    cpus: int = os.cpu_count() or 1
 
     def command(self) -> list[str]:
         """Return the command line of qemu."""
         return [
             "qemu-system-x86_64", "-machine", "q35", "-accel", self.accelerator, "-cpu", "max",
-            "-smp", str(os.cpu_count()), "-m", str(self.memory), "-no-reboot",
+            "-smp", str(self.cpus), "-m", str(self.memory), "-no-reboot",
             "-nodefaults", "-nographic", "-nic", "none", "-serial", "stdio", "-monitor", "none",
             "-object", "rng-random,id=rng,filename=/dev/urandom", "-device", "virtio-rng,rng=rng",
             "-kernel", os.fspath(self.root.kernel), "-initrd", os.fspath(self.root.initrd),
-            "-append", PARAMETERS,
+            "-append", f"{PARAMETERS} {self.root.parameters}",
             "-drive", f"file={self.root.disk},if=virtio,format=raw,snapshot=on",
             "-drive", f"file={self.payload},if=virtio,format=raw,cache=unsafe",
         ]  # fmt: skip

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,11 +41,12 @@ def make(disk: Path, folder: Path, *, python: str, order: dict[str, Any]) -> Non
 
 
 def results(disk: Path, target: Path) -> None:
-    """Copy the results from the disk into the folder `target`, replacing what is there."""
-    shutil.rmtree(target, ignore_errors=True)
+    """Copy the results from the disk into the folder `target` (new)."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    dump = f"rdump /results {target.parent}"
-    subprocess.run(["debugfs", "-R", dump, disk], check=True, capture_output=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as home:
+        dump = f"rdump /results {home}"
+        subprocess.run(["debugfs", "-R", dump, disk], check=True, capture_output=True)
+        Path(home, "results").rename(target)
 
 
 def copy(names: Sequence[str], target: Path) -> None:

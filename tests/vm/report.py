@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the guest has to say: JUnit files and facts.json become lines, a page of docs/, and a
-verdict.
+"""What guests have to say: JUnit files and facts.json become lines, a page of docs/, and a verdict.
 
-A run without its JUnit file has not ended, and counts as failed.
+A folder of results is of one boot, with the runs in its plan.json; a name of a folder tells when it
+was made. The page shows each run as it went last, and of which boot that was. A run without its
+JUnit file has not ended, and counts as failed.
 """
 
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
+PLAN = "plan.json"
 PAGE = """\
 # The tests in a guest
 
 Written by `make test-vm` ([testing.md](testing.md)); do not edit. A Debian guest boots under qemu
 without KVM, systemd is its init. Our wheel is installed there with `deploy/`'s unit; then tests run
-against that unit, and the integration tests with each cgroup driver on servers of their own.
+against that unit, and the integration tests with each cgroup driver on servers of their own. What
+has to do with SELinux runs in a guest that enforces it.
 
 """
 
@@ -45,9 +47,34 @@ class Run:
         return self.passed > 0 and self.status == 0 and not self.failed and not self.missing
 
 
-def runs(results: Path, plan: Sequence[Mapping[str, Any]]) -> list[Run]:
-    """Read the results of a plan: name, cgroup driver and arguments (tests) of each run."""
-    return [_run(results, each["name"], each["driver"], _short(each["tests"])) for each in plan]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Boot:
+    """What a guest said of itself, and its runs in order."""
+
+    facts: Mapping[str, str]
+    runs: tuple[Run, ...]
+
+
+def boot(folder: Path) -> Boot:
+    """Read a boot's results."""
+    plan, facts = json.loads((folder / PLAN).read_text()), folder / "facts.json"
+    return Boot(
+        facts=json.loads(facts.read_text()) if facts.exists() else {},
+        runs=tuple(_run(folder, r["name"], r["driver"], _short(r["tests"])) for r in plan),
+    )
+
+
+def latest(results: Path, names: Sequence[str]) -> list[Boot]:
+    """Read all boots in a folder; each run is in the last of those that it was in, if in any."""
+    left, found = {*names}, []
+    for folder in sorted(results.iterdir(), reverse=True):
+        if not (folder / PLAN).exists():
+            continue
+        read = boot(folder)
+        last = tuple(run for run in read.runs if run.name in left)
+        left -= {run.name for run in last}
+        found += [replace(read, runs=last)] if last else []
+    return found[::-1]
 
 
 def _run(results: Path, name: str, driver: str, tests: str) -> Run:
@@ -83,26 +110,35 @@ def _short(arguments: Sequence[str]) -> str:
     return ", ".join(n.removeprefix(folder).removesuffix(".py") for n in names) + rest
 
 
-def page(results: Path, found: Sequence[Run]) -> str:
+def page(boots: Sequence[Boot]) -> str:
     """Return the text of docs/guest-run.md."""
-    return PAGE + "\n".join([*_facts(results / "facts.json"), *_table(found), *_details(found)])
+    every = [run for each in boots for run in each.runs]
+    return PAGE + "\n".join([*_facts(boots), *_table(boots), *_details(every)])
 
 
-def _facts(file: Path) -> Iterator[str]:
-    facts = json.loads(file.read_text()) if file.exists() else {}
-    yield from ("| the guest | |", "|---|---|")
-    yield from (f"| {name} | {value} |" for name, value in facts.items())
+def _facts(boots: Sequence[Boot]) -> Iterator[str]:
+    """Yield a table with a column for each boot; what all have in common is told once."""
+    yield _row("guest", *(str(n + 1) for n in range(len(boots))))
+    yield _row(*["---"] * (len(boots) + 1))
+    for name in dict.fromkeys(name for each in boots for name in each.facts):
+        values = [each.facts.get(name, "") for each in boots]
+        same = len({*values}) == 1
+        yield _row(name, *(["the same" if same and n else v for n, v in enumerate(values)]))
     yield ""
 
 
-def _table(found: Sequence[Run]) -> Iterator[str]:
-    yield "| run | cgroup driver | tests | passed | failed | skipped | minutes |"
-    yield "|---|---|---|---|---|---|---|"
-    for run in found:
+def _table(boots: Sequence[Boot]) -> Iterator[str]:
+    yield "| run | guest | cgroup driver | tests | passed | failed | skipped | minutes |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for n, run in ((n, run) for n, each in enumerate(boots, 1) for run in each.runs):
         failed = "did not end" if run.missing else str(len(run.failed))
-        numbers = f"{run.passed} | {failed} | {len(run.skipped)} | {run.seconds / 60:.0f}"
-        yield f"| {run.name} | {run.driver} | {run.tests} | {numbers} |"
+        numbers = (run.passed, failed, len(run.skipped), f"{run.seconds / 60:.0f}")
+        yield _row(run.name, n, run.driver, run.tests, *numbers)
     yield ""
+
+
+def _row(*cells: object) -> str:
+    return f"| {' | '.join(str(cell) for cell in cells)} |"
 
 
 def _details(found: Sequence[Run]) -> Iterator[str]:
