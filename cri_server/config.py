@@ -19,21 +19,25 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from cri_server import capability, limits, overlayoptions
+from cri_server import capability, limits, overlayoptions, shimtypes
 
-Dialect = Literal["runc", "crun", "runsc", "youki"]
+Dialect = Literal["runc", "crun", "runsc", "youki", "kata", "shim"]
 CgroupDriver = Literal["auto", "cgroupfs", "systemd"]
 MetricGroup = Literal[
     "cpu", "memory", "network", "disk", "diskIO", "process", "oom", "hugetlb", "pressure", "spec"
 ]
-Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]  # a day: endless waits help nobody
-Patience = Annotated[float, msgspec.Meta(ge=0, le=86400)]  # 0 is for ever
+_DAY = 86400.0
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=_DAY)]  # a day: endless waits help nobody
+Patience = Annotated[float, msgspec.Meta(ge=0, le=_DAY)]  # 0 is for ever
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
 INSTALLED = ("crun", "runc")  # offered where they are installed, and in this order as the default
 COPIED = frozenset({"crun", "youki"})  # dialects that copy themselves at each start: shim/sealed.py
-KERNELS = frozenset({"runsc"})  # dialects whose sandbox is a kernel in which the containers run
-OPTIONS = ("timeout",)  # of a handler
+# Of a command line and of a containerd shim; "shim" is one of which no more is known.
+_DIALECTS = {"oci": ("runc", "crun", "runsc", "youki"), "shim": ("runc", "runsc", "kata", "shim")}
+# Those whose sandbox is a kernel in which the containers run.
+KERNELS = frozenset({"runsc", "kata"})
+TIMEOUT = "timeout"  # the option of every handler
 DROP_INS = "conf.d"  # beside the file
 # Of a handler, too: values that whoever uses them reads, and that are tried when the file is read.
 _READ_LATER: Mapping[str, Callable[[Any], object]] = {
@@ -111,16 +115,16 @@ class Images:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Handler:
-    """One `[runtimes.NAME]`: an OCI runtime by command line. `options` has keys of OPTIONS; `args`
-    are flags for each call, before the verb. A `sandbox` that is not given is what the program
-    needs.
+    """One `[runtimes.NAME]`: an OCI runtime by command line, whose `args` are flags for each call,
+    before the verb, or a containerd shim, which takes `options`. A `sandbox` that is not given is
+    what the program needs.
     """
 
-    kind: Literal["oci"] = "oci"
+    kind: Literal["oci", "shim"] = "oci"
     path: str = ""
     dialect: Literal["", Dialect] = ""
     args: tuple[str, ...] = ()
-    options: Mapping[str, Seconds] = field(default_factory=dict)
+    options: Mapping[str, shimtypes.Option] = field(default_factory=dict)
     sandbox: Literal["", "namespaces", "container"] = ""
     pod_annotations: tuple[str, ...] = ()  # globs of keys that reach the OCI runtime
     container_annotations: tuple[str, ...] = ()
@@ -144,10 +148,24 @@ class Handler:
             if any(fnmatch.fnmatchcase(key, glob) for glob in globs)
         }
 
+    def timeout(self, default: float) -> float:
+        """Return how many seconds one call of the program may take."""
+        return float(self.options.get(TIMEOUT, default))
+
+    @property
+    def shim_options(self) -> Mapping[str, str]:
+        """What a containerd shim is told, as text."""
+        return {k: shimtypes.text(v) for k, v in self.options.items() if k != TIMEOUT}
+
     @property
     def has_kernel(self) -> bool:
         """Whether the containers of a pod run in a kernel that its sandbox container is."""
         return self.dialect in KERNELS
+
+    @property
+    def limits_pods(self) -> bool:
+        """Whether limits hold for the whole of a pod alone, as in gVisor."""
+        return self.dialect == "runsc"
 
     @property
     def has_sandbox(self) -> bool:
@@ -164,8 +182,15 @@ class Handler:
             raise ConfigError(f"cni_conf_file: {self.cni_conf_file[:100]!r} is not NAME.conflist")
         if self.has_kernel and self.sandbox == "namespaces":
             raise ConfigError(f"sandbox: {self.dialect} needs a sandbox container")
-        if self.has_kernel and self.default_pids_limit:
+        if self.limits_pods and self.default_pids_limit:
             raise ConfigError(f"default_pids_limit: {self.dialect} cannot limit one container")
+        if self.dialect and self.dialect not in _DIALECTS[self.kind]:
+            known = ", ".join(_DIALECTS[self.kind])
+            raise ConfigError(f"dialect: {self.dialect!r} is none of kind {self.kind} ({known})")
+        if self.options:
+            self._check_options()
+        if self.args and self.kind == "shim":
+            raise ConfigError("args: a containerd shim takes none, but options")
         for arg in self.args:
             _check_argument(arg)
         for key, read in _READ_LATER.items():
@@ -173,6 +198,18 @@ class Handler:
                 read(getattr(self, key))
             except ValueError as e:
                 raise ConfigError(f"{key}: {e}") from e
+
+    def _check_options(self) -> None:
+        known = shimtypes.options(self.dialect) if self.kind == "shim" else {}
+        _refuse_unknown(self.options, (TIMEOUT, *known), "options")
+        timeout = self.options.get(TIMEOUT, 1.0)
+        if isinstance(timeout, bool | str) or not 0 < timeout <= _DAY:
+            raise ConfigError(f"options: {TIMEOUT}: {timeout!r} is not seconds, at most a day")
+        for key in self.options.keys() & known.keys():
+            try:
+                shimtypes.check(key, known[key], self.options[key])
+            except ValueError as e:
+                raise ConfigError(f"options: {e}") from e
 
 
 PLAIN = Handler()
@@ -264,7 +301,11 @@ def with_handlers(config: Config, *, where: str = "config") -> Config:
 def completed(name: str, handler: Handler, where: str) -> Handler:
     """Return the handler with its program as found and its dialect. Raises ConfigError."""
     wanted = handler.path or name
-    dialect = handler.dialect or _dialect(Path(wanted).name) or _dialect(name) or "runc"
+    if handler.kind == "shim":
+        wanted = shimtypes.binary(wanted)
+        dialect = handler.dialect or _dialect(shimtypes.program(wanted)) or "shim"
+    else:
+        dialect = handler.dialect or _dialect(Path(wanted).name) or _dialect(name) or "runc"
     try:
         return dataclasses.replace(handler, path=shutil.which(wanted) or wanted, dialect=dialect)
     except ConfigError as e:  # what is wrong only with this program
@@ -287,13 +328,12 @@ def _section(table: Any, kind: type, where: str) -> Any:
 
 
 def handler_of(name: str, table: Any, where: str) -> Handler:
-    """Turn one table into a Handler. Raises ConfigError, also for an unknown option and for a name
-    that is no file name: a folder is called by it.
+    """Turn one table into a Handler. Raises ConfigError, also for a name that is no file name: a
+    folder is called by it.
     """
     if not _NAME.fullmatch(name):
         raise ConfigError(f"{where}: {name!r} is not a handler name")
     found: Handler = _section(table, Handler, where)
-    _refuse_unknown(found.options, OPTIONS, f"{where}: options")
     return found
 
 

@@ -52,7 +52,7 @@ class ConfigJson:
     def _note_pooled(self, order: orders.Order) -> None:
         """Say which limits the handler cannot keep, for it can limit the pod alone."""
         name = revisions.name_of(order.pod.handler)
-        if not self._handlers.of(order.pod.handler).has_kernel:
+        if not self._handlers.of(order.pod.handler).limits_pods:
             return
         of_pod = order.pod.config.linux.resources
         if loose := pooled.unheld(order.config.linux.resources, of_pod):

@@ -33,6 +33,7 @@ from cri_server import (
 )
 from shim import linux
 
+_SHIM_SECONDS = 5.0
 _COMPLAINT = 200  # characters
 _PATIENCE = 5.0  # seconds for an answer: all handlers wait at start for one that gives none
 _SIZES = {"kB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
@@ -217,6 +218,8 @@ async def _runtime(handler: config.Handler) -> RuntimeFacts:
     binary = shutil.which(handler.path)
     if binary is None:
         return RuntimeFacts(path=handler.path, error="not found: install it or set its path")
+    if handler.kind == "shim":
+        return await _shim(binary, handler)
     try:
         version = await commands.run([binary, *handler.args, "--version"], timeout=_PATIENCE)
         features = await commands.run([binary, "features"], timeout=_PATIENCE, check=False)
@@ -235,6 +238,31 @@ async def _runtime(handler: config.Handler) -> RuntimeFacts:
     )
 
 
+async def _shim(binary: str, handler: config.Handler) -> RuntimeFacts:
+    """Ask a containerd shim for its version, and the runtime that runc's runs for its features;
+    that one says nothing is no reason not to use it.
+    """
+    features = b""
+    if handler.dialect == "runc":
+        runc = handler.shim_options.get("BinaryName", "") or "runc"
+        if shutil.which(runc) is None:
+            return RuntimeFacts(path=binary, error=f"its runtime {runc} is not found")
+        features = await _said(runc, "features")
+    return RuntimeFacts(
+        path=binary,
+        program=os.path.basename(binary),
+        version=_version((await _said(binary, "-v")).decode(errors="replace")),
+        features=_features(features),
+    )
+
+
+async def _said(*argv: str) -> bytes:
+    try:
+        return (await commands.run(argv, timeout=_SHIM_SECONDS)).stdout
+    except (commands.Failed, commands.TimedOut, OSError):
+        return b""
+
+
 async def check_runtime(name: str, handler: config.Handler, known: RuntimeFacts | None) -> None:
     """Raise FailedPrecondition, with handler, program and reason, for a runtime that could not be
     used when the server started and still cannot.
@@ -250,7 +278,7 @@ def _complaint(failed: commands.Failed) -> str:
 
 
 def _version(text: str) -> str:
-    found = re.search(r"version[ :]+v?(\S+)", text)
+    found = re.search(r"[Vv]ersion[ :]+v?(\S+)", text)
     return found[1] if found else text.partition("\n")[0].strip()
 
 

@@ -54,7 +54,7 @@ class KernelStats:
 
     def _has_kernel(self, handler: str) -> bool:
         found = self._handlers.find(handler)
-        return found is not None and found.handler.has_kernel
+        return found is not None and found.handler.kind == "oci" and found.handler.has_kernel
 
     async def _one(self, container: state.Container) -> usage.Usage | None:
         handler = self._handlers.of(container.handler)

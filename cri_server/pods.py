@@ -324,7 +324,7 @@ class Pods:
 
     async def _stop_shim(self, pod: state.Pod) -> None:
         stopped = await self._shims.stop(pod, self._release_request(pod))
-        if not stopped and self._needs_init(pod):
+        if not stopped and (self._needs_init(pod) or self._remains.has_home(pod.handler)):
             await self._remains.destroy(pod.handler, pod.id, self._init_cgroup(pod))
 
     async def _detach(self, pod: state.Pod) -> None:
@@ -496,7 +496,10 @@ class Pods:
         (bundle / "rootfs").mkdir(mode=0o755)
         for name in ("proc", "dev", "sys"):
             (bundle / "rootfs" / name).mkdir()
-        (bundle / "rootfs/catatonit").touch()
+        if self._handlers.of(pod.handler).kind == "shim":  # nothing of the host in a guest
+            shutil.copy(_init_binary(), bundle / "rootfs/catatonit")
+        else:
+            (bundle / "rootfs/catatonit").touch()
         with why.recorded() as found:
             document = spec.sandbox(self._init_input(pod, cgroups_path))
         (bundle / "config.json").write_bytes(msgspec.json.encode(document))
@@ -511,7 +514,7 @@ class Pods:
             id=pod.id,
             config=pod.config,
             rootfs=str(self._files.bundle(pod.id) / "rootfs"),
-            init=_init_binary(),
+            init="" if handler.kind == "shim" else _init_binary(),
             namespaces=self._files.namespaces(pod),
             cgroups_path=cgroups_path,
             host=self._handlers.facts(pod.handler),

@@ -23,6 +23,7 @@ from cri_server import (
     handlers,
     names,
     revisions,
+    shimremains,
     state,
 )
 from shim import process
@@ -73,6 +74,10 @@ class Remains:
         await self._kill(handler, container_id, cgroups_path)
         await self._forget(handler, container_id, cgroups_path)
 
+    def has_home(self, handler: str) -> bool:
+        """Say whether every pod of a handler has something here, though it has no init."""
+        return self._shims(handler) is not None
+
     def in_runtimes(self) -> list[tuple[str, str]]:
         """Return handler and id of every container that an OCI runtime has state of."""
         places = (self._settings.server.state / "runtimes").glob("*/*")
@@ -91,6 +96,8 @@ class Remains:
         """Kill an OCI runtime that is still at work on the container, and what is in its cgroup."""
         deadline = time.monotonic() + KILL_TIMEOUT
         words = self._runtime_root(handler), container_id
+        if shims := self._shims(handler):
+            await shims.clear(container_id)
         while await asyncio.to_thread(
             lambda: process.kill_orphans(*words) or self._groups.kill(cgroups_path)
         ):
@@ -102,18 +109,28 @@ class Remains:
         if not self._known(handler, container_id, cgroups_path):
             return
         found, root = self._handlers.of(handler), self._runtime_root(handler)
-        argv = [found.path, "--root", root, *found.args, "delete", "--force", container_id]
-        await commands.run(argv, timeout=self._settings.runtime.runtime_timeout)
+        if found.kind == "oci":  # what a containerd shim knew went as it was killed
+            argv = [found.path, "--root", root, *found.args, "delete", "--force", container_id]
+            await commands.run(argv, timeout=self._settings.runtime.runtime_timeout)
         await asyncio.to_thread(self._groups.remove_all, cgroups_path)
 
     def _known(self, handler: str, container_id: str, cgroups_path: str) -> bool:
         """Say whether the runtime, or a cgroup, still has something of the container."""
         root, found = self._runtime_root(handler), self._handlers.find(handler)
-        if found is not None and found.handler.has_kernel:  # "<id>_sandbox:<id of the pod>.state"
+        if (shims := self._shims(handler)) and shims.known(container_id):
+            return True
+        if found is not None and found.handler.kind == "oci" and found.handler.has_kernel:
+            # "<id>_sandbox:<id of the pod>.state"
             return any(Path(root).glob(f"{container_id}_*"))
         places = [f"{root}/{container_id}"]
         places += self._groups.directories(cgroups_path).values() if cgroups_path else []
         return any(map(os.path.exists, places))
+
+    def _shims(self, handler: str) -> shimremains.ShimRemains | None:
+        found = self._handlers.find(handler)
+        if found is None or found.handler.kind != "shim":
+            return None
+        return shimremains.ShimRemains(found.handler, Path(self._runtime_root(handler)))
 
     def _runtime_root(self, handler: str) -> str:
         return str(self._settings.server.state / "runtimes" / revisions.name_of(handler))

@@ -220,12 +220,13 @@ class Shims:
     def handler(self, key: str) -> client.HandlerSpec:
         """Return what a shim must know of a handler. Raises as `Handlers.of`."""
         found, name = self._handlers.of(key), revisions.name_of(key)
-        limit = self._settings.runtime.runtime_timeout
         options = {
-            "timeout": str(found.options.get("timeout", limit)),
+            "timeout": str(found.timeout(self._settings.runtime.runtime_timeout)),
             "cgroup_driver": self._driver,
             "dialect": found.dialect,
+            "sandbox": "container" if found.has_sandbox else "namespaces",
             "args": "\n".join(found.args),
+            **{f"shim.{key}": value for key, value in found.shim_options.items()},
         }
         return client.HandlerSpec(
             name=name,

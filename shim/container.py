@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import NamedTuple
 
-from shim import cgroup, diagnostics, errors, logfile, loop, oom, process, reaper, runtimes, stdio
+from shim import cgroup, diagnostics, errors, logfile, loop, oom, reaper, runtimes, stdio
 from shim.pb import shim_pb2 as pb
 
 EXIT_FILE = "exit.json"
@@ -75,13 +75,11 @@ class Container:
         spec: Spec,
         *,
         runtime: runtimes.Runtime,
-        children: reaper.Reaper,
         ledger: oom.Ledger,
         kernel: "Container | None" = None,
     ) -> None:
         self.spec = spec
         self.runtime = runtime
-        self.children = children
         self.state = State.CREATED
         self.exit: pb.ExitRecord | None = None
         self.cgroup = cgroup.Cgroup(spec.cgroups)
@@ -92,6 +90,7 @@ class Container:
             silent=spec.silent,
             log=self._log,
             owner=spec.owner,
+            fifos=runtime.opens_fifos,
         )
         self._parts: list[cgroup.Cgroup] = []
         self._ledger = ledger
@@ -140,7 +139,7 @@ class Container:
         self.require(State.RUNNING, verb="kill")
         self.cgroup.thaw()  # who is paused hears no signal
         if self._init:
-            self._init.signal(signum)
+            await self._init.signal(signum)
         if everything:
             await self.cgroup.kill_all()
 
@@ -208,17 +207,15 @@ class Container:
     async def _run(self) -> runtimes.Process:
         bundle = self.spec.bundle
 
-        async def launch(streams: runtimes.Stdio) -> int:
+        async def launch(streams: runtimes.Stdio) -> runtimes.Process:
             return await self.runtime.run(self.spec.id, bundle, directory=bundle, stdio=streams)
 
-        with self.children.launching():
-            pid = await self.streams.connect(bundle, launch)
-            return self.runtime.claim(pid, self.children)
+        return await self.streams.connect(bundle, launch)
 
     def _begin(self, init: runtimes.Process) -> None:
         self._init = init
         self._started_at = time.time_ns()
-        self._start_time = process.start_time(init.pid)
+        self._start_time = init.start_time
         self.state = State.RUNNING
         loop.spawn(self._watch(init), name="watch")
 
@@ -244,8 +241,14 @@ class Container:
     # ---- the end
 
     async def _watch(self, init: runtimes.Process) -> None:
-        code = await init.wait()
-        await self._finish(pb.ExitRecord(exit_code=code, finished_at=time.time_ns()))
+        record = pb.ExitRecord()
+        try:
+            record.exit_code = await init.wait()
+        except errors.ShimError as error:
+            record.exit_code, record.reason = reaper.LOST, "Unknown"
+            record.message = error.message[:_MESSAGE_LIMIT]
+        record.finished_at = time.time_ns()
+        await self._finish(record)
 
     async def _finish(self, record: pb.ExitRecord) -> None:
         self._kills.read()  # at once: systemd may be about to remove the cgroup
@@ -253,9 +256,11 @@ class Container:
             await self._settle()
         except Exception as error:  # An end must be told, whatever went wrong with the rest.
             diagnostics.report("cannot settle an end", container=self.spec.id, error=error)
-        if killed := self._kills.last() or self._kills_of_kernel(record):
+        killed = self._kills.last() or self._kills_of_kernel(record)
+        if killed or (self._init and self._init.oom_killed):
             record.oom_killed = True
-            record.message = record.message or f"{killed} process{'es' * (killed > 1)} OOM-killed"
+            many = f"{killed or 1} process{'es' * (killed > 1)}"
+            record.message = record.message or f"{many} OOM-killed"
         self._write(record)
         self.exit = record
         self.state = State.STOPPED

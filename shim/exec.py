@@ -51,6 +51,7 @@ class Exec:
             stdin=start.stdin,
             owner=owner.spec.owner,
             waits=True,
+            fifos=owner.runtime.opens_fifos,
         )
         self._process: runtimes.Process | None = None
         self._end: loop.Task[int] | None = None
@@ -88,19 +89,17 @@ class Exec:
     async def _main(self) -> None:
         """Start the process and wait for its end. Nothing but `_kill` cancels this."""
         with contextlib.suppress(loop.Cancelled):
-            with self._owner.children.launching():
-                pid = await self._launch()
-                self._process = self._owner.runtime.claim(pid, self._owner.children)
+            self._process = await self._launch()
             # A task of its own, so that the process is reaped whatever becomes of this one.
             self._end = loop.spawn(self._process.wait(), name="exec end")
             await self._client.send(pb.ExecOutput(started=self._process.pid))
             await self._end.join()
 
-    async def _launch(self) -> int:
+    async def _launch(self) -> runtimes.Process:
         self._write_process()
         part = self._make_part()
 
-        async def launch(streams: runtimes.Stdio) -> int:
+        async def launch(streams: runtimes.Stdio) -> runtimes.Process:
             return await self._owner.runtime.exec(
                 self._owner.spec.id, directory=self._directory, cgroup=part, stdio=streams
             )
@@ -140,7 +139,7 @@ class Exec:
         with contextlib.suppress(errors.ShimError, OSError):
             await main.join()
         if self._process:
-            self._process.kill_tree()
+            await self._process.kill_tree()
         await self._part.kill_all()
         if self._end:
             with contextlib.suppress(TimeoutError):

@@ -22,8 +22,10 @@ _ADOPTION_TRIES, _ADOPTION_SECONDS = 1000, 0.002
 
 class Process:
     """A claimed process. `wait` once; it ends the claim. `signal` is harmless when the process has
-    ended.
+    ended. Implements `shim.runtimes.Process`.
     """
+
+    oom_killed = False  # the kernel's counters tell, see `shim.oom`
 
     def __init__(self, reaper: "Reaper", pid: int) -> None:
         self._pidfd = _open(pid)
@@ -43,8 +45,16 @@ class Process:
         self._reaper.sweep()
         return code
 
-    def signal(self, signum: int) -> None:
+    @property
+    def start_time(self) -> int:
+        """When it started, in clock ticks since boot."""
+        return process.start_time(self.pid)
+
+    async def signal(self, signum: int) -> None:
         """Send a signal. Raises InvalidArgument for a number that is none."""
+        self._send(signum)
+
+    def _send(self, signum: int) -> None:
         if self._pidfd < 0:
             return
         try:
@@ -54,11 +64,17 @@ class Process:
         except (OSError, ValueError) as error:
             raise errors.InvalidArgument(f"cannot send signal {signum}: {error}") from error
 
-    def kill_tree(self) -> None:
+    async def kill_tree(self) -> None:
         """Kill it with its process group and its descendants; nothing happens when it has ended."""
         if self._pidfd >= 0:
             process.kill_group(process.Child(pid=self.pid, pidfd=self._pidfd))
-            self.signal(signal.SIGKILL)  # it need not lead a group: crun's exec does not
+            self._send(signal.SIGKILL)  # it need not lead a group: crun's exec does not
+
+    async def resize(self, width: int, height: int) -> None:
+        """Do nothing: a terminal is ours to resize."""
+
+    async def close_stdin(self) -> None:
+        """Do nothing: nobody but us holds its stdin open."""
 
 
 def _open(pid: int) -> int:

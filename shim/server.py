@@ -78,11 +78,14 @@ class Shim:
         diagnostics.set_context(pod=told.pod_id)
         loop.set_error_hook(_report)
         self._service.pod_id = told.pod_id
-        self._pod.runtime = make_runtime(told.handler, self.children, program=program)
+        self._pod.runtime = make_runtime(
+            told.handler, self.children, pod_id=told.pod_id, program=program
+        )
         loop.spawn(self.children.run(), name="reaper")
         accepting = loop.spawn(self._ttrpc.serve(listener), name="accept")
         await self._pod.ending.wait()
         accepting.cancel()
+        await self._pod.runtime.close()
         for pid in list(process.descendants(os.getpid())):  # what a runtime has left behind
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -109,15 +112,29 @@ def _rehearsal(directory: str) -> list[tuple[str, Message]]:
 
 
 def make_runtime(
-    handler: pb.Handler, children: reaper.Reaper, *, program: int = -1
+    handler: pb.Handler, children: reaper.Reaper, *, pod_id: str = "", program: int = -1
 ) -> runtimes.Runtime:
     """Return the runtime of a handler. Options: `timeout`, seconds for one call of it, 120;
     `cgroup_driver`, cgroupfs or systemd; `args`, flags for each call, one a line; `dialect`,
     which command line it is, else the program's name tells; `program`, of which state of its file
-    the descriptor `program` is a copy (`sealed`).
+    the descriptor `program` is a copy (`sealed`); others are those of a containerd shim.
 
     Raises InvalidArgument for a kind that this shim does not speak.
     """
+    timeout = float(handler.options.get("timeout", "") or DEFAULT_TIMEOUT)
+    if handler.kind == "shim":
+        # Not at the top: what it imports would be in the memory of every shim.
+        from shim.runtimes import shimv2
+
+        return shimv2.ShimV2(
+            handler.name,
+            handler.path,
+            handler.root,
+            pod_id=pod_id,
+            options=handler.options,
+            children=children,
+            timeout=timeout,
+        )
     if handler.kind != "oci":
         raise errors.InvalidArgument(f"handler {handler.name}: no runtime of kind {handler.kind!r}")
     dialect = oci.dialect_of(handler.options.get("dialect", "") or handler.name, handler.path)
@@ -127,7 +144,7 @@ def make_runtime(
         handler.root,
         dialect=dialect,
         children=children,
-        timeout=float(handler.options.get("timeout", "") or DEFAULT_TIMEOUT),
+        timeout=timeout,
         systemd=handler.options.get("cgroup_driver") == "systemd",
         args=handler.options.get("args", "").splitlines(),
         handler=handler.name,

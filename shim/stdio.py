@@ -15,9 +15,11 @@ import errno
 import fcntl
 import os
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from shim import console, errors, logfile, loop, runtimes
+
+P = TypeVar("P", bound=runtimes.Process)
 
 ROOT = (0, 0)
 _CHUNK = 65536
@@ -43,8 +45,9 @@ class Streams:
 
     `silent`: there is no input and nobody will ever read the output, so all are /dev/null. `owner`
     gets the pipes, so that it can open /dev/stdout by name; OCI runtimes can give them to others
-    inside a user namespace only if they belong to one of its users. With `waits` the process waits
-    for its clients as long as they are there.
+    inside a user namespace only if they belong to one of its users. `fifos`: the pipes have names,
+    and the runtime makes the terminal, see `runtimes.Stdio`. With `waits` the process waits for its
+    clients as long as they are there.
     """
 
     def __init__(
@@ -55,8 +58,11 @@ class Streams:
         silent: bool = False,
         log: logfile.LogFile | None = None,
         owner: tuple[int, int] = ROOT,
+        fifos: bool = False,
         waits: bool = False,
     ) -> None:
+        self._fifos = fifos
+        self._remote: runtimes.Process | None = None  # whose terminal and stdin the runtime holds
         self._silent = silent
         self._owner = owner
         self._stall = None if waits else _STALL_SECONDS
@@ -71,15 +77,15 @@ class Streams:
         self._input_ready = loop.Event()  # there is an input, or there will never be one
         self._size: tuple[int, int] | None = None
 
-    async def connect(
-        self, directory: str, launch: Callable[[runtimes.Stdio], Awaitable[int]]
-    ) -> int:
-        """Let `launch` start the process with our streams; return its pid. Output is read from the
+    async def connect(self, directory: str, launch: Callable[[runtimes.Stdio], Awaitable[P]]) -> P:
+        """Let `launch` start the process with our streams and return it. Output is read from the
         start.
         """
         if self._silent:
             self._input_ready.set()
             return await launch(runtimes.Stdio())
+        if self._fifos:
+            return await self._connect_fifos(directory, launch)
         if self._terminal:
             return await self._connect_terminal(directory, launch)
         tail = _Tail()
@@ -94,16 +100,29 @@ class Streams:
             self.remove(tail)
 
     async def _connect_terminal(
-        self, directory: str, launch: Callable[[runtimes.Stdio], Awaitable[int]]
-    ) -> int:
+        self, directory: str, launch: Callable[[runtimes.Stdio], Awaitable[P]]
+    ) -> P:
         with console.ConsoleSocket(directory) as listener:
-            pid = await launch(runtimes.Stdio(console=listener.path))
+            made = await launch(runtimes.Stdio(console=listener.path))
             try:
                 async with loop.timeout(_CONSOLE_SECONDS):
                     self._use_terminal(await listener.receive())
-            except TimeoutError as error:
-                raise errors.Internal("the runtime sent no terminal") from error
-        return pid
+            except BaseException as error:
+                loop.spawn(_abandon(made), name="abandoned")
+                if isinstance(error, TimeoutError):
+                    raise errors.Internal("the runtime sent no terminal") from error
+                raise
+        return made
+
+    async def _connect_fifos(
+        self, directory: str, launch: Callable[[runtimes.Stdio], Awaitable[P]]
+    ) -> P:
+        with self._pipes(directory) as ends:
+            self._remote = made = await launch(ends)
+        if self._terminal and self._size:
+            await made.resize(*self._size)
+        self._input_ready.set()
+        return made
 
     def add(self, sink: Sink) -> None:
         """Send a copy of all output from now on to a client."""
@@ -132,11 +151,16 @@ class Streams:
         async with self._input_lock:
             if not self._terminal:
                 self._drop_input()
+                if self._remote:
+                    with contextlib.suppress(errors.ShimError):  # it has ended
+                        await self._remote.close_stdin()
 
     def resize(self, width: int, height: int) -> None:
         """Set the size of the terminal, if there is one; before `connect`, what it begins with."""
         self._size = width, height
-        if self._terminal and self._input >= 0:
+        if self._terminal and self._remote:
+            loop.spawn(_resize(self._remote, width, height), name="resize")
+        elif self._terminal and self._input >= 0 and not self._fifos:
             console.resize(self._input, width, height)
 
     async def drain(self, seconds: float, *, patient: bool) -> None:
@@ -161,26 +185,36 @@ class Streams:
         self._sinks.clear()
 
     @contextlib.contextmanager
-    def _pipes(self) -> Iterator[runtimes.Stdio]:
-        """Open the pipes and read from them; the process's ends are ours for the block only."""
-        stdin, ends = None, []
+    def _pipes(self, fifos: str = "") -> Iterator[runtimes.Stdio]:
+        """Open the pipes and read from them; the process's ends are ours for the block only.
+
+        `fifos`: a directory in which they have names, for as long.
+        """
+        ends: dict[str, int] = {}
         try:
             if self._wants_stdin:
-                stdin, self._input = _pipe(self._chunk)
+                ends["stdin"], self._input = _pipe(self._chunk, fifos, "stdin")
                 os.set_blocking(self._input, False)
-                ends.append(stdin)
-            self._input_ready.set()
-            for stream in ("stdout", "stderr"):
-                ours, theirs = _pipe(self._chunk)
-                ends.append(theirs)
+            if not fifos:
+                self._input_ready.set()
+            for stream in ("stdout",) if fifos and self._terminal else ("stdout", "stderr"):
+                ours, ends[stream] = _pipe(self._chunk, fifos, stream)
                 self._pump(ours, stream)
             if self._owner != ROOT:
-                for fd in ends:
+                for fd in ends.values():
                     os.fchown(fd, *self._owner)
-            yield runtimes.Stdio(stdin=stdin, stdout=ends[-2], stderr=ends[-1])
+            yield runtimes.Stdio(
+                stdin=ends.get("stdin"),
+                stdout=ends["stdout"],
+                stderr=ends.get("stderr"),
+                fifos=fifos,
+                terminal=self._terminal,
+            )
         finally:
-            for fd in ends:
+            for stream, fd in ends.items():
                 os.close(fd)
+                if fifos:
+                    os.unlink(os.path.join(fifos, stream))
 
     def _use_terminal(self, master: int) -> None:
         self._input = master
@@ -205,6 +239,17 @@ class Streams:
         fd, self._input = self._input, -1
         if fd >= 0:
             loop.close(fd)
+
+
+async def _resize(of: runtimes.Process, width: int, height: int) -> None:
+    with contextlib.suppress(errors.ShimError):  # it has ended
+        await of.resize(width, height)
+
+
+async def _abandon(started: runtimes.Process) -> None:
+    """End a process that nobody will have."""
+    await started.kill_tree()
+    await started.wait()
 
 
 class _Tail:
@@ -293,12 +338,20 @@ class _Pump:
                 raise
 
 
-def _pipe(size: int) -> tuple[int, int]:
-    """Return a pipe that holds `size` bytes, or less where the host forbids more: pipe(7)."""
-    ends = os.pipe()
+def _pipe(size: int, directory: str, name: str) -> tuple[int, int]:
+    """Return the read and the write end of a pipe that holds `size` bytes, or less where the host
+    forbids more: pipe(7). It has a name where there is a directory.
+    """
+    ends = _fifo(os.path.join(directory, name)) if directory else os.pipe()
     with contextlib.suppress(OSError):
         fcntl.fcntl(ends[0], fcntl.F_SETPIPE_SZ, size)
     return ends
+
+
+def _fifo(path: str) -> tuple[int, int]:
+    os.mkfifo(path, 0o600)
+    read = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    return read, os.open(path, os.O_WRONLY | os.O_CLOEXEC)
 
 
 def _read(fd: int, size: int) -> bytes:

@@ -30,6 +30,7 @@ class Supervisor:
         async with self._lock:
             await sandbox.create(wanted, self._children)
             try:
+                await self.runtime.prepare()
                 return await self._start_sandbox(spec) if spec else 0
             except BaseException:
                 self._release(wanted)
@@ -96,13 +97,7 @@ class Supervisor:
 
     def _make(self, spec: container.Spec) -> container.Container:
         first = next(self._all(), None) if self.runtime.shares_kernel else None
-        return container.Container(
-            spec,
-            runtime=self.runtime,
-            children=self._children,
-            ledger=self._ledger,
-            kernel=first,
-        )
+        return container.Container(spec, runtime=self.runtime, ledger=self._ledger, kernel=first)
 
     async def _start_sandbox(self, spec: container.Spec) -> int:
         one = self._make(spec)

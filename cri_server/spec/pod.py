@@ -48,6 +48,7 @@ _REASONS = {
     "linux.resources.devices": "it opens none",
 }
 
+_INIT_OPTIONS = ["bind", "ro", "nosuid", "nodev"]
 _Mode = api.NamespaceMode
 _OPTIONS = "linux.security_context.namespace_options"
 _WHOSE = {_Mode.POD: "the pod's", _Mode.CONTAINER: "its own", _Mode.NODE: "the host's"}
@@ -285,9 +286,10 @@ def sandbox(wanted: types.SandboxInput) -> oci.Spec:
     """Return the spec of the pod's init: holds the PID namespace, reaps, can do nothing else."""
     _explain(wanted)
     nothing = oci.Capabilities(bounding=[], effective=[], permitted=[], inheritable=[], ambient=[])
-    bound = oci.Mount(
-        destination=INIT, type="bind", source=wanted.init, options=["bind", "ro", "nosuid", "nodev"]
-    )
+    bound = [
+        oci.Mount(destination=INIT, type="bind", source=source, options=_INIT_OPTIONS)
+        for source in filter(None, [wanted.init])
+    ]
     document = oci.Spec(
         ociVersion=oci.VERSION,
         process=oci.Process(
@@ -301,7 +303,7 @@ def sandbox(wanted: types.SandboxInput) -> oci.Spec:
             oomScoreAdj=max(_OOM_SCORE_ADJ, wanted.host.oom_score_adj_floor),
         ),
         root=oci.Root(path=wanted.rootfs, readonly=True),
-        mounts=[*mounts.minimal(), bound],
+        mounts=[*mounts.minimal(), *bound],
         annotations={
             **wanted.annotations,
             **annotations("sandbox", wanted.id, wanted.config),
@@ -319,7 +321,8 @@ def sandbox(wanted: types.SandboxInput) -> oci.Spec:
 def _explain(wanted: types.SandboxInput) -> None:
     """Note the origin of what is the same for each pod's init."""
     for part, because in _REASONS.items():
-        why.default(part, because)
+        if wanted.init or part != f"mounts[{INIT}]":
+            why.default(part, because)
     if wanted.host.oom_score_adj_floor > _OOM_SCORE_ADJ:
         why.host("process.oomScoreAdj", "CAP_SYS_RESOURCE is missing to go lower")
     linux.note_cgroup(wanted.config)

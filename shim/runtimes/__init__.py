@@ -28,58 +28,73 @@ LOG_FILE = "runtime.log"
 class Stdio(NamedTuple):
     """What a process gets as standard streams: descriptors (None: /dev/null), or a console socket's
     path.
+
+    `fifos`: the streams that are not None are FIFOs in this directory, called stdin, stdout and
+    stderr, for a runtime that `opens_fifos`. It makes the terminal, where there is one, by itself.
     """
 
     stdin: int | None = None
     stdout: int | None = None
     stderr: int | None = None
     console: str = ""
+    fifos: str = ""
+    terminal: bool = False
 
 
 class Process(Protocol):
-    """A process of a container that a shim watches, wherever its kernel is. `wait` once."""
+    """A process that a runtime has started, wherever its kernel is; an init or an exec's. `wait`
+    once.
+    """
 
-    pid: int
+    pid: int  # on the host
+
+    @property
+    def start_time(self) -> int:
+        """Field 22 of /proc/<pid>/stat, 0 when the process has gone already."""
+
+    @property
+    def oom_killed(self) -> bool:
+        """Whether the runtime has told that something was killed for want of memory."""
 
     async def wait(self) -> int:
-        """Return the exit code, 128+n when signal n ended it, once it has ended."""
+        """Return the exit code, 128+n for signal n. Raises ShimError when it cannot be known."""
 
-    def signal(self, signum: int) -> None:
-        """Have a signal sent; nothing happens when it has ended. Raises InvalidArgument for a
-        number that is none.
-        """
+    async def signal(self, signum: int) -> None:
+        """Send a signal; nothing happens when it has ended. Raises InvalidArgument."""
 
-    def kill_tree(self) -> None:
-        """Kill it with its descendants; nothing happens when it has ended."""
+    async def kill_tree(self) -> None:
+        """Kill it with what it has started, as far as that is known."""
 
+    async def resize(self, width: int, height: int) -> None:
+        """Set the size of a terminal that the runtime made."""
 
-class Claims(Protocol):
-    """Who watches processes by their host pid: the shim's reaper."""
-
-    def claim(self, pid: int) -> Process:
-        """Watch a process that has just started."""
+    async def close_stdin(self) -> None:
+        """Let the process read the end of a stdin that the runtime holds open too."""
 
 
 class Runtime(Protocol):
     """The verbs of a container's life. `directory` is where a verb may put its files; the caller
-    removes it. `shares_kernel`: the first container is what all others run in.
+    removes it. `shares_kernel`: the first container is what all others run in. `opens_fifos`: it
+    takes streams by name, see `Stdio`.
     """
 
     shares_kernel: bool
+    opens_fifos: bool
 
-    async def run(self, container_id: str, bundle: str, *, directory: str, stdio: Stdio) -> int:
-        """Create and start a container; return the host pid of what ends with its init."""
+    async def prepare(self) -> None:
+        """Start what the runtime itself keeps running for the pod, unless a container must."""
 
-    async def exec(self, container_id: str, *, directory: str, cgroup: str, stdio: Stdio) -> int:
-        """Start the process in `directory`/process.json inside a container; return the host pid of
-        what ends with it.
+    async def run(self, container_id: str, bundle: str, *, directory: str, stdio: Stdio) -> Process:
+        """Create and start a container; return its init."""
+
+    async def exec(
+        self, container_id: str, *, directory: str, cgroup: str, stdio: Stdio
+    ) -> Process:
+        """Start the process in `directory`/process.json inside a container.
 
         `cgroup` is an existing part of the container's, as "[controller:]name"; empty: the
         container's own.
         """
-
-    def claim(self, pid: int, children: Claims) -> Process:
-        """Watch what `run` or `exec` has just returned, before anybody else reaps it."""
 
     async def update(self, container_id: str, resources: bytes) -> None:
         """Apply LinuxResources (OCI JSON)."""
@@ -89,6 +104,9 @@ class Runtime(Protocol):
 
     def can_split_cgroups(self, controller: str) -> bool:
         """Say whether `exec` takes a part of the cgroup in this hierarchy ("" for v2)."""
+
+    async def close(self) -> None:
+        """End what the runtime itself keeps running for the pod, when the pod has ended."""
 
 
 class Silent(errors.ShimError):

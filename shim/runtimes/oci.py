@@ -66,6 +66,7 @@ class Oci:
     """
 
     shares_kernel = False
+    opens_fifos = False
 
     def __init__(
         self,
@@ -87,38 +88,31 @@ class Oci:
         self._children = children
         self._timeout = timeout
 
+    async def prepare(self) -> None:
+        """Do nothing: it keeps nothing running."""
+
     async def run(
         self, container_id: str, bundle: str, *, directory: str, stdio: runtimes.Stdio
-    ) -> int:
-        """Create and start a container; return the host pid of its init."""
-        pid_file = os.path.join(directory, runtimes.PID_FILE)
-        await self._launch(
-            ("run", "--detach", "--bundle", bundle, "--pid-file", pid_file,
-             *_console(stdio), container_id),
-            directory, stdio,
-        )  # fmt: skip
-        return self._pid(directory)
+    ) -> runtimes.Process:
+        """Create and start a container; return its init."""
+        with self._children.launching():
+            pid = await self._launch(
+                ("run", "--detach", "--bundle", bundle), (container_id,), directory, stdio
+            )
+            return self._claim_init(container_id, pid)
 
     async def exec(
         self, container_id: str, *, directory: str, cgroup: str, stdio: runtimes.Stdio
-    ) -> int:
-        """Start the process in `directory`/process.json inside a container; return its host pid."""
-        pid_file = os.path.join(directory, runtimes.PID_FILE)
+    ) -> runtimes.Process:
+        """Start the process in `directory`/process.json inside a container."""
         process_file = os.path.join(directory, runtimes.PROCESS_FILE)
         part = ("--cgroup", cgroup) if cgroup else ()
-        await self._launch(
-            ("exec", "--detach", "--process", process_file, "--pid-file", pid_file,
-             *self._more_of_exec(directory), *part, *_console(stdio), container_id),
-            directory, stdio,
-        )  # fmt: skip
-        return self._pid(directory)
-
-    def claim(self, pid: int, children: runtimes.Claims) -> runtimes.Process:
-        """Watch a process by its host pid. Raises Internal for one that was not started here."""
-        try:
-            return children.claim(pid)
-        except errors.Internal as error:
-            raise errors.Internal(f"{self._who}: {error.message}") from error
+        with self._children.launching():
+            pid = await self._launch(
+                ("exec", "--detach", "--process", process_file, *self._more_of_exec(directory)),
+                (*part, container_id), directory, stdio,
+            )  # fmt: skip
+            return self._claim_exec(container_id, pid, directory)
 
     async def update(self, container_id: str, resources: bytes) -> None:
         """Apply LinuxResources (OCI JSON). Raises Unimplemented where the runtime cannot."""
@@ -135,14 +129,39 @@ class Oci:
         """Say whether `exec` takes a part of the cgroup in this hierarchy ("" for v2)."""
         return ("v1" if controller else "v2") in self._dialect.exec_cgroups
 
+    async def close(self) -> None:
+        """Do nothing: it keeps nothing running."""
+
+    def _claim_init(self, container_id: str, pid: int) -> runtimes.Process:
+        return self._claim(pid)
+
+    def _claim_exec(self, container_id: str, pid: int, directory: str) -> runtimes.Process:
+        return self._claim(pid)
+
+    def _claim(self, pid: int) -> runtimes.Process:
+        """Watch a process by its host pid. Raises Internal for one that was not started for us."""
+        try:
+            return self._children.claim(pid)
+        except errors.Internal as error:
+            raise errors.Internal(f"{self._who}: {error.message}") from error
+
     def _more_of_exec(self, directory: str) -> tuple[str, ...]:
         """Return further flags of `exec`."""
         return ()
 
-    async def _launch(self, verb: Sequence[str], directory: str, stdio: runtimes.Stdio) -> None:
+    async def _launch(
+        self, verb: Sequence[str], rest: Sequence[str], directory: str, stdio: runtimes.Stdio
+    ) -> int:
+        """Run a verb that leaves a process and return that one's host pid."""
+        pid_file = os.path.join(directory, runtimes.PID_FILE)
+        argv = (*verb, "--pid-file", pid_file, *_console(stdio), *rest)
+        await self._run_logged(argv, directory, stdio)
+        return self._pid(directory)
+
+    async def _run_logged(self, verb: Sequence[str], directory: str, stdio: runtimes.Stdio) -> None:
         log = os.path.join(directory, runtimes.LOG_FILE)
         flags = [flag.replace("{log}", log) for flag in self._dialect.log_flags]
-        with _open_null() as null, self._children.launching():
+        with _open_null() as null:
             done = await self._run(
                 verb,
                 flags=flags,

@@ -13,7 +13,6 @@ needed after a shim's death: the kernel dies with its cgroup, and the rest with 
 import json
 import os
 import signal
-from typing import NamedTuple
 
 from shim import diagnostics, errors, loop, process, runtimes
 from shim.runtimes import oci
@@ -23,54 +22,15 @@ _ANSWER_LIMIT = 4096
 _INTERNAL_PID_FILE = "internal-pid"
 
 
-class _Started(NamedTuple):
-    """What has been started and is not yet claimed: `pid` is told to others, `answer` is where
-    `runsc wait` writes, -1 for an exec, whose pid inside is `inner`.
-    """
-
-    container_id: str
-    pid: int
-    answer: int = -1
-    inner: int = 0
-
-
 class Sandboxed(oci.Oci):
     """Implements `runtimes.Runtime` for the containers of one pod."""
 
     shares_kernel = True
-    _started: dict[int, _Started]
-    _kernels: set[int]
 
     def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, **options)  # type: ignore[arg-type]
-        self._started, self._kernels = {}, set()
+        self._kernels: set[int] = set()
         self._signals = loop.Lock()
-
-    async def run(
-        self, container_id: str, bundle: str, *, directory: str, stdio: runtimes.Stdio
-    ) -> int:
-        """Create and start a container; return the pid of the kernel that it starts, or of who
-        waits for its end.
-        """
-        kernel = await super().run(container_id, bundle, directory=directory, stdio=stdio)
-        if kernel not in self._kernels:
-            self._kernels.add(kernel)
-            return kernel
-        return self._wait_for(container_id, kernel)
-
-    async def exec(
-        self, container_id: str, *, directory: str, cgroup: str, stdio: runtimes.Stdio
-    ) -> int:
-        """Start a process inside a container; return the pid of who stands for it on the host."""
-        pid = await super().exec(container_id, directory=directory, cgroup=cgroup, stdio=stdio)
-        inner = oci.read_pid(os.path.join(directory, _INTERNAL_PID_FILE))
-        self._started[pid] = _Started(container_id, pid, inner=inner)
-        return pid
-
-    def claim(self, pid: int, children: runtimes.Claims) -> runtimes.Process:
-        """Watch what `run` or `exec` returned."""
-        claimed, started = children.claim(pid), self._started.pop(pid, None)
-        return _Process(self, claimed, started) if started else claimed
 
     def send(self, container_id: str, *flags: str, signum: int) -> None:
         """Have a signal sent to a container soon."""
@@ -93,7 +53,19 @@ class Sandboxed(oci.Oci):
             except errors.ShimError as error:  # mostly that it has ended
                 diagnostics.report("signal not delivered", verb=verb, error=error.message)
 
-    def _wait_for(self, container_id: str, kernel: int) -> int:
+    def _claim_init(self, container_id: str, pid: int) -> runtimes.Process:
+        """Watch the kernel that the first container starts, for the others who waits for them."""
+        if pid in self._kernels:
+            return self._wait_for(container_id, pid)
+        self._kernels.add(pid)
+        return super()._claim_init(container_id, pid)
+
+    def _claim_exec(self, container_id: str, pid: int, directory: str) -> runtimes.Process:
+        inner = oci.read_pid(os.path.join(directory, _INTERNAL_PID_FILE))
+        proxy = super()._claim_exec(container_id, pid, directory)
+        return _Process(self, container_id, proxy, pid=pid, inner=inner)
+
+    def _wait_for(self, container_id: str, kernel: int) -> runtimes.Process:
         ours, theirs = os.pipe2(os.O_CLOEXEC)
         try:
             child = process.spawn((*self._base, "wait", container_id), stdout=theirs)
@@ -103,32 +75,58 @@ class Sandboxed(oci.Oci):
         finally:
             os.close(theirs)
         os.close(child.pidfd)
-        self._started[child.pid] = _Started(container_id, kernel, answer=ours)
-        return child.pid
+        proxy = self._children.claim(child.pid)
+        return _Process(self, container_id, proxy, pid=kernel, answer=ours)
 
     def _more_of_exec(self, directory: str) -> tuple[str, ...]:
         return ("--internal-pid-file", os.path.join(directory, _INTERNAL_PID_FILE))
 
 
 class _Process:
-    """A process in the pod's kernel; `proxy` is the one that ends with it."""
+    """A process in the pod's kernel; `proxy` is the one that ends with it.
 
-    def __init__(self, runtime: Sandboxed, proxy: runtimes.Process, started: _Started) -> None:
-        self.pid = started.pid
-        self._runtime, self._proxy, self._started = runtime, proxy, started
+    `pid` is told to others, `answer` is where `runsc wait` writes, -1 for an exec, whose pid inside
+    is `inner`.
+    """
+
+    oom_killed = False  # the kernel of the host tells, see `shim.oom`
+
+    def __init__(
+        self,
+        runtime: Sandboxed,
+        container_id: str,
+        proxy: runtimes.Process,
+        *,
+        pid: int,
+        answer: int = -1,
+        inner: int = 0,
+    ) -> None:
+        self.pid = pid
+        self._runtime, self._container_id, self._proxy = runtime, container_id, proxy
+        self._answer, self._inner = answer, inner
+
+    @property
+    def start_time(self) -> int:
+        return process.start_time(self.pid)
 
     async def wait(self) -> int:
         code = await self._proxy.wait()
-        return code if self._started.answer < 0 else _exit_status(self._started.answer)
+        return code if self._answer < 0 else _exit_status(self._answer)
 
-    def signal(self, signum: int) -> None:
+    async def signal(self, signum: int) -> None:
         if signum not in range(1, signal.NSIG):
             raise errors.InvalidArgument(f"cannot send signal {signum}")
         everything = ("--all",) if signum == signal.SIGKILL else ()
-        self._runtime.send(self._started.container_id, *everything, signum=signum)
+        self._runtime.send(self._container_id, *everything, signum=signum)
 
-    def kill_tree(self) -> None:
-        self._runtime.kill_tree(self._started.container_id, self._started.inner)
+    async def kill_tree(self) -> None:
+        self._runtime.kill_tree(self._container_id, self._inner)
+
+    async def resize(self, width: int, height: int) -> None:
+        """Do nothing: a terminal is ours to resize."""
+
+    async def close_stdin(self) -> None:
+        """Do nothing: nobody but us holds its stdin open."""
 
 
 def _tree(table: bytes, top: int) -> list[int]:

@@ -39,7 +39,7 @@ class Lab:
 
     def make(self, path: str, timeout: float) -> runtimes.Runtime:
         if path == "plain":
-            return fakes.Plain()
+            return fakes.Plain(self.children)
         return oci.Oci(
             path,
             os.fspath(self.folder / "state"),
@@ -54,9 +54,7 @@ class Lab:
     async def run(self, made: bundle.Bundle, **streams: Any) -> runtimes.Process:
         folder = os.fspath(made.path)
         stdio = runtimes.Stdio(**streams)
-        with self.children.launching():
-            pid = await self.runtime.run(made.id, folder, directory=folder, stdio=stdio)
-            return self.runtime.claim(pid, self.children)
+        return await self.runtime.run(made.id, folder, directory=folder, stdio=stdio)
 
     async def exec(self, made: bundle.Bundle, *args: str, part: str = "", **streams: Any) -> int:
         """Run a command in a container to its end; return its exit code."""
@@ -64,12 +62,10 @@ class Lab:
         folder.mkdir()
         (folder / runtimes.PROCESS_FILE).write_text(json.dumps(bundle.process(args)))
         stdio = runtimes.Stdio(**streams)
-        with self.children.launching():
-            pid = await self.runtime.exec(
-                made.id, directory=os.fspath(folder), cgroup=part, stdio=stdio
-            )
-            claimed = self.runtime.claim(pid, self.children)
-        return await claimed.wait()
+        started = await self.runtime.exec(
+            made.id, directory=os.fspath(folder), cgroup=part, stdio=stdio
+        )
+        return await started.wait()
 
     @asynccontextmanager
     async def running(
@@ -204,7 +200,7 @@ def test_exec_is_a_process_in_the_container(lab: Lab) -> None:
             with pipe() as (out, stdout):
                 assert await lab.exec(made, "sh", "-c", "echo hi; exit 5", stdout=stdout) == 5
                 assert os.read(out, 100) == b"hi\n"
-            init.signal(0)
+            await init.signal(0)
 
     lab.drive(work())
 

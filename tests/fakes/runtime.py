@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shim import errors, loop, process, runtimes
+from shim import errors, loop, process, reaper, runtimes
 
 
 class Plain:
@@ -25,17 +25,22 @@ class Plain:
     """
 
     shares_kernel = False
+    opens_fifos = False
 
-    def __init__(self) -> None:
+    def __init__(self, children: reaper.Reaper) -> None:
+        self._reaper = children
         self.failures: dict[str, errors.ShimError] = {}
         self.gates: dict[str, loop.Event] = {}
         self.calls: list[tuple[str, str]] = []
         self.resources: dict[str, Any] = {}
         self._children: dict[str, list[process.Child]] = {}
 
+    async def prepare(self) -> None:
+        """Do nothing."""
+
     async def run(
         self, container_id: str, bundle: str, *, directory: str, stdio: runtimes.Stdio
-    ) -> int:
+    ) -> reaper.Process:
         """Start the command of `bundle`/config.json."""
         await self._begin("run", container_id)
         if container_id in self._children:
@@ -44,16 +49,12 @@ class Plain:
 
     async def exec(
         self, container_id: str, *, directory: str, cgroup: str, stdio: runtimes.Stdio
-    ) -> int:
+    ) -> reaper.Process:
         """Start the command of `directory`/process.json."""
         await self._begin("exec", container_id)
         if container_id not in self._children:
             raise errors.ShimError("container does not exist")
         return self._spawn(container_id, _load(directory, runtimes.PROCESS_FILE), stdio)
-
-    def claim(self, pid: int, children: runtimes.Claims) -> runtimes.Process:
-        """Watch a child of ours."""
-        return children.claim(pid)
 
     async def update(self, container_id: str, resources: bytes) -> None:
         """Remember the resources."""
@@ -75,6 +76,9 @@ class Plain:
         """Say no: there are no cgroups."""
         return False
 
+    async def close(self) -> None:
+        """Do nothing."""
+
     async def _begin(self, verb: str, container_id: str) -> None:
         self.calls.append((verb, container_id))
         if verb in self.gates:
@@ -82,14 +86,16 @@ class Plain:
         if verb in self.failures:
             raise self.failures[verb]
 
-    def _spawn(self, container_id: str, wanted: dict[str, Any], stdio: runtimes.Stdio) -> int:
+    def _spawn(
+        self, container_id: str, wanted: dict[str, Any], stdio: runtimes.Stdio
+    ) -> reaper.Process:
         argv = wanted["args"]
         if shutil.which(argv[0]) is None:
             raise errors.ShimError(f'exec: "{argv[0]}": executable file not found in $PATH')
-        with streams(stdio) as (stdin, stdout, stderr):
+        with streams(stdio) as (stdin, stdout, stderr), self._reaper.launching():
             child = process.spawn(argv, stdin=stdin, stdout=stdout, stderr=stderr)
-        self._children.setdefault(container_id, []).append(child)
-        return child.pid
+            self._children.setdefault(container_id, []).append(child)
+            return self._reaper.claim(child.pid)
 
 
 def _load(folder: str, name: str) -> dict[str, Any]:

@@ -6,6 +6,8 @@ One server serves the whole session; a test that ends or breaks a server makes i
 cannot be removed. CRI_ENDPOINT=unix://… holds the same tests against another runtime, which finds
 the registry through CRI_CERTS_DIR; tests of what is ours alone are marked `ours` and left out then.
 CRI_TESTS_CGROUP_DRIVER=systemd has the same tests with that driver, on a host whose init it is.
+CRI_TESTS_HANDLER=containerd-shim-runc-v2, or another line of `tests.lab.handlers`, has them with
+that handler as the default.
 """
 
 import contextlib
@@ -22,12 +24,13 @@ from tests import residue
 from tests.conftest import Marks
 from tests.fakes import kubelet as kubelets
 from tests.fakes import registry as evil
-from tests.lab import cgroups, hostile, image, matrix, network, server
+from tests.lab import cgroups, handlers, hostile, image, matrix, network, server
 from tests.lab import registry as registries
 
 ELSEWHERE = os.environ.get("CRI_ENDPOINT", "")
 SLEEP = ("sleep", "86400")
 DRIVER = os.environ.get("CRI_TESTS_CGROUP_DRIVER", "cgroupfs")
+HANDLER = os.environ.get("CRI_TESTS_HANDLER", "runc")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -102,7 +105,8 @@ def settings(
     return {
         "network": {"conf_dir": os.fspath(net.write(home / "net.d"))},
         "images": {"registry_config_dirs": [os.fspath(hosts)]},
-        "runtime": {"default": "runc", "cgroup_driver": DRIVER},
+        "runtime": {"default": HANDLER, "cgroup_driver": DRIVER},
+        **handlers.tables(home, HANDLER),
     }
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The contract of handlers: what every runtime at the end of the chain does for a kubelet.
 
-One server has them all. A new kind of handler is one more line of HANDLERS. What a handler cannot
-do it must refuse, by an error that says so. CRI_TESTS_TABLE=docs/runtimes.md has a run write the
-table of that page: a row for each test, with the notes that it left (`Lab.note`).
+One server has them all. A new kind of handler is one more line of `tests.lab.handlers`. What a
+handler cannot do it must refuse, by an error that says so. CRI_TESTS_TABLE=docs/runtimes.md has a
+run write the table of that page: a row for each test, with the notes that it left (`Lab.note`).
 """
 
 import itertools
@@ -25,21 +25,13 @@ from tests.conftest import Marks
 from tests.fakes import kubelet as kubelets
 from tests.fakes import streams
 from tests.integration import conftest
-from tests.lab import faults, server, waiting
+from tests.lab import faults, handlers, server, waiting
 
 pytestmark = [
     pytest.mark.needs("root", "netns", "overlay", "runc", "catatonit"),
     pytest.mark.ours,
 ]
 
-# Each by its section of the configuration; ptrace and the host's network stack because they work on
-# a machine without KVM and within a network namespace that is not this kernel's own.
-HANDLERS: dict[str, dict[str, Any]] = {
-    "runc": {},
-    "crun": {},
-    "runsc": {"args": ["--platform=ptrace", "--network=host"]},
-}
-KERNELS = ("runsc",)  # the containers of a pod share a kernel that is not the host's
 MEMORY = 256 << 20
 
 
@@ -56,7 +48,7 @@ class Lab:
 
     @property
     def kernel(self) -> bool:
-        return self.name in KERNELS
+        return self.name in handlers.KERNELS
 
     def pod(self, **fields: Any) -> kubelets.Pod:
         config = self.kubelet.pod_config(**fields)
@@ -72,20 +64,22 @@ class Lab:
 
 @pytest.fixture(scope="module")
 def chain(
-    settings: dict[str, dict[str, Any]], marks: Marks, request: pytest.FixtureRequest
+    settings: dict[str, dict[str, Any]],
+    home: Path,
+    marks: Marks,
+    request: pytest.FixtureRequest,
 ) -> Iterator[server.Site]:
     """Return a server with all handlers."""
     request.getfixturevalue("crun")
     linux.prctl_set_child_subreaper(on=False)  # other tests are; orphans of dead shims are init's
-    tables = {f"runtimes.{name}": {"path": name, **table} for name, table in HANDLERS.items()}
-    for name in HANDLERS:
-        tables[f"runtimes.odd-{name}"] = {"path": name, "args": ["--no-such-flag"]}
+    names = list(handlers.HANDLERS)
+    tables = {**handlers.tables(home, *names), **handlers.odd(home, *names)}
     with conftest.running_site({**settings, **tables}, marks) as site:
         yield site
 
 
 @pytest.fixture(
-    params=[pytest.param(name, marks=pytest.mark.needs(name)) for name in HANDLERS],
+    params=[pytest.param(name, marks=handlers.needs(name)) for name in handlers.HANDLERS],
 )
 def lab(
     request: pytest.FixtureRequest,

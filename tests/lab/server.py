@@ -141,14 +141,20 @@ def command() -> str:
 
 
 def toml(document: Mapping[str, Mapping[str, Any]]) -> str:
-    """Write tables of strings, numbers, booleans and lists of strings as TOML (JSON's scalars are
-    TOML's).
+    """Write tables of strings, numbers, booleans, lists of strings and tables of such as TOML
+    (JSON's scalars are TOML's).
     """
     lines = []
     for table, values in document.items():
         lines.append(f"[{table}]")
-        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+        lines += [f"{key} = {_value(value)}" for key, value in values.items()]
     return "\n".join(lines) + "\n"
+
+
+def _value(value: object) -> str:
+    if not isinstance(value, Mapping):
+        return json.dumps(value)
+    return f"{{ {', '.join(f'{key} = {_value(inner)}' for key, inner in value.items())} }}"
 
 
 def _keep_what_is_mounted(_function: object, path: str, error: Any) -> None:

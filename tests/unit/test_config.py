@@ -209,10 +209,10 @@ def test_an_unknown_key_is_refused_with_the_nearest(read: Read, text: str, words
         ("[images]\npinned = ['a', 1]", "[images]: pinned[1]: Expected `str`, got `int`"),
         ("[images]\nmax_parallel_downloads = true", "Expected `int`, got `bool`"),
         (
-            "[runtimes.a]\nkind = 'shim'",
-            "[runtimes.a]: kind: Invalid enum value 'shim' (known: oci",
+            "[runtimes.a]\nkind = 'vm'",
+            "[runtimes.a]: kind: Invalid enum value 'vm' (known: oci, shim",
         ),
-        ("[runtimes.a.options]\ntimeout = 'x'", "[runtimes.a]: options[...]: Expected `float`"),
+        ("[runtimes.a.options]\ntimeout = 'x'", "[runtimes.a]: options: timeout: 'x' is not seco"),
     ],
 )
 def test_a_wrong_type_is_refused_with_its_place(read: Read, text: str, words: str) -> None:

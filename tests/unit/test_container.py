@@ -24,8 +24,8 @@ class Case:
         self.folder = folder
         process = {"args": ["sh", "-c", script]}
         (folder / "config.json").write_text(json.dumps({"process": process}))
-        self.runtime = runtime.Plain()
         self.children = reaper.Reaper()
+        self.runtime = runtime.Plain(self.children)
         spec = container.Spec(
             id="c1",
             bundle=os.fspath(folder),
@@ -33,9 +33,7 @@ class Case:
             cgroups={},
             **options,
         )
-        self.it = container.Container(
-            spec, runtime=self.runtime, children=self.children, ledger=oom.Ledger()
-        )
+        self.it = container.Container(spec, runtime=self.runtime, ledger=oom.Ledger())
 
     def record(self) -> dict[str, Any]:
         record: dict[str, Any] = json.loads((self.folder / "exit.json").read_text())

@@ -77,11 +77,11 @@ def test_a_claimed_one_is_left_to_its_owner(children: reaper.Reaper) -> None:
 def test_signals_go_to_the_process_and_to_nobody_after_it(children: reaper.Reaper) -> None:
     async def work() -> None:
         claimed = children.claim(spawn("exec sleep 60"))
-        claimed.signal(0)
-        claimed.signal(signal.SIGTERM)
+        await claimed.signal(0)
+        await claimed.signal(signal.SIGTERM)
         assert await claimed.wait() == 143
-        claimed.signal(signal.SIGKILL)
-        claimed.kill_tree()
+        await claimed.signal(signal.SIGKILL)
+        await claimed.kill_tree()
 
     driving.drive(work())
 
@@ -91,8 +91,8 @@ def test_a_number_that_is_no_signal(children: reaper.Reaper, number: int) -> Non
     async def work() -> None:
         claimed = children.claim(spawn("exec sleep 60"))
         with pytest.raises(errors.InvalidArgument):
-            claimed.signal(number)
-        claimed.signal(signal.SIGKILL)
+            await claimed.signal(number)
+        await claimed.signal(signal.SIGKILL)
         await claimed.wait()
 
     driving.drive(work())
@@ -109,7 +109,7 @@ def test_a_tree_is_killed(children: reaper.Reaper) -> None:
         claimed = children.claim(child.pid)
         while len(list(process.descendants(child.pid))) < 2:
             await loop.sleep(0.01)
-        claimed.kill_tree()
+        await claimed.kill_tree()
         assert await claimed.wait() == 137
         await loop.readable(ours)  # the last one has let go of the pipe
         assert os.read(ours, 1) == b""

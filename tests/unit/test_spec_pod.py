@@ -3,6 +3,8 @@
 
 import dataclasses
 import itertools
+import types
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -238,14 +240,22 @@ def test_a_container_of_a_pod_on_the_host_may_say_so_or_say_nothing() -> None:
 
 
 def sandbox(
-    config: api.PodSandboxConfig, *, seccomp_file: dict[str, object] | None = None, **host: Any
+    config: api.PodSandboxConfig,
+    *,
+    seccomp_file: dict[str, object] | None = None,
+    init: str = "/usr/bin/catatonit",
+    annotations: Mapping[str, str] = types.MappingProxyType({}),
+    kernel: bool = False,
+    **host: Any,
 ) -> spec.oci.Spec:
     return spec.sandbox(
         spec.SandboxInput(
             id="p1",
             config=config,
             rootfs="/root",
-            init="/usr/bin/catatonit",
+            init=init,
+            annotations=annotations,
+            kernel=kernel,
             namespaces={"network": "/netns", "pid": "/not-this-one"},
             cgroups_path="/kubepods/p1",
             host=dataclasses.replace(wishes.FACTS, **host),
@@ -348,3 +358,54 @@ def test_the_annotations_of_the_pods_init_tell_what_to_size_a_machine_by() -> No
     sizing = ("cpu-shares", "memory", "log-directory")
     assert [found[prefix + n] for n in sizing] == ["512", str(1 << 20), "/var/log/pods/x"]
     assert f"{prefix}cpu-quota" not in found
+
+
+# What a VM is made from: kata reads the sandbox's config.json, and shares what is mounted.
+
+
+def test_a_virtual_machine_gets_its_size_and_what_the_pod_needs_beside_it() -> None:
+    config = wishes.pod()
+    config.linux.resources.CopyFrom(
+        api.LinuxContainerResources(
+            cpu_period=100_000, cpu_quota=200_000, cpu_shares=2048, memory_limit_in_bytes=1 << 30
+        )
+    )
+    config.linux.overhead.CopyFrom(
+        api.LinuxContainerResources(
+            cpu_period=100_000, cpu_quota=25_000, memory_limit_in_bytes=160 << 20
+        )
+    )
+    document = sandbox(config, init="", kernel=True)
+    prefix = "io.kubernetes.cri.sandbox-"
+    sizing = ("cpu-period", "cpu-quota", "cpu-shares", "memory")
+    told = [document["annotations"][prefix + name] for name in sizing]
+    assert told == ["100000", "200000", "2048", str(1 << 30)]
+    limits = document["linux"]["resources"]
+    assert limits["memory"]["limit"] == (1 << 30) + (160 << 20)
+    assert limits["cpu"]["quota"] == 225_000
+
+
+def test_no_path_of_the_host_is_in_the_guest() -> None:
+    mounts = sandbox(wishes.pod(), init="", kernel=True)["mounts"]
+    assert not [one for one in mounts if one.get("source", "").startswith("/")]
+
+
+def test_what_kata_is_told_by_the_pod_is_what_the_handler_lets_through() -> None:
+    config = wishes.pod()
+    config.annotations["io.katacontainers.config.hypervisor.path"] = "/evil"
+    config.annotations["io.katacontainers.config.hypervisor.default_vcpus"] = "2"
+    allowed = {"io.katacontainers.config.hypervisor.default_vcpus": "2"}
+    found = sandbox(config, init="", kernel=True, annotations=allowed)["annotations"]
+    assert {k: v for k, v in found.items() if "katacontainers" in k} == allowed
+
+
+def test_what_containerd_tells_a_shim_of_a_sandbox_is_told_and_not_by_the_pod() -> None:
+    lies = {"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "x"}
+    found = sandbox(wishes.pod(), init="", kernel=True, annotations=lies)["annotations"]
+    assert {k: v for k, v in found.items() if k.startswith("io.kubernetes.cri.")} == {
+        "io.kubernetes.cri.container-type": "sandbox",
+        "io.kubernetes.cri.sandbox-id": "p1",
+        "io.kubernetes.cri.sandbox-name": "pod",
+        "io.kubernetes.cri.sandbox-namespace": "default",
+        "io.kubernetes.cri.sandbox-uid": "u-1",
+    }

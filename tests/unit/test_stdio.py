@@ -34,6 +34,24 @@ class Sink:
         self.data[stream] += data
 
 
+class Started:
+    """A process that nobody asks anything of."""
+
+    pid = start_time = 0
+    oom_killed = False
+
+    async def wait(self) -> int:
+        return 0
+
+    async def signal(self, signum: int) -> None: ...
+
+    async def kill_tree(self) -> None: ...
+
+    async def resize(self, width: int, height: int) -> None: ...
+
+    async def close_stdin(self) -> None: ...
+
+
 class Job:
     """A shell command with streams, a log and one client."""
 
@@ -47,11 +65,11 @@ class Job:
         self.child = process.Child(pid=0, pidfd=-1)
 
     async def start(self, script: str) -> None:
-        async def launch(ends: runtimes.Stdio) -> int:
+        async def launch(ends: runtimes.Stdio) -> runtimes.Process:
             with runtime.streams(ends) as (stdin, stdout, stderr):
                 argv = ["sh", "-c", script]
                 self.child = process.spawn(argv, stdin=stdin, stdout=stdout, stderr=stderr)
-            return self.child.pid
+            return Started()
 
         await self.streams.connect(os.fspath(self.folder), launch)
 
@@ -341,8 +359,8 @@ def test_a_runtime_that_sends_no_terminal_is_not_waited_for(
     monkeypatch.setattr(stdio, "_CONSOLE_SECONDS", 0.1)
     job = Job(tmp_path, terminal=True)
 
-    async def launch(_: runtimes.Stdio) -> int:
-        return 1
+    async def launch(_: runtimes.Stdio) -> runtimes.Process:
+        return Started()
 
     async def work() -> None:
         with pytest.raises(errors.Internal, match="no terminal"):
@@ -359,7 +377,7 @@ def test_a_runtime_that_sends_no_terminal_is_not_waited_for(
 def test_the_last_words_of_a_runtime_that_logged_nothing(tmp_path: Path) -> None:
     job = Job(tmp_path)
 
-    async def launch(ends: runtimes.Stdio) -> int:
+    async def launch(ends: runtimes.Stdio) -> runtimes.Process:
         argv = ["sh", "-c", "echo out; echo first >&2; echo the reason >&2; exit 1"]
         await loop.run_command(argv, stdout=ends.stdout, stderr=ends.stderr, timeout=10)
         raise runtimes.Silent("said nothing")
@@ -375,7 +393,7 @@ def test_the_last_words_of_a_runtime_that_logged_nothing(tmp_path: Path) -> None
 def test_silence_is_told_as_silence(tmp_path: Path) -> None:
     job = Job(tmp_path)
 
-    async def launch(_: runtimes.Stdio) -> int:
+    async def launch(_: runtimes.Stdio) -> runtimes.Process:
         raise runtimes.Silent("said nothing")
 
     async def work() -> None:

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of a containerd shim: from the strings of a handler to the message that it unpacks.
+
+runc's shim takes containerd.runc.v1.Options; all others take runtimeoptions.v1.Options, which names
+a configuration file of theirs. Keys are spelled as in containerd's own configuration (BinaryName,
+ConfigPath). `cri_server.config` knows the same keys.
+"""
+
+import re
+from collections.abc import Mapping
+
+from google.protobuf import any_pb2
+from google.protobuf.message import Message
+
+from shim import errors
+from shim.pb.containerd import runc_options_pb2, runtime_options_pb2
+
+PREFIX = "shim."  # of the keys that are for the shim; the others are for us
+
+
+def packed(options: Mapping[str, str], *, state: str) -> any_pb2.Any | None:
+    """Return the options for a shim's Create, None when there are none to give.
+
+    runc keeps its state below `state`, and its cgroups are systemd's when the driver is. Raises
+    InvalidArgument for a key or value that the shim does not take.
+    """
+    wanted = {k.removeprefix(PREFIX): v for k, v in options.items() if k.startswith(PREFIX)}
+    if options.get("dialect") == "runc":
+        message: Message = runc_options_pb2.Options(
+            root=state, systemd_cgroup=options.get("cgroup_driver") == "systemd"
+        )
+    elif wanted:
+        message = runtime_options_pb2.Options()
+    else:
+        return None
+    for key, value in wanted.items():
+        _set(message, key, value)
+    return any_pb2.Any(type_url=message.DESCRIPTOR.full_name, value=message.SerializeToString())
+
+
+def _set(message: Message, key: str, value: str) -> None:
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()
+    old = getattr(message, name, None)
+    try:
+        match old:
+            case bool():
+                setattr(message, name, {"true": True, "false": False}[value.lower()])
+            case int():
+                setattr(message, name, int(value))
+            case bytes():
+                setattr(message, name, value.encode())
+            case str():
+                setattr(message, name, value)
+            case _:
+                raise errors.InvalidArgument(f"options: this shim takes no {key!r}")
+    except (ValueError, KeyError):
+        raise errors.InvalidArgument(f"options: {key} = {value!r} does not fit") from None

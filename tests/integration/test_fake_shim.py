@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A containerd shim that misbehaves: the error names handler and binary, other handlers go on, and
+nothing is left. What a shim does well is in test_handlers.py.
+"""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from cri_server.pb import api_pb2 as api
+from shim import linux
+from tests.conftest import Marks
+from tests.fakes import kubelet as kubelets
+from tests.fakes import shim
+from tests.integration import conftest
+from tests.lab import faults, server, waiting
+
+pytestmark = [
+    pytest.mark.needs("root", "netns", "overlay", "runc", "catatonit"),
+    pytest.mark.ours,
+]
+
+TIMEOUT = 4  # seconds for one call of the shim; one that does as it should has a second
+WHO = f"handler (lean|full): {shim.NAME}"
+
+
+@dataclass(kw_only=True, slots=True)
+class Lab:
+    """A server with two handlers of the same fake: `lean` has no sandbox container, `full` has."""
+
+    kubelet: kubelets.Kubelet
+    site: server.Site
+    image: str
+    script: Path
+    before: frozenset[str]
+
+    def write(self, **script: Any) -> None:
+        """Have the shim do something else from now on."""
+        new = self.script.with_suffix(".new")
+        new.write_text(json.dumps(script))
+        new.rename(self.script)
+
+    def at(self, **verbs: Any) -> None:
+        self.write(at=verbs)
+
+    def pod(self, handler: str = "lean") -> kubelets.Pod:
+        return self.kubelet.run_pod(self.kubelet.pod_config(), handler=handler)
+
+    def run(self, pod: kubelets.Pod, script: str = "exec sleep 600") -> str:
+        return self.kubelet.run(pod, self.image, ("sh", "-c", script))
+
+    def left(self) -> list[str]:
+        """Return what there is of shims: homes, sockets, processes."""
+        homes = [os.fspath(path) for path in self.site.state.glob("runtimes/[lf]*/*")]
+        processes = map(str, faults.processes(os.fspath(self.script)))
+        return [*homes, *(sockets() - self.before), *processes]
+
+    def others_go_on(self) -> None:
+        pod = self.pod("runc")
+        assert self.kubelet.wait_exit(self.run(pod, "exit 7")).exit_code == 7
+
+
+def sockets() -> frozenset[str]:
+    return frozenset(os.fspath(path) for path in Path("/tmp").glob("fake-shim-*"))
+
+
+@pytest.fixture(scope="module")
+def site(settings: dict[str, dict[str, Any]], home: Path, marks: Marks) -> Iterator[server.Site]:
+    linux.prctl_set_child_subreaper(on=False)
+    folder = home / "misbehaving"
+    folder.mkdir()
+    common = {"kind": "shim", "path": os.fspath(shim.install(folder))}
+    tables: dict[str, dict[str, Any]] = {
+        "runtimes.lean": {**common, "options": {"timeout": TIMEOUT}},
+        "runtimes.full": {**common, "options": {"timeout": TIMEOUT}, "sandbox": "container"},
+    }
+    with conftest.running_site({**settings, **tables}, marks) as running:
+        yield running
+
+
+@pytest.fixture
+def lab(site: server.Site, home: Path, cgroup_parent: str, reference: str) -> Iterator[Lab]:
+    with kubelets.Kubelet(site.endpoint, cgroup_parent=cgroup_parent, prefix="fake") as client:
+        client.pull(reference)
+        script = home / "misbehaving" / "script.json"
+        made = Lab(kubelet=client, site=site, image=reference, script=script, before=sockets())
+        made.write()
+        yield made
+        made.write()
+        client.remove_own_pods()
+        waiting.until(lambda: not made.left(), f"nothing is left: {made.left()}")
+
+
+# -- at start --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("handler", ["lean", "full"])
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        ("fail", "start ended with status 3: no VM on this host"),
+        ("garbage", "start printed .*VMM panicked.*, which is no address"),
+        ("nothing", "start printed b'', which is no address"),
+        ("nobody", "cannot connect to /tmp/fake-shim-.*: No such file"),
+        ("hang", "start did not end within 4 s and was killed"),
+    ],
+)
+def test_a_shim_that_does_not_start_makes_no_pod(
+    lab: Lab, handler: str, start: str, words: str
+) -> None:
+    lab.write(start=start)
+    with pytest.raises(grpc.RpcError, match=f"{WHO} {words}"):
+        lab.pod(handler)
+    assert not lab.left()
+    lab.others_go_on()
+
+
+def test_an_api_of_the_future_is_refused(lab: Lab) -> None:
+    lab.write(start="json", version=4)
+    with pytest.raises(grpc.RpcError, match=f"{WHO} speaks version 4 of the Task API over ttrpc"):
+        lab.pod()
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        {"start": "address"},
+        {"start": "json", "version": 2},
+        {"start": "json", "version": 3},
+        {"start": "protobuf", "version": 3},
+        {"start": "protobuf", "version": 3, "sandbox": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("handler", ["lean", "full"])
+def test_every_generation_of_the_protocol_is_spoken(
+    lab: Lab, handler: str, script: dict[str, Any]
+) -> None:
+    lab.write(**script)
+    pod = lab.pod(handler)
+    container = lab.run(pod)
+    assert lab.kubelet.exec_sync(container, ["echo", "hi"]).stdout == b"hi\n"
+    lab.kubelet.stop(container)
+    assert lab.kubelet.status(container).exit_code == 137
+    lab.kubelet.remove_pod(pod.id)
+    assert not lab.left()
+
+
+def test_a_pod_that_takes_long_to_start_is_waited_for(lab: Lab) -> None:
+    lab.at(Create={"sleep": 2}, Start={"sleep": 1})
+    assert lab.kubelet.wait_exit(lab.run(lab.pod(), "exit 3")).exit_code == 3
+
+
+# -- at a verb -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["Connect", "Create", "Start"])
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("die", f"{WHO} ended during {{verb}}"),
+        ("hang", f"{WHO} {{verb}}: no answer to {{verb}} within 4 s"),
+        ("garbage", f"{WHO} {{verb}}: {{verb}} was answered with garbage"),
+        ({"after": "die"}, f"{WHO} ended during {{verb}}"),
+    ],
+    ids=str,
+)
+def test_a_shim_that_fails_at_a_container_costs_that_pod_alone(
+    lab: Lab, verb: str, how: Any, words: str
+) -> None:
+    lab.at(**{verb: how})
+    with pytest.raises(grpc.RpcError, match=words.format(verb=verb)):
+        lab.run(lab.pod())
+    lab.others_go_on()
+
+
+@pytest.mark.parametrize("verb", ["Create", "Start"])
+def test_the_shims_own_words_are_the_error(lab: Lab, verb: str) -> None:
+    lab.at(**{verb: {"error": "the guest has no memory left", "code": 8}})
+    with pytest.raises(grpc.RpcError, match="the guest has no memory left"):
+        lab.run(lab.pod())
+
+
+@pytest.mark.parametrize("verb", ["CreateSandbox", "StartSandbox"])
+@pytest.mark.parametrize("how", ["die", "hang", {"error": "no such kernel"}, {"pid": 1}], ids=str)
+def test_a_sandbox_that_fails_makes_no_pod(lab: Lab, verb: str, how: Any) -> None:
+    if verb == "CreateSandbox" and isinstance(how, dict) and "pid" in how:
+        pytest.skip("CreateSandbox tells no pid")
+    lab.write(start="protobuf", version=3, sandbox=True, at={verb: how})
+    with pytest.raises(grpc.RpcError, match=f"{WHO}|no such kernel"):
+        lab.pod("full")
+    assert not lab.left()
+    lab.others_go_on()
+
+
+@pytest.mark.parametrize("pid", [1, os.getpid(), 4194300], ids=["init", "stranger", "nobody"])
+def test_a_pid_that_is_not_the_shims_is_a_lie(lab: Lab, pid: int) -> None:
+    lab.at(Start={"pid": pid})
+    with pytest.raises(grpc.RpcError, match=f"{WHO} says that it has started process {pid}"):
+        lab.run(lab.pod())
+    os.kill(os.getpid(), 0)
+    assert not faults.processes("sleep", "600")
+
+
+def test_an_exec_that_lies_fails_alone(lab: Lab) -> None:
+    container = lab.run(lab.pod())
+    lab.at(Start={"pid": 1})
+    with pytest.raises(grpc.RpcError, match=f"{WHO} says that it has started process 1,"):
+        lab.kubelet.exec_sync(container, ["sleep", "321"])
+    lab.at()
+    waiting.until(lambda: not faults.processes("sleep", "321"), "what it did start is dead")
+    assert lab.kubelet.exec_sync(container, ["echo", "hi"]).stdout == b"hi\n"
+
+
+@pytest.mark.parametrize("verb", ["Exec", "Start"])
+@pytest.mark.parametrize("how", ["hang", {"error": "no room"}], ids=str)
+def test_an_exec_that_fails_leaves_the_container(lab: Lab, verb: str, how: Any) -> None:
+    container = lab.run(lab.pod())
+    lab.at(**{verb: how})
+    with pytest.raises(grpc.RpcError, match=f"{WHO} {verb}: no answer|no room"):
+        lab.kubelet.exec_sync(container, ["true"])
+    lab.at()
+    assert lab.kubelet.exec_sync(container, ["echo", "hi"]).stdout == b"hi\n"
+    assert lab.kubelet.status(container).state == api.CONTAINER_RUNNING
+
+
+# -- at the end ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("handler", ["lean", "full"])
+def test_a_shim_that_dies_ends_its_containers(lab: Lab, handler: str) -> None:
+    pod = lab.pod(handler)
+    one = lab.run(pod, "exec sleep 601")
+    two = lab.kubelet.run(pod, lab.image, ("sleep", "602"), name="two")
+    [victim] = faults.processes(os.fspath(lab.script), "-id", pod.id)
+    os.kill(victim, signal.SIGKILL)
+    for container in (one, two):
+        ended = lab.kubelet.wait_exit(container)
+        assert (ended.exit_code, ended.reason) == (255, "Unknown")
+        assert shim.NAME in ended.message
+    assert not faults.processes("sleep", "601") + faults.processes("sleep", "602")
+    lab.others_go_on()
+
+
+@pytest.mark.parametrize("verb", ["Kill", "Wait", "Delete", "Shutdown"])
+@pytest.mark.parametrize("how", ["die", "hang", "garbage", {"error": "never"}], ids=str)
+def test_a_pod_goes_whatever_its_shim_does_at_the_end(lab: Lab, verb: str, how: Any) -> None:
+    pod = lab.pod()
+    container = lab.run(pod)
+    lab.at(**{verb: how})
+    lab.kubelet.runtime.StopPodSandbox(api.StopPodSandboxRequest(pod_sandbox_id=pod.id), timeout=60)
+    assert lab.kubelet.status(container).state == api.CONTAINER_EXITED
+    lab.kubelet.remove_pod(pod.id)
+    assert not faults.processes("sleep", "600")
+    assert not lab.left()
+
+
+@pytest.mark.parametrize("how", ["", "fail", "hang"])
+def test_a_lost_shim_of_ours_leaves_nothing_whatever_delete_says(lab: Lab, how: str) -> None:
+    pod = lab.pod("full")
+    container = lab.run(pod)
+    lab.write(delete=how)
+    os.kill(faults.shim_of(lab.site, pod.id), signal.SIGKILL)
+    assert lab.kubelet.wait_exit(container, seconds=40).exit_code == 255
+    lab.kubelet.remove_pod(pod.id)
+    assert not faults.processes("sleep", "600")
+    assert not lab.left()
