@@ -51,6 +51,8 @@ ALL = tuple(
     ]
 )
 
+LINUX_4 = ALL[: ALL.index("CAP_AUDIT_READ") + 1]  # the last three came with 5.8 and 5.9
+
 # containerd's, so that what ran there runs here.
 DEFAULT = (
     "CAP_CHOWN",

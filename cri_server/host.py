@@ -22,6 +22,7 @@ import msgspec
 
 from cri_server import (
     apparmor,
+    capability,
     cgroups,
     commands,
     config,
@@ -67,6 +68,15 @@ class RuntimeFacts:
         """Whether it knows the seccomp action SCMP_ACT_LOG; crun does since 0.13 (libseccomp)."""
         actions = self.features.get("linux", {}).get("seccomp", {}).get("actions", ())
         return "SCMP_ACT_LOG" in actions or self.old_crun
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What it can give to a process; it fails on others. A runsc without `features` (2022:
+        unknown capability "CAP_PERFMON") knows those of Linux 4.
+        """
+        if listed := self.features.get("linux", {}).get("capabilities"):
+            return frozenset(listed)
+        return frozenset(capability.LINUX_4 if self.program == "runsc" else capability.ALL)
 
     @property
     def old_crun(self) -> bool:
@@ -151,9 +161,10 @@ class Host:
         return self._facts[handler]
 
     def _spec_facts(self, handler: str) -> spec.HostFacts:
+        runtime = self.runtimes.get(handler)
         return spec.HostFacts(
             machine=platform.machine(),
-            capabilities=self.bounding,
+            capabilities=self.bounding & runtime.capabilities if runtime else self.bounding,
             known_capabilities=self.known,
             cgroup_v2=self.hierarchy.mode == "v2",
             oom_score_adj_floor=-1000 if self.raises_limits else self.oom_score_adj,
@@ -165,7 +176,7 @@ class Host:
             hugepage_sizes=self.hugepage_sizes,
             recursive_read_only=self.recursive_read_only(handler),
             no_user_namespaces=self.why_no_user_namespaces(handler),
-            shallow_binds=(runtime := self.runtimes.get(handler)) is not None and runtime.old_crun,
+            shallow_binds=runtime is not None and runtime.old_crun,
             rlimit_ceilings=_rlimit_ceilings(raised=self.raises_limits),
             memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         )

@@ -437,7 +437,7 @@ class Pods:
 
     def _sandbox_request(self, pod: state.Pod) -> shim_pb2.CreateSandboxRequest:
         request = self._release_request(pod)
-        request.hostname = podfiles.hostname(pod) if pod.own_network else ""
+        request.hostname = self._hostname(pod)
         mapped = spec.ids(pod.config)
         if mapped is None:
             request.network_path = ""  # it is there already
@@ -447,6 +447,10 @@ class Pods:
         request.uid_mappings.add(host_id=mapped.uid, size=mapped.uids)
         request.gid_mappings.add(host_id=mapped.gid, size=mapped.gids)
         return request
+
+    def _hostname(self, pod: state.Pod) -> str:
+        """Return the name of the pod's UTS namespace, "" where that is the host's."""
+        return podfiles.hostname(pod) if pod.own_network else ""
 
     def _release_request(self, pod: state.Pod) -> shim_pb2.CreateSandboxRequest:
         """Return what names the namespaces; all that the shim needs to release them."""
@@ -522,6 +526,7 @@ class Pods:
             seccomp_profile=sources.seccomp_profile(profile) if profile else None,
             annotations=allowed,
             kernel=handler.has_kernel,
+            hostname=self._hostname(pod) if handler.has_kernel else "",
         )
 
 

@@ -165,6 +165,7 @@ class Spec(TypedDict, total=False):
     ociVersion: str
     process: Process
     root: Root
+    hostname: str
     mounts: list[Mount]
     annotations: dict[str, str]
     hooks: dict[str, list[Hook]]

@@ -312,6 +312,9 @@ def sandbox(wanted: types.SandboxInput) -> oci.Spec:
         },
         linux=_linux(wanted),
     )
+    if wanted.hostname:
+        document["hostname"] = wanted.hostname
+        why.pod("hostname", "hostname", "for the kernel of the pod's own")
     if profile := security.apparmor(wanted.config.linux.security_context, wanted.host):
         document["process"]["apparmorProfile"] = profile
     selinux.label(document, selinux.of_init(wanted.host))

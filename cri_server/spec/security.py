@@ -12,6 +12,7 @@ from cri_server import capability, errors
 from cri_server.pb import api_pb2 as api
 from cri_server.spec import checks, oci, seccomp, seccompaudit, seccompfile, types, why
 
+_UNAVAILABLE = "not in our own bounding set, or unknown to the OCI runtime"
 _ORDER = {name: number for number, name in enumerate(capability.ALL)}
 _ADD, _DROP, _AMBIENT = (f"capabilities.{f}_capabilities" for f in ("add", "drop", "add_ambient"))
 
@@ -79,7 +80,7 @@ def _all(field: str, host: types.HostFacts) -> frozenset[str]:
     """Return all capabilities that this host has to give, because of `field`."""
     _note(host.known_capabilities, field, "all")
     for name in host.known_capabilities - host.capabilities:
-        why.host(f"process.capabilities[{name}]", "not in our own bounding set", asked="all")
+        why.host(f"process.capabilities[{name}]", _UNAVAILABLE, asked="all")
     return host.capabilities
 
 
@@ -92,7 +93,7 @@ def _default(given: types.Defaults, host: types.HostFacts) -> frozenset[str]:
     for name in () if key else names:
         why.default(f"process.capabilities[{name}]", "one of containerd's default set")
     for name in (n for n in names if n not in host.capabilities):
-        why.host(f"process.capabilities[{name}]", "not in our own bounding set")
+        why.host(f"process.capabilities[{name}]", _UNAVAILABLE)
     return host.capabilities & frozenset(names)
 
 

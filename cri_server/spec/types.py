@@ -170,11 +170,12 @@ class SelinuxPolicy:
 class HostFacts:
     """What this host, and the OCI runtime that will read the spec, can do. Probed once.
 
-    `capabilities` are those of our bounding set, `known_capabilities` those of the kernel; a
-    request for one that is known but not ours is refused. `apparmor_default` is the name of our
-    profile, "" where it cannot be loaded. `selinux` is None where SELinux is off. `rlimit_ceilings`
-    holds our own hard limits where we may not raise them (no CAP_SYS_RESOURCE), and what the kernel
-    allows to no one. `hugepage_sizes` are those with a cgroup controller, as CRI writes them:
+    `capabilities` are those of our bounding set that the OCI runtime knows too,
+    `known_capabilities` those of the kernel; a request for one that is known but not ours is
+    refused. `apparmor_default` is the name of our profile, "" where it cannot be loaded. `selinux`
+    is None where SELinux is off. `rlimit_ceilings` holds our own hard limits where we may not raise
+    them (no CAP_SYS_RESOURCE), and what the kernel allows to no one. `hugepage_sizes` are those
+    with a cgroup controller, as CRI writes them:
     "2MB", "1GB". `memory` is the host's, in bytes. `no_user_namespaces` says why pods cannot have
     their own, "" where they can; `shallow_binds`, that in them the runtime leaves out what is
     mounted below a bind mount.
@@ -251,7 +252,8 @@ class SandboxInput:
     `rootfs` a folder of ours.
 
     `namespaces` as in ContainerInput, without "pid": the point of this container is to hold a new
-    one. `kernel`: all containers of the pod run in what it starts, and its limits are the pod's.
+    one. `kernel`: all containers of the pod run in what it starts, and its limits are the pod's;
+    `hostname` is for that kernel to tell.
     `seccomp_profile` is the parsed Localhost file that security.seccomp_path() named.
     """
 
@@ -266,6 +268,7 @@ class SandboxInput:
     seccomp_profile: Mapping[str, object] | None = None
     annotations: Mapping[str, str] = field(default_factory=dict)
     kernel: bool = False
+    hostname: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 import pytest
 
+from cri_server import capability
 from cri_server.pb import api_pb2 as api
 from shim import linux
 from tests.conftest import Marks
@@ -117,6 +118,20 @@ def test_the_kernel_is_its_own_or_that_of_the_host(lab: Lab) -> None:
     release = lab.exec(container, "uname", "-r").stdout.decode().strip()
     assert (release == Path("/proc/sys/kernel/osrelease").read_text().strip()) == (not lab.kernel)
     lab.note("cell", "its own" if lab.kernel else "the host's")
+
+
+def test_the_host_name_is_the_pods(lab: Lab) -> None:
+    container = lab.run(lab.pod(hostname="of-the-pod"), "exec sleep 600")
+    assert lab.exec(container, "hostname").stdout == b"of-the-pod\n"
+
+
+def test_all_capabilities_are_those_that_there_are(lab: Lab) -> None:
+    linux = api.LinuxContainerConfig()
+    linux.security_context.capabilities.add_capabilities.append("ALL")
+    container = lab.run(lab.pod(), "exec sleep 600", linux=linux)
+    status = lab.exec(container, "cat", "/proc/self/status").stdout.decode()
+    held = int(status.partition("CapEff:")[2].split()[0], 16)
+    assert held & 1 << capability.ALL.index("CAP_SYS_ADMIN")
 
 
 def test_exit_codes_and_signals_are_told(lab: Lab) -> None:
