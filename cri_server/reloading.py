@@ -77,8 +77,13 @@ class Reloader:
         """Log each problem once, and that there are none any more."""
         messages = {p.message: p for p in self._live.problems}
         for message in messages.keys() - self._told:
-            effect = "handler as before" if messages[message].holds else "handler changed in part"
+            effect = self._effect(messages[message])
             log.error("drop-in cannot be used", error=message, effect=effect)
         if self._told and not messages:
             log.info("drop-ins are in order")
         self._told = set(messages)
+
+    def _effect(self, problem: dropins.Problem) -> str:
+        if not problem.holds:
+            return "the rest of it is in force"
+        return "refused" if problem.handler in self._live.now.refused else "as before"
