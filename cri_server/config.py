@@ -168,6 +168,13 @@ class Handler:
         return self.dialect == "runsc"
 
     @property
+    def joins_pids(self) -> bool:
+        """Whether a container joins the sandbox's PID namespace by its path. runsc makes a new one
+        for each path, and has a container that names none in the sandbox's (boot/loader.go).
+        """
+        return self.dialect != "runsc"
+
+    @property
     def has_sandbox(self) -> bool:
         """Whether each pod has a sandbox container."""
         return self.sandbox == "container" or self.has_kernel

@@ -99,6 +99,8 @@ class ConfigJson:
         match spec.pid_mode(order.config, order.pod.config):
             case "own":
                 return {**joined, "pid": ""}
+            case "pod" if not self._handlers.of(order.pod.handler).joins_pids:
+                return joined
             case "pod":
                 return {**joined, "pid": pod_init}
             case "target":

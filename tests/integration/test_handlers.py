@@ -215,6 +215,8 @@ def test_containers_can_share_processes(lab: Lab) -> None:
     lab.run(pod, "exec sleep 4321", linux=shared)
     other = lab.run(pod, "exec sleep 600", linux=shared)
     assert b"sleep 4321" in lab.exec(other, "ps").stdout
+    first = lab.exec(other, "cat", "/proc/1/cmdline").stdout
+    assert b"catatonit" in first
 
 
 def test_containers_of_a_pod_share_its_network(lab: Lab) -> None:
