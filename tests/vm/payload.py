@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SOURCES = ("cri_server", "shim", "pyproject.toml", "README.md", "LICENSE")
 TOOLS = ("pytest", "pytest-asyncio", "pytest-timeout", "blockbuster", "hypothesis")
 SDISTS = ("forbiddenfruit",)  # what these need and nobody offers as a wheel; pure Python
-TESTS = ("tests", "deploy", "proto", "pyproject.toml")
+TESTS = ("tests", "bench", "deploy", "proto", "pyproject.toml")
 SIZE = "2G"  # sparse
 _JUNK = shutil.ignore_patterns("__pycache__", "build")
 
