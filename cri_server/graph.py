@@ -28,6 +28,7 @@ from cri_server import (
     imagehost,
     imagevolumes,
     info,
+    inits,
     kernelstats,
     metrics,
     podfiles,
@@ -163,7 +164,13 @@ class Graph:
             shim_host=self._shims,
             container_host=self._containers,
             remains_host=self._remains,
-            profiles=self._profiles,
+            init_host=inits.Inits(
+                live=self._live,
+                files=self._files,
+                groups=self._groups,
+                shim_host=self._shims,
+                profiles=self._profiles,
+            ),
             volumes=self._volumes,
             event_host=self.events,
         )

@@ -138,6 +138,11 @@ def admit(directory: Path, owner: tuple[int, int]) -> None:
         directory.chmod(0o710)
 
 
+def own_hostname(pod: state.Pod) -> str:
+    """Return the name that the pod's UTS namespace gets, "" where that is the host's."""
+    return hostname(pod) if pod.own_network else ""
+
+
 def hostname(pod: state.Pod) -> str:
     """Return the pod's host name: as asked for, the host's on its network, else a short id."""
     if pod.config.hostname:

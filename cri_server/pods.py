@@ -13,25 +13,22 @@ the next start, tries again.
 import asyncio
 import contextlib
 import dataclasses
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import msgspec
 import structlog
 
 from cri_server import (
-    apparmor,
     cgroups,
     config,
-    configjson,
     containers,
     errors,
     events,
     handlers,
     host,
     imagevolumes,
+    inits,
     inventory,
     labels,
     limits,
@@ -43,7 +40,6 @@ from cri_server import (
     remains,
     revisions,
     shims,
-    sources,
     spec,
     state,
     steps,
@@ -87,7 +83,7 @@ class Pods:
         shim_host: shims.Shims,
         container_host: containers.Containers,
         remains_host: remains.Remains,
-        profiles: apparmor.AppArmor,
+        init_host: inits.Inits,
         volumes: imagevolumes.ImageVolumes,
         event_host: events.Events,
     ) -> None:
@@ -96,7 +92,7 @@ class Pods:
         self._events = event_host
         self._groups, self._network, self._shims = groups, network, shim_host
         self._containers, self._remains = container_host, remains_host
-        self._volumes, self._profiles = volumes, profiles
+        self._volumes, self._inits = volumes, init_host
         self._attempts, self._locks = names.Attempts(), locks.Locks()
         self._levels = labels.Levels(store.selinux_levels)
         self._ending: set[asyncio.Task[None]] = set()
@@ -187,12 +183,12 @@ class Pods:
             )
         self.watch(self._store.pod(pod.id))
         if self._settings.server.crio_socket and not home.pid:
-            await asyncio.to_thread(self._groups.mark, self._init_cgroup(pod))
+            await asyncio.to_thread(self._groups.mark, self._inits.cgroup(pod))
         recipe.done()
 
     def _create_files(self, pod: state.Pod) -> None:
         with why.recorded() as found:
-            size, init = self._shm_size(pod), self._needs_init(pod)
+            size, init = self._shm_size(pod), self._inits.needed(pod)
             labels = spec.labels_of_pod(
                 pod.config, pod.selinux_level, self._handlers.facts(pod.handler)
             )
@@ -232,24 +228,7 @@ class Pods:
         if self._handlers.of(pod.handler).has_kernel:  # which takes its addresses at start
             await network.attached.wait()
         with recipe.step("init"):
-            return _Home(shim_pid, start_time, await self._start_init(pod))
-
-    async def _start_init(self, pod: state.Pod) -> int:
-        """Start what holds the pod's PID namespace, where it has one; return its pid, else 0."""
-        if not self._needs_init(pod):
-            return 0
-        cgroups_path = self._init_cgroup(pod)
-        facts = self._handlers.facts(pod.handler)
-        await self._profiles.provide_for(pod.config.linux.security_context, facts)
-        await asyncio.to_thread(self._write_init_bundle, pod, cgroups_path)
-        request = shim_pb2.CreateRequest(
-            id=pod.id,
-            bundle=str(self._files.bundle(pod.id)),
-            cgroups=self._groups.directories(cgroups_path),
-        )
-        async with self._shims.asked(pod.id) as shim:
-            await shim.create(request)
-            return (await shim.start(shim_pb2.StartRequest(id=pod.id))).pid
+            return _Home(shim_pid, start_time, await self._inits.start(pod))
 
     async def _undo(self, pod: state.Pod) -> None:
         """Release a pod whose making failed; if that fails too it stays listed NOTREADY."""
@@ -320,12 +299,12 @@ class Pods:
     def _unmark(self, pod: state.Pod) -> None:
         """Remove the empty cgroup that stood for the pod, where there is one."""
         with contextlib.suppress(errors.InvalidArgument):  # made under another cgroup driver
-            self._groups.remove_all(self._init_cgroup(pod))
+            self._groups.remove_all(self._inits.cgroup(pod))
 
     async def _stop_shim(self, pod: state.Pod) -> None:
         stopped = await self._shims.stop(pod, self._release_request(pod))
-        if not stopped and (self._needs_init(pod) or self._remains.has_home(pod.handler)):
-            await self._remains.destroy(pod.handler, pod.id, self._init_cgroup(pod))
+        if not stopped and (self._inits.needed(pod) or self._remains.has_home(pod.handler)):
+            await self._remains.destroy(pod.handler, pod.id, self._inits.cgroup(pod))
 
     async def _detach(self, pod: state.Pod) -> None:
         if pod.network is not None:
@@ -437,7 +416,7 @@ class Pods:
 
     def _sandbox_request(self, pod: state.Pod) -> shim_pb2.CreateSandboxRequest:
         request = self._release_request(pod)
-        request.hostname = self._hostname(pod)
+        request.hostname = podfiles.own_hostname(pod)
         mapped = spec.ids(pod.config)
         if mapped is None:
             request.network_path = ""  # it is there already
@@ -447,10 +426,6 @@ class Pods:
         request.uid_mappings.add(host_id=mapped.uid, size=mapped.uids)
         request.gid_mappings.add(host_id=mapped.gid, size=mapped.gids)
         return request
-
-    def _hostname(self, pod: state.Pod) -> str:
-        """Return the name of the pod's UTS namespace, "" where that is the host's."""
-        return podfiles.hostname(pod) if pod.own_network else ""
 
     def _release_request(self, pod: state.Pod) -> shim_pb2.CreateSandboxRequest:
         """Return what names the namespaces; all that the shim needs to release them."""
@@ -462,21 +437,6 @@ class Pods:
             ipc_path=pins.get("ipc", ""),
             user_path=pins.get("user", ""),
         )
-
-    def _init_cgroup(self, pod: state.Pod) -> str:
-        return self._groups.container_path(pod.id, pod.config.linux.cgroup_parent, pod.id)
-
-    def _needs_init(self, pod: state.Pod) -> bool:
-        options = pod.config.linux.security_context.namespace_options
-        found = self._handlers.find(pod.handler)
-        of_handler = found is not None and found.handler.has_sandbox
-        if of_handler:
-            key = f"[runtimes.{revisions.name_of(pod.handler)}] sandbox"
-            why.handler("sandbox.init", key, "each sandbox is a container")
-        else:
-            shares = "shared by the containers, so a process holds it; else none is needed"
-            why.pod("sandbox.init", "linux.security_context.namespace_options.pid", shares)
-        return options.pid == api.NamespaceMode.POD or of_handler
 
     def _attachment(self, pod: state.Pod) -> cni.Attachment:
         m = pod.config.metadata
@@ -492,54 +452,8 @@ class Pods:
             cgroup_parent=pod.config.linux.cgroup_parent,
         )
 
-    def _write_init_bundle(self, pod: state.Pod, cgroups_path: str) -> None:
-        """Write the bundle of the pod's init: catatonit from the host, in a root of its own."""
-        bundle = self._files.bundle(pod.id)
-        bundle.mkdir(mode=0o700)
-        podfiles.admit(bundle, podfiles.root_of(pod))
-        (bundle / "rootfs").mkdir(mode=0o755)
-        for name in ("proc", "dev", "sys"):
-            (bundle / "rootfs" / name).mkdir()
-        if self._handlers.of(pod.handler).kind == "shim":  # nothing of the host in a guest
-            shutil.copy(_init_binary(), bundle / "rootfs/catatonit")
-        else:
-            (bundle / "rootfs/catatonit").touch()
-        with why.recorded() as found:
-            document = spec.sandbox(self._init_input(pod, cgroups_path))
-        (bundle / "config.json").write_bytes(msgspec.json.encode(document))
-        origins.write(bundle, found)
-
-    def _init_input(self, pod: state.Pod, cgroups_path: str) -> spec.SandboxInput:
-        handler = self._handlers.of(pod.handler)
-        allowed = handler.allowed(handler.pod_annotations, pod.config.annotations)
-        configjson.note_annotations(allowed, self._handlers.label(pod.handler, "pod_annotations"))
-        profile = spec.seccomp_path(pod.config.linux.security_context)
-        return spec.SandboxInput(
-            id=pod.id,
-            config=pod.config,
-            rootfs=str(self._files.bundle(pod.id) / "rootfs"),
-            init="" if handler.kind == "shim" else _init_binary(),
-            namespaces=self._files.namespaces(pod),
-            cgroups_path=cgroups_path,
-            host=self._handlers.facts(pod.handler),
-            defaults=self._handlers.defaults(pod.handler),
-            seccomp_profile=sources.seccomp_profile(profile) if profile else None,
-            annotations=allowed,
-            kernel=handler.has_kernel,
-            hostname=self._hostname(pod) if handler.has_kernel else "",
-        )
-
 
 def _sysctls(pod: state.Pod, *, network: bool) -> dict[str, str]:
     """Return the sysctls of the pod's network namespace, or those of the others."""
     every = spec.sysctls(pod.config)
     return {name: value for name, value in every.items() if name.startswith("net.") == network}
-
-
-def _init_binary() -> str:
-    found = shutil.which("catatonit")
-    if found is None:
-        raise errors.FailedPrecondition(
-            "a sandbox container needs catatonit: install it on the host"
-        )
-    return found
