@@ -186,6 +186,15 @@ def test_a_server_that_hangs_is_told_and_nothing_is_touched(busy: server.Site) -
     assert busy.root.exists()
 
 
+def test_a_grace_that_is_none_is_refused_before_anything_ends(
+    busy: server.Site, client_of: ClientOf
+) -> None:
+    done = reset(busy, "--grace=-1")
+    assert done.returncode == 2
+    assert "'-1' is not a number of seconds" in done.stderr
+    assert len(client_of(busy).pods()) == 2
+
+
 # ---- deploy/uninstall.sh
 
 
