@@ -32,7 +32,9 @@ from cri_server.services import client
 from shim import mounts, process
 
 KUBELET = "kubelet"
-OF_ROOT = ("blobs", "containers", "empty", "images", "layers", "pods", "tmp", "writable")
+OF_ROOT = (
+    "blobs", "containers", "empty", "handlers", "images", "layers", "pods", "tmp", "writable",
+)  # fmt: skip
 OF_STATE = ("pods", "containers", "runtimes")
 PRIVATE = "reset.sock"
 AT_ONCE = 8  # pods
