@@ -90,7 +90,7 @@ class Graph:
         self._volumes = imagevolumes.ImageVolumes(settings.server.state, self.layers)
         self._profiles = apparmor.AppArmor()
         self._remains = remains.Remains(settings, self._live, self._groups)
-        self._kernels = kernelstats.KernelStats(settings, self._live)
+        self._kernels = kernelstats.KernelStats(settings, self._live, self._shims)
         devices = cdi.Registry(settings.runtime.cdi_spec_dirs)
         self._bundles = bundles.Bundles(
             settings,

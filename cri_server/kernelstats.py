@@ -4,8 +4,8 @@
 The host sees one process for the whole pod, so its cgroups cannot tell containers apart. runsc is
 asked instead (`events --stats`), one short process a container, all at once. It tells the CPU time
 of each, but the memory of the whole pod (`events` of runsc 2022: the usage of the sandbox), which
-is what a container that shares it can be said to use. One that does not answer costs its own
-figures and never the list.
+is what a container that shares it can be said to use. A containerd shim is asked through the pod's
+own (`Stats`). One that does not answer costs its own figures and never the list.
 """
 
 import asyncio
@@ -13,8 +13,12 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 import structlog
+from google.protobuf import message
 
-from cri_server import commands, config, handlers, revisions, state, usage
+from cri_server import commands, config, errors, handlers, revisions, shims, state, usage
+from shim import errors as shim_errors
+from shim.pb import shim_pb2
+from shim.pb.containerd import cgroups_v1_pb2, cgroups_v2_pb2
 
 log = structlog.get_logger()
 TIMEOUT = 5.0  # seconds: the kubelet asks every ten
@@ -41,8 +45,11 @@ class _Event(msgspec.Struct):
 class KernelStats:
     """Asks the runtimes that know."""
 
-    def __init__(self, settings: config.Config, live: handlers.Handlers) -> None:
+    def __init__(
+        self, settings: config.Config, live: handlers.Handlers, shim_host: shims.Shims
+    ) -> None:
         self._handlers, self._state = live, settings.server.state
+        self._shims = shim_host
 
     async def read(self, records: Iterable[state.Container]) -> Mapping[str, usage.Usage | None]:
         """Return the usage of those containers that the host cannot tell, by id; None for one that
@@ -54,10 +61,12 @@ class KernelStats:
 
     def _has_kernel(self, handler: str) -> bool:
         found = self._handlers.find(handler)
-        return found is not None and found.handler.kind == "oci" and found.handler.has_kernel
+        return found is not None and found.handler.has_kernel
 
     async def _one(self, container: state.Container) -> usage.Usage | None:
         handler = self._handlers.of(container.handler)
+        if handler.kind == "shim":
+            return await self._of_shim(container)
         root = self._state / "runtimes" / revisions.name_of(container.handler)
         argv = [handler.path, "--root", str(root), *handler.args, "events", "--stats", container.id]
         try:
@@ -66,6 +75,57 @@ class KernelStats:
         except (commands.Failed, commands.TimedOut, OSError, msgspec.DecodeError) as e:
             log.warning("no stats from the kernel", container=container.id, error=str(e))
             return None
+
+    async def _of_shim(self, container: state.Container) -> usage.Usage | None:
+        request = shim_pb2.StatsRequest(id=container.id)
+        try:
+            answer = await self._shims.of(container.pod_id).stats(request, timeout=TIMEOUT)
+            return counted(answer.type_url, answer.value)
+        except (errors.CriError, shim_errors.ShimError, message.DecodeError) as e:
+            log.warning("no stats from the shim", container=container.id, error=str(e))
+            return None
+
+
+def counted(type_url: str, value: bytes) -> usage.Usage:
+    """Read the Metrics of a containerd shim. Raises DecodeError, also for an unknown type."""
+    kind = type_url.rpartition("/")[2]
+    if kind == cgroups_v1_pb2.Metrics.DESCRIPTOR.full_name:
+        return _counted_v1(cgroups_v1_pb2.Metrics.FromString(value))
+    if kind == cgroups_v2_pb2.Metrics.DESCRIPTOR.full_name:
+        return _counted_v2(cgroups_v2_pb2.Metrics.FromString(value))
+    raise message.DecodeError(f"no metrics that are known: {type_url[:80]!r}")
+
+
+def _counted_v1(found: cgroups_v1_pb2.Metrics) -> usage.Usage:
+    memory = found.memory
+    return usage.Usage(
+        cpu=found.cpu.usage.total,
+        memory=memory.usage.usage,
+        working_set=max(memory.usage.usage - memory.total_inactive_file, 0),
+        rss=memory.total_rss,
+        cache=memory.total_cache,
+        limit=_limit(memory.usage.limit),
+        faults=memory.total_pg_fault,
+        major_faults=memory.total_pg_maj_fault,
+    )
+
+
+def _counted_v2(found: cgroups_v2_pb2.Metrics) -> usage.Usage:
+    memory = found.memory
+    return usage.Usage(
+        cpu=found.cpu.usage_usec * 1000,
+        memory=memory.usage,
+        working_set=max(memory.usage - memory.inactive_file, 0),
+        rss=memory.anon,
+        cache=memory.file,
+        limit=_limit(memory.usage_limit),
+        faults=memory.pgfault,
+        major_faults=memory.pgmajfault,
+    )
+
+
+def _limit(said: int) -> int | None:
+    return said if 0 < said < usage.UNLIMITED else None
 
 
 def parsed(text: bytes) -> usage.Usage:

@@ -297,6 +297,14 @@ class ShimClient:
     ) -> pb.StateResponse:
         return await self.call("State", request, pb.StateResponse, timeout=timeout)
 
+    async def stats(
+        self,
+        request: pb.StatsRequest,
+        *,
+        timeout: float | None = None,
+    ) -> pb.StatsResponse:
+        return await self.call("Stats", request, pb.StatsResponse, timeout=timeout)
+
     async def kill(
         self,
         request: pb.KillRequest,

@@ -170,6 +170,11 @@ class Container:
             self.require(State.RUNNING, verb="update")
             await self.runtime.update(self.spec.id, resources)
 
+    async def stats(self) -> tuple[str, bytes]:
+        """Return what the runtime counts. Raises FailedPrecondition unless running."""
+        self.require(State.RUNNING, verb="count what is used by")
+        return await self.runtime.stats(self.spec.id)
+
     def reopen_log(self) -> None:
         """Begin a new log file at the same path. Raises FailedPrecondition unless running."""
         self.require(State.RUNNING, verb="reopen the log of")

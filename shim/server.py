@@ -174,6 +174,7 @@ class Service:
             "Wait": unary(request=pb.WaitRequest, handler=self.wait),
             "Delete": unary(request=pb.DeleteRequest, handler=self.delete),
             "Update": unary(request=pb.UpdateRequest, handler=self.update),
+            "Stats": unary(request=pb.StatsRequest, handler=self.stats),
             "ReopenLog": unary(request=pb.ReopenLogRequest, handler=self.reopen_log),
             "Exec": ttrpc.Streaming(request=pb.ExecInput, handler=self.exec),
             "Attach": ttrpc.Streaming(request=pb.AttachInput, handler=self.attach),
@@ -233,6 +234,10 @@ class Service:
     async def update(self, request: pb.UpdateRequest) -> pb.UpdateResponse:
         await self._pod.get(request.id).update(request.resources)
         return pb.UpdateResponse()
+
+    async def stats(self, request: pb.StatsRequest) -> pb.StatsResponse:
+        type_url, value = await self._pod.get(request.id).stats()
+        return pb.StatsResponse(type_url=type_url, value=value)
 
     async def reopen_log(self, request: pb.ReopenLogRequest) -> pb.ReopenLogResponse:
         self._pod.get(request.id).reopen_log()

@@ -99,6 +99,12 @@ class Runtime(Protocol):
     async def update(self, container_id: str, resources: bytes) -> None:
         """Apply LinuxResources (OCI JSON)."""
 
+    async def stats(self, container_id: str) -> tuple[str, bytes]:
+        """Return what a container uses, as the type and the bytes of a containerd Metrics message.
+
+        Raises Unimplemented where the host's cgroups tell.
+        """
+
     async def delete(self, container_id: str) -> None:
         """Remove the container, killing what is left. Nothing happens when it does not exist."""
 

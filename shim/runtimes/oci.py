@@ -121,6 +121,10 @@ class Oci:
             raise errors.Unimplemented(f"{self._who} {what}")
         await self._command(("update", *self._dialect.update_flags, container_id), stdin=resources)
 
+    async def stats(self, container_id: str) -> tuple[str, bytes]:
+        """Raise Unimplemented: the host's cgroups tell."""
+        raise errors.Unimplemented("an OCI runtime counts nothing")
+
     async def delete(self, container_id: str) -> None:
         """Remove the container, killing what is left. Nothing happens when it does not exist."""
         await self._command(("delete", "--force", container_id))

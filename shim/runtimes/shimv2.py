@@ -103,11 +103,11 @@ class ShimV2:
         request = task_v2_pb2.UpdateTaskRequest(id=container_id, resources=packed)
         await self._link.ask("Update", request, empty_pb2.Empty)
 
-    async def stats(self, container_id: str) -> any_pb2.Any:
+    async def stats(self, container_id: str) -> tuple[str, bytes]:
         """Return what the shim counts: Metrics of containerd's cgroups v1 or v2."""
         request = task_v2_pb2.StatsRequest(id=container_id)
         answer = await self._link.ask("Stats", request, task_v2_pb2.StatsResponse)
-        return answer.stats
+        return answer.stats.type_url, answer.stats.value
 
     async def delete(self, container_id: str) -> None:
         """Remove the container, killing what is left. Nothing happens when it does not exist."""

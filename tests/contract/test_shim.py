@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from cri_server import kernelstats, usage
 from shim import client, errors
 from shim.pb import shim_pb2 as pb
 from tests.conftest import Marks
@@ -279,6 +280,23 @@ async def test_update(pod: Pod) -> None:
     request = pb.UpdateRequest(id=made.id, resources=b'{"pids": {"limit": 44}}')
     await pod.shim.update(request)
     assert made.pids_limit() == "44"
+
+
+async def test_a_containerd_shim_counts_what_the_cgroups_of_the_host_do(
+    pod: Pod, runtime: str
+) -> None:
+    made = await pod.run()
+    request = pb.StatsRequest(id=made.id)
+    if runtime != SHIM:
+        with pytest.raises(errors.Unimplemented):
+            await pod.shim.stats(request)
+        return
+    answer = await pod.shim.stats(request)
+    counted = kernelstats.counted(answer.type_url, answer.value)
+    own = usage.read(made.cgroups)
+    assert own is not None
+    assert 0 < (counted.cpu or 0) <= (own.cpu or 0)
+    assert counted.memory == pytest.approx(own.memory, abs=1 << 20)
 
 
 async def test_an_id_is_taken_once(one: Pod) -> None:

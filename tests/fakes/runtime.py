@@ -64,6 +64,10 @@ class Plain:
         except ValueError as error:
             raise errors.ShimError(f"cannot read the resources: {error}") from error
 
+    async def stats(self, container_id: str) -> tuple[str, bytes]:
+        """Raise Unimplemented: nothing is counted."""
+        raise errors.Unimplemented("nothing is counted")
+
     async def delete(self, container_id: str) -> None:
         """Kill what is left of a container, with its descendants."""
         await self._begin("delete", container_id)

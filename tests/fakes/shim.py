@@ -33,12 +33,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from google.protobuf import empty_pb2
+from google.protobuf import any_pb2, empty_pb2
 from google.protobuf.message import Message
 
 from shim import linux
 from shim.pb import ttrpc_pb2
-from shim.pb.containerd import bootstrap_pb2, sandbox_pb2, task_pb2, task_v2_pb2
+from shim.pb.containerd import bootstrap_pb2, cgroups_v2_pb2, sandbox_pb2, task_pb2, task_v2_pb2
 
 NAME = "containerd-shim-fake-v2"
 HEADER = struct.Struct(">IIBB")
@@ -369,6 +369,14 @@ class Shim:
         await self.runc("update", "--resources", "-", request.id, stdin=request.resources.value)
         return empty_pb2.Empty()
 
+    async def stats(self, request: Any) -> Message:
+        self.of(request)
+        made = cgroups_v2_pb2.Metrics()
+        made.cpu.usage_usec, made.memory.usage = 1234, 45 << 20
+        made.memory.inactive_file, made.memory.usage_limit = 5 << 20, 64 << 20
+        packed = any_pb2.Any(type_url=made.DESCRIPTOR.full_name, value=made.SerializeToString())
+        return task_v2_pb2.StatsResponse(stats=packed)
+
     async def resize(self, request: Any) -> Message:
         size = struct.pack("HHHH", request.height, request.width, 0, 0)
         fcntl.ioctl(self.of(request).master, termios.TIOCSWINSZ, size)
@@ -415,6 +423,7 @@ METHODS: Mapping[str, tuple[str, Any]] = {
     "Kill": ("KillRequest", Shim.kill),
     "Delete": ("DeleteRequest", Shim.delete),
     "Update": ("UpdateTaskRequest", Shim.update),
+    "Stats": ("StatsRequest", Shim.stats),
     "ResizePty": ("ResizePtyRequest", Shim.resize),
     "CloseIO": ("CloseIORequest", Shim.nothing),
     "Shutdown": ("ShutdownRequest", Shim.nothing),

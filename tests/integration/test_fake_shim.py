@@ -58,7 +58,7 @@ class Lab:
 
     def left(self) -> list[str]:
         """Return what there is of shims: homes, sockets, processes."""
-        homes = [os.fspath(path) for path in self.site.state.glob("runtimes/[lf]*/*")]
+        homes = [os.fspath(path) for path in self.site.state.glob("runtimes/[lfm]*/*")]
         processes = map(str, faults.processes(os.fspath(self.script)))
         return [*homes, *(sockets() - self.before), *processes]
 
@@ -80,6 +80,7 @@ def site(settings: dict[str, dict[str, Any]], home: Path, marks: Marks) -> Itera
     tables: dict[str, dict[str, Any]] = {
         "runtimes.lean": {**common, "options": {"timeout": TIMEOUT}},
         "runtimes.full": {**common, "options": {"timeout": TIMEOUT}, "sandbox": "container"},
+        "runtimes.machine": {**common, "options": {"timeout": TIMEOUT}, "dialect": "kata"},
     }
     with conftest.running_site({**settings, **tables}, marks) as running:
         yield running
@@ -156,6 +157,18 @@ def test_every_generation_of_the_protocol_is_spoken(
 def test_a_pod_that_takes_long_to_start_is_waited_for(lab: Lab) -> None:
     lab.at(Create={"sleep": 2}, Start={"sleep": 1})
     assert lab.kubelet.wait_exit(lab.run(lab.pod(), "exit 3")).exit_code == 3
+
+
+def test_what_a_machine_uses_is_what_its_shim_counts(lab: Lab) -> None:
+    container = lab.run(lab.pod("machine"))
+    request = api.ContainerStatsRequest(container_id=container)
+    stats = lab.kubelet.runtime.ContainerStats(request).stats
+    assert stats.cpu.usage_core_nano_seconds.value == 1234_000
+    assert stats.memory.usage_bytes.value == 45 << 20
+    assert stats.memory.working_set_bytes.value == 40 << 20
+    lab.at(Stats="hang")
+    stats = lab.kubelet.runtime.ContainerStats(request).stats
+    assert (stats.attributes.id, stats.HasField("cpu")) == (container, False)
 
 
 # -- at a verb -------------------------------------------------------------------------------------
