@@ -25,6 +25,7 @@ from tests.lab import cgroups, image, network, registry, server, waiting
 
 KINDS = {"pods": pods, "streams": streams}
 HANDLERS = {"pods": "runc,crun", "streams": "runc"}
+SHIM = "containerd-shim-runc-v2"  # a handler too, by the shim that containerd runs runc by
 CONTAINERD = """\
 version = 2
 root = "{home}/root"
@@ -104,6 +105,7 @@ def _set_up(
         "network": {"conf_dir": os.fspath(conf)},
         "images": {"registry_config_dirs": [os.fspath(hosts)]},
         "runtime": {"default": "runc"},
+        f"runtimes.{SHIM}": {"kind": "shim"},
     }
     site = stack.enter_context(server.site(settings, prefix="crib-"))
     site.start()
