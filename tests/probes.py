@@ -28,6 +28,7 @@ ALLOWED = frozenset(
         "cgroup-v2",
         "kvm",
         "runsc",
+        "containerd-shim-runc-v2",
         "sys_resource",
         "userns",
     }

@@ -92,7 +92,7 @@ class Task(_Process):
         finally:
             self._over = True
         if self._ids["exec_id"]:  # it may take two seconds, when a child holds the output open
-            loop.spawn(self._delete(), name="delete exec")
+            loop.spawn(self.forget(), name="delete exec")
         return int(ended.exit_status)
 
     async def signal(self, signum: int) -> None:
@@ -134,7 +134,8 @@ class Task(_Process):
             diagnostics.report("containerd shim killed: it tells of no end", **self._ids)
             await self._link.bury()
 
-    async def _delete(self) -> None:
+    async def forget(self) -> None:
+        """Have the shim remember an exec no more."""
         request = task_v2_pb2.DeleteRequest(**self._ids)
         with contextlib.suppress(errors.ShimError):
             await self._link.ask("Delete", request, task_v2_pb2.DeleteResponse, timeout=END_SECONDS)

@@ -26,6 +26,7 @@ from shim.pb.containerd import sandbox_pb2, task_pb2, task_v2_pb2
 from shim.runtimes import bootstrap, shimlink, shimoptions, shimprocess
 
 _SPEC = "types.containerd.io/opencontainers/runtime-spec/1/"
+_TRIES, _TRY_SECONDS = 100, 0.1
 _SANDBOX_API = 3  # the version of `start`'s answer from which it may be there
 
 
@@ -184,10 +185,19 @@ class ShimV2:
     # ---- ending
 
     async def _abandon(self, container_id: str, exec_id: str) -> None:
-        made = shimprocess.Task(self._link, container_id, exec_id, 0)
+        """End an exec of which it is not known how far it has come: its start may be under way, and
+        until then there is nothing to kill.
+        """
+        request = task_v2_pb2.StateRequest(id=container_id, exec_id=exec_id)
         with contextlib.suppress(errors.ShimError):
-            await made.kill_tree()
-            await made.wait()
+            for _ in range(_TRIES):
+                state = await self._link.ask("State", request, task_v2_pb2.StateResponse)
+                made = shimprocess.Task(self._link, container_id, exec_id, state.pid)
+                if state.status == task_pb2.RUNNING:
+                    await made.kill_tree()
+                else:
+                    await made.forget()  # the last thing that it is asked, unless it begins to run
+                await loop.sleep(_TRY_SECONDS)
 
     async def _delete(self, container_id: str) -> None:
         """Remove a container from a living shim, which dies if it cannot."""

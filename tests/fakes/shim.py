@@ -22,6 +22,7 @@ import fcntl
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -360,7 +361,9 @@ class Shim:
         process = self.of(request)
         if process.pid and not process.ended.is_set():
             raise Failure(9, "it is running")
-        if not request.exec_id:
+        if request.exec_id:
+            shutil.rmtree(process.directory)
+        else:
             await self.runc("delete", "--force", request.id)
         del self.processes[request.id, request.exec_id]
         return task_v2_pb2.DeleteResponse(exit_status=process.code)

@@ -232,6 +232,18 @@ def test_an_exec_that_lies_fails_alone(lab: Lab) -> None:
     assert lab.kubelet.exec_sync(container, ["echo", "hi"]).stdout == b"hi\n"
 
 
+def test_an_exec_that_is_given_up_while_it_starts_does_not_live_on(lab: Lab) -> None:
+    pod = lab.pod()
+    container = lab.run(pod)
+    lab.at(Start={"sleep": 2})
+    with pytest.raises(grpc.RpcError, match="DEADLINE_EXCEEDED"):
+        lab.kubelet.exec_sync(container, ["sleep", "322"], timeout=1)
+    lab.at()
+    home = lab.site.state / "runtimes" / "lean" / pod.id
+    waiting.until(lambda: not list(home.glob("exec-*")), "the shim has forgotten the exec")
+    assert not faults.processes("sleep", "322")
+
+
 @pytest.mark.parametrize("verb", ["Exec", "Start"])
 @pytest.mark.parametrize("how", ["hang", {"error": "no room"}], ids=str)
 def test_an_exec_that_fails_leaves_the_container(lab: Lab, verb: str, how: Any) -> None:
