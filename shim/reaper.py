@@ -73,6 +73,9 @@ class Process:
     async def resize(self, width: int, height: int) -> None:
         """Do nothing: a terminal is ours to resize."""
 
+    async def forget(self) -> None:
+        """Do nothing: nobody else knows of it."""
+
     async def close_stdin(self) -> None:
         """Do nothing: nobody but us holds its stdin open."""
 

@@ -183,6 +183,9 @@ class Streams:
         for pump in self._pumps:
             pump.task.cancel()
         self._sinks.clear()
+        if self._remote:
+            loop.spawn(_forget(self._remote), name="forget")
+            self._remote = None
 
     @contextlib.contextmanager
     def _pipes(self, fifos: str = "") -> Iterator[runtimes.Stdio]:
@@ -209,6 +212,7 @@ class Streams:
                 stderr=ends.get("stderr"),
                 fifos=fifos,
                 terminal=self._terminal,
+                owner=self._owner,
             )
         finally:
             for stream, fd in ends.items():
@@ -239,6 +243,11 @@ class Streams:
         fd, self._input = self._input, -1
         if fd >= 0:
             loop.close(fd)
+
+
+async def _forget(ended: runtimes.Process) -> None:
+    with contextlib.suppress(errors.ShimError):  # it went with its shim
+        await ended.forget()
 
 
 async def _resize(of: runtimes.Process, width: int, height: int) -> None:

@@ -30,7 +30,8 @@ class Stdio(NamedTuple):
     path.
 
     `fifos`: the streams that are not None are FIFOs in this directory, called stdin, stdout and
-    stderr, for a runtime that `opens_fifos`. It makes the terminal, where there is one, by itself.
+    stderr, for a runtime that `opens_fifos`. It makes the terminal, where there is one, by itself,
+    and pipes of its own, if it does, for `owner`.
     """
 
     stdin: int | None = None
@@ -39,6 +40,7 @@ class Stdio(NamedTuple):
     console: str = ""
     fifos: str = ""
     terminal: bool = False
+    owner: tuple[int, int] = (0, 0)
 
 
 class Process(Protocol):
@@ -70,6 +72,11 @@ class Process(Protocol):
 
     async def close_stdin(self) -> None:
         """Let the process read the end of a stdin that the runtime holds open too."""
+
+    async def forget(self) -> None:
+        """Have the runtime let go of an exec whose output has been read; not before, for it may cut
+        that off. Only where it `opens_fifos`.
+        """
 
 
 class Runtime(Protocol):

@@ -125,6 +125,9 @@ class _Process:
     async def resize(self, width: int, height: int) -> None:
         """Do nothing: a terminal is ours to resize."""
 
+    async def forget(self) -> None:
+        """Do nothing: the runtime forgets by itself."""
+
     async def close_stdin(self) -> None:
         """Do nothing: nobody but us holds its stdin open."""
 

@@ -18,16 +18,22 @@ from shim.pb.containerd import runc_options_pb2, runtime_options_pb2
 PREFIX = "shim."  # of the keys that are for the shim; the others are for us
 
 
-def packed(options: Mapping[str, str], *, state: str) -> any_pb2.Any | None:
+def packed(
+    options: Mapping[str, str], *, state: str, owner: tuple[int, int] = (0, 0)
+) -> any_pb2.Any | None:
     """Return the options for a shim's Create, None when there are none to give.
 
-    runc keeps its state below `state`, and its cgroups are systemd's when the driver is. Raises
+    runc keeps its state below `state`, its cgroups are systemd's when the driver is, and its pipes
+    belong to `owner`, the root of a user namespace, unless the options say whose they are. Raises
     InvalidArgument for a key or value that the shim does not take.
     """
     wanted = {k.removeprefix(PREFIX): v for k, v in options.items() if k.startswith(PREFIX)}
     if options.get("dialect") == "runc":
         message: Message = runc_options_pb2.Options(
-            root=state, systemd_cgroup=options.get("cgroup_driver") == "systemd"
+            root=state,
+            systemd_cgroup=options.get("cgroup_driver") == "systemd",
+            io_uid=owner[0],
+            io_gid=owner[1],
         )
     elif wanted:
         message = runtime_options_pb2.Options()

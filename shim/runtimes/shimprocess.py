@@ -28,7 +28,7 @@ class _Process:
 
     def __init__(self, link: shimlink.Link, container_id: str, pid: int) -> None:
         self.pid = pid
-        self.start_time = _start_time(pid)
+        self.start_time = start_time(pid)
         self._link = link
         self._container_id = container_id
 
@@ -42,6 +42,9 @@ class _Process:
 
     async def close_stdin(self) -> None:
         """Do nothing: no stdin."""
+
+    async def forget(self) -> None:
+        """Do nothing: no exec."""
 
     @contextlib.asynccontextmanager
     async def _waiting(self) -> AsyncIterator[None]:
@@ -91,8 +94,6 @@ class Task(_Process):
                 )
         finally:
             self._over = True
-        if self._ids["exec_id"]:  # it may take two seconds, when a child holds the output open
-            loop.spawn(self.forget(), name="delete exec")
         return int(ended.exit_status)
 
     async def signal(self, signum: int) -> None:
@@ -135,7 +136,11 @@ class Task(_Process):
             await self._link.bury()
 
     async def forget(self) -> None:
-        """Have the shim remember an exec no more."""
+        """Have the shim remember an exec no more; runc's cuts off what it has not copied within two
+        seconds from then.
+        """
+        if not self._ids["exec_id"]:
+            return
         request = task_v2_pb2.DeleteRequest(**self._ids)
         with contextlib.suppress(errors.ShimError):
             await self._link.ask("Delete", request, task_v2_pb2.DeleteResponse, timeout=END_SECONDS)
@@ -199,7 +204,8 @@ def _is_inside(pid: int, start_time: int) -> bool:
     return not same and process.alive(pid, start_time) and shimlink.is_ours(pid)
 
 
-def _start_time(pid: int) -> int:
+def start_time(pid: int) -> int:
+    """Return field 22 of /proc/<pid>/stat, 0 when there is no such process."""
     try:
         return process.start_time(pid) if pid else 0
     except ProcessLookupError:

@@ -26,7 +26,7 @@ from shim.pb.containerd import sandbox_pb2, task_pb2, task_v2_pb2
 from shim.runtimes import bootstrap, shimlink, shimoptions, shimprocess
 
 _SPEC = "types.containerd.io/opencontainers/runtime-spec/1/"
-_TRIES, _TRY_SECONDS = 100, 0.1
+_TRIES, _TRY_SECONDS = 30, 0.1
 _SANDBOX_API = 3  # the version of `start`'s answer from which it may be there
 
 
@@ -52,7 +52,7 @@ class ShimV2:
         )
         self._link = shimlink.Link(launcher, pod_id=pod_id, timeout=timeout)
         self._home = launcher.home
-        self._options = shimoptions.packed(options, state=f"{self._home}/runc")
+        self._given, self._options = options, self._packed(options)
         self._pod_id = pod_id
         self._has_sandbox = options.get("sandbox") == "container"
         self._bundles: dict[str, str] = {}
@@ -134,11 +134,19 @@ class ShimV2:
 
     # ---- starting
 
+    def _packed(
+        self, options: Mapping[str, str], owner: tuple[int, int] = (0, 0)
+    ) -> any_pb2.Any | None:
+        return shimoptions.packed(options, state=f"{self._home}/runc", owner=owner)
+
     async def _run_task(
         self, container_id: str, bundle: str, stdio: runtimes.Stdio
     ) -> shimprocess.Task:
         request = task_v2_pb2.CreateTaskRequest(
-            id=container_id, bundle=bundle, terminal=stdio.terminal, options=self._options
+            id=container_id,
+            bundle=bundle,
+            terminal=stdio.terminal,
+            options=self._packed(self._given, stdio.owner),
         )
         _name_streams(request, stdio)
         created = await self._link.ask("Create", request, task_v2_pb2.CreateTaskResponse)
@@ -173,9 +181,13 @@ class ShimV2:
             return made
         request = task_v2_pb2.StateRequest(id=container_id, exec_id=exec_id)
         with contextlib.suppress(errors.NotFound):
-            state = await self._link.ask("State", request, task_v2_pb2.StateResponse)
-            if state.status == task_pb2.STOPPED:
-                return made
+            for _ in range(_TRIES):  # it may have ended, and the shim not know yet
+                state = await self._link.ask("State", request, task_v2_pb2.StateResponse)
+                if state.status == task_pb2.STOPPED:
+                    return made
+                if shimprocess.start_time(pid):
+                    break
+                await loop.sleep(_TRY_SECONDS)
         raise self._liar(pid)
 
     def _liar(self, pid: int) -> errors.ShimError:

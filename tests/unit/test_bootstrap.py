@@ -58,11 +58,16 @@ def test_runcs_shim_gets_runcs_options() -> None:
         "dialect": "runc", "cgroup_driver": "systemd", "timeout": "5",
         "shim.BinaryName": "crun", "shim.NoPivotRoot": "true", "shim.IoUid": "7",
     }  # fmt: skip
-    packed = shimoptions.packed(options, state="/state")
+    packed = shimoptions.packed(options, state="/state", owner=(100, 200))
     assert packed is not None
     assert packed.type_url == "containerd.runc.v1.Options"
     assert runc_options_pb2.Options.FromString(packed.value) == runc_options_pb2.Options(
-        root="/state", systemd_cgroup=True, binary_name="crun", no_pivot_root=True, io_uid=7
+        root="/state",
+        systemd_cgroup=True,
+        binary_name="crun",
+        no_pivot_root=True,
+        io_uid=7,
+        io_gid=200,
     )
 
 

@@ -51,6 +51,8 @@ class Started:
 
     async def close_stdin(self) -> None: ...
 
+    async def forget(self) -> None: ...
+
 
 class Job:
     """A shell command with streams, a log and one client."""
