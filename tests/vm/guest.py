@@ -20,6 +20,13 @@ RESULTS = PAYLOAD / "results"
 SOURCES = PAYLOAD / "src"
 HOME = Path("/opt/cri-server")
 PYTHON = os.fspath(HOME / "bin/python")
+PATIENCE = "6"  # by which deadlines are multiplied
+WAIT = """\
+from tests.fakes import kubelet
+from tests.lab import waiting
+served = lambda: kubelet.is_ready("unix:///run/cri-server/cri-server.sock")
+waiting.until(served, "the unit serves", seconds=60)
+"""
 
 
 def main() -> None:
@@ -76,7 +83,7 @@ def install(order: dict[str, Any]) -> None:
 
 
 def deploy(_order: dict[str, Any]) -> None:
-    """Put deploy/'s files where its README says, and start the unit."""
+    """Put deploy/'s files where its README says, start the unit, and wait until it serves."""
     for name, place in (
         ("config.toml", "/etc/cri-server/config.toml"),
         ("cri-server.service", "/etc/systemd/system/cri-server.service"),
@@ -87,6 +94,8 @@ def deploy(_order: dict[str, Any]) -> None:
     subprocess.run([HOME / "bin/cri-server", "check"], check=False)
     subprocess.run(["systemctl", "daemon-reload"], check=True)
     subprocess.run(["systemctl", "enable", "--now", "cri-server"], check=True)
+    patient = {**os.environ, "CRI_TESTS_PATIENCE": PATIENCE}
+    subprocess.run([PYTHON, "-c", WAIT], cwd=SOURCES, env=patient, check=True)
 
 
 def pytest(*, name: str, tests: list[str], driver: str, domain: str, env: dict[str, str]) -> None:
@@ -105,7 +114,7 @@ def pytest(*, name: str, tests: list[str], driver: str, domain: str, env: dict[s
         **env,
         "CRI_TESTS_CGROUP_DRIVER": driver,
         "CRI_TESTS_LOGS": os.fspath(logs),
-        "CRI_TESTS_PATIENCE": "6",
+        "CRI_TESTS_PATIENCE": PATIENCE,
         "COLUMNS": "150",
     }
     with (RESULTS / f"{name}.log").open("wb") as log:
