@@ -74,16 +74,16 @@ async def look(settings: config.Config) -> list[Finding]:
     """Return a finding for everything that is looked at, in the order of the report."""
     hierarchy = cgroups.detect()
     now = await roster.look(settings)
-    settings, reason = defaults.choose(settings, roster.named(now), hierarchy)
-    facts = host.probe(hierarchy, roster.named(now), places=settings.server)
     driver = cgroups.driver(settings.runtime.cgroup_driver)
+    settings, reason = defaults.choose(settings, roster.named(now), hierarchy, driver)
+    facts = host.probe(hierarchy, roster.named(now), places=settings.server)
     return [
         _kernel(facts),
         *_cgroups(facts, driver),
         *await asyncio.to_thread(_file_systems, settings.server.root),
         _user_namespaces(facts.no_user_namespaces),
         *_security(facts),
-        *_runtimes(settings, facts),
+        *_runtimes(settings, facts, driver),
         *_drop_ins(settings, roster.with_shortfalls(now, facts)),
         _ok("default runtime", f"{settings.runtime.default}: {reason}"),
         *await asyncio.to_thread(lambda: list(_network(settings.network))),
@@ -218,7 +218,7 @@ def _selinux(facts: host.Host) -> Finding:
 # -- runtimes, network, tools --------------------------------------------------------------------
 
 
-def _runtimes(settings: config.Config, facts: host.Host) -> Iterator[Finding]:
+def _runtimes(settings: config.Config, facts: host.Host, driver: str) -> Iterator[Finding]:
     if not facts.runtimes:
         yield _missing("OCI runtime", "none is installed", "install runc or crun")
     for name, found in facts.runtimes.items():
@@ -235,7 +235,7 @@ def _runtimes(settings: config.Config, facts: host.Host) -> Iterator[Finding]:
         features = "reports features" if found.features else "reports no features"
         yield _ok(f"runtime {name}{default}", f"{found.path} {found.version}, {features}")
         yield from _vulnerabilities(name, found)
-        yield from _quirks(name, facts)
+        yield from _quirks(name, facts, driver)
 
 
 def _drop_ins(settings: config.Config, now: roster.Roster) -> Iterator[Finding]:
@@ -261,11 +261,14 @@ def _vulnerabilities(name: str, found: host.RuntimeFacts) -> Iterator[Finding]:
         )
 
 
-def _quirks(name: str, facts: host.Host) -> Iterator[Finding]:
+def _quirks(name: str, facts: host.Host, driver: str) -> Iterator[Finding]:
     """What a runtime is known to refuse on hosts like this one."""
     why_not = facts.why_no_user_namespaces(name)
     if why_not and why_not != facts.no_user_namespaces:
         yield _limited(f"{name}: user namespaces", why_not, NO_USERNS)
+    forgotten = defaults.forgotten_limits(facts.runtimes[name], driver)
+    if forgotten:
+        yield _limited(f"{name} with systemd", forgotten, "install crun 1.8.6 or newer")
     refused = defaults.refused_hierarchy(facts.hierarchy)
     if facts.runtimes[name].program == "crun" and refused:
         yield _limited(

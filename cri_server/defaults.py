@@ -15,13 +15,18 @@ CRUN, RUNC = config.INSTALLED
 
 
 def choose(
-    settings: config.Config, found: Mapping[str, host.RuntimeFacts], hierarchy: cgroups.Hierarchy
+    settings: config.Config,
+    found: Mapping[str, host.RuntimeFacts],
+    hierarchy: cgroups.Hierarchy,
+    driver: str,
 ) -> tuple[config.Config, str]:
-    """Return the settings with a default handler, and the reason for it, for people."""
+    """Return the settings with a default handler, and the reason for it, for people. `driver` is
+    that of cgroups.
+    """
     named = settings.runtime.default
     if named:
         return settings, "the configuration names it"
-    chosen, reason = _chosen(found, why_not_crun(found, hierarchy))
+    chosen, reason = _chosen(found, why_not_crun(found, hierarchy, driver))
     runtime = dataclasses.replace(settings.runtime, default=chosen)
     return dataclasses.replace(settings, runtime=runtime), reason
 
@@ -34,13 +39,25 @@ def _chosen(found: Mapping[str, host.RuntimeFacts], no_crun: str) -> tuple[str, 
     return next(iter(found)), f"{no_crun}, nor is runc installed"
 
 
-def why_not_crun(found: Mapping[str, host.RuntimeFacts], hierarchy: cgroups.Hierarchy) -> str:
-    """Return why crun cannot run pods on this host, "" if it can."""
+def why_not_crun(
+    found: Mapping[str, host.RuntimeFacts], hierarchy: cgroups.Hierarchy, driver: str
+) -> str:
+    """Return why crun cannot run pods on this host, or not well, "" if it can."""
     if CRUN not in found:
         return "crun is not installed"
     if found[CRUN].error:
         return f"crun: {found[CRUN].error}"
-    return refused_hierarchy(hierarchy)
+    return refused_hierarchy(hierarchy) or forgotten_limits(found[CRUN], driver)
+
+
+def forgotten_limits(runtime: host.RuntimeFacts, driver: str) -> str:
+    """Return why containers would lose their limits, "" if they keep them.
+
+    crun before 1.8.5 tells systemd of no memory limit, so that the next `daemon-reload` takes the
+    container's away (containers/crun#1217; 1.8.6 is the first with `features`).
+    """
+    old = driver == "systemd" and runtime.old_crun
+    return "systemd takes the memory limits of an old crun's containers away" if old else ""
 
 
 def refused_hierarchy(hierarchy: cgroups.Hierarchy) -> str:

@@ -60,7 +60,7 @@ async def running(settings: config.Config) -> AsyncIterator[None]:
     _make_directories(settings)
     groups = _cgroups(settings)
     now = await roster.look(settings)
-    settings, reason = defaults.choose(settings, roster.named(now), groups.hierarchy)
+    settings, reason = defaults.choose(settings, roster.named(now), groups.hierarchy, groups.driver)
     log.info("default handler", handler=settings.runtime.default, reason=reason)
     facts = host.probe(groups.hierarchy, {}, places=settings.server)
     store = revisions.Store(settings.server.root)

@@ -33,7 +33,9 @@ def found(*names: str) -> dict[str, host.RuntimeFacts]:
 def test_the_default_handler(
     installed: tuple[str, ...], named: str, chosen: str, reason: str
 ) -> None:
-    settled, why = defaults.choose(settings(*installed, default=named), found(*installed), V2)
+    settled, why = defaults.choose(
+        settings(*installed, default=named), found(*installed), V2, "cgroupfs"
+    )
 
     assert (settled.runtime.default, why) == (chosen, reason)
 
@@ -42,7 +44,7 @@ def test_a_crun_that_does_not_work_is_not_chosen() -> None:
     facts = found("crun", "runc")
     facts["crun"] = dataclasses.replace(facts["crun"], error="no such library")
 
-    settled, why = defaults.choose(settings("crun", "runc"), facts, V2)
+    settled, why = defaults.choose(settings("crun", "runc"), facts, V2, "cgroupfs")
 
     assert (settled.runtime.default, why) == ("runc", "crun: no such library")
 
@@ -54,7 +56,25 @@ def test_crun_is_not_chosen_where_a_hybrid_host_has_controllers_in_v2(
     (tmp_path / "cgroup.controllers").write_text(held)
     hybrid = cgroups.Hierarchy(mode="hybrid", v1={}, unified=tmp_path)
 
-    settled, why = defaults.choose(settings("crun", "runc"), found("crun", "runc"), hybrid)
+    settled, why = defaults.choose(
+        settings("crun", "runc"), found("crun", "runc"), hybrid, "cgroupfs"
+    )
 
     assert settled.runtime.default == chosen
     assert ("cgroup v2 holds hugetlb" in why) == (chosen == "runc")
+
+
+@pytest.mark.parametrize(
+    ("driver", "features", "chosen"),
+    [("systemd", {}, "runc"), ("systemd", {"linux": {}}, "crun"), ("cgroupfs", {}, "crun")],
+)
+def test_an_old_crun_that_tells_systemd_of_no_memory_limit_is_not_chosen(
+    driver: str, features: dict[str, object], chosen: str
+) -> None:
+    facts = found("crun", "runc")
+    facts["crun"] = dataclasses.replace(facts["crun"], features=features)
+
+    settled, why = defaults.choose(settings("crun", "runc"), facts, V2, driver)
+
+    assert settled.runtime.default == chosen
+    assert ("memory limits" in why) == (chosen == "runc")
