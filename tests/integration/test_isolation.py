@@ -59,18 +59,20 @@ def test_v28_no_capability_is_inheritable(attack: Attack, kind: str) -> None:
 
 
 def test_v29_a_file_over_hosts_is_not_relabelled(attack: Attack) -> None:
-    """Naive: whatever is mounted on the runtime's own files gets the container's SELinux label."""
+    """Naive: whatever is mounted on the runtime's own files gets the container's SELinux label,
+    asked or, as here, not. Where that is enforced, the container then cannot see the file.
+    """
     mounts = [
         api.Mount(
             host_path=os.fspath(attack.canary.folder / "ptmx"),
             container_path=f"/etc/{name}",
             readonly=True,
-            selinux_relabel=True,
         )
         for name in ("hosts", "resolv.conf", "hostname")
     ]
     outcome = attack.attempt(attack.make(), "stat -c %s /etc/hosts", mounts=mounts)
-    assert outcome.code is INVALID or outcome.lines == [str(len(attack.canary.word))]
+    seen = outcome.lines == [str(len(attack.canary.word))]
+    assert outcome.code is INVALID or seen or "Permission denied" in outcome.text
 
 
 @pytest.mark.parametrize("entry", ["syscall", "socketcall"])
