@@ -27,6 +27,7 @@ from cri_server import (
     handlers,
     imagevolumes,
     locks,
+    moves,
     names,
     orders,
     remains,
@@ -66,8 +67,10 @@ class Containers:
         shim_host: shims.Shims,
         update_host: updates.Updates,
         event_host: events.Events,
+        mover: moves.Moves,
     ) -> None:
         self._handlers, self._store, self._events = live, store, event_host
+        self._moves = mover
         self._images, self._collector = image_store, collector
         self._bundles, self._shims = bundle_host, shim_host
         self._updates, self._remains = update_host, remains_host
@@ -85,6 +88,7 @@ class Containers:
         InvalidArgument for a config that can never work; all before anything is made.
         """
         pod = self._ready_pod(pod_id)
+        self._moves.soon()  # it is mostly started at once
         if not (wanted.metadata.name and wanted.image.image):
             raise errors.InvalidArgument("config.metadata.name or config.image.image is missing")
         image = self._image(wanted.image.image)
@@ -196,6 +200,7 @@ class Containers:
                 await self._bundles.let_go(container.id)
 
     async def _start(self, container: state.Container, pod: state.Pod) -> None:
+        self._moves.soon()
         recipe = steps.Steps("container started", pod=container.pod_id, container=container.id)
         try:
             async with self._shims.asked(container.pod_id) as shim:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from cri_server import bundles, config, configjson, containers, errors, shims, spec, state
+from cri_server import bundles, config, configjson, containers, errors, moves, shims, spec, state
 from shim import client
 from shim.pb import shim_pb2
 
@@ -35,7 +35,9 @@ class Exec:
         container_host: containers.Containers,
         bundle_host: bundles.Bundles,
         shim_host: shims.Shims,
+        mover: moves.Moves,
     ) -> None:
+        self._moves = mover
         self._settings, self._containers = settings, container_host
         self._bundles, self._shims = bundle_host, shim_host
         self._decoder = msgspec.json.Decoder(_Config)
@@ -68,6 +70,7 @@ class Exec:
         """
         if not cmd:
             raise errors.InvalidArgument("cmd is empty")
+        self._moves.soon()
         return shim_pb2.ExecStart(
             id=container.id,
             process=self._process(container.id, cmd, terminal=terminal),

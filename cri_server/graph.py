@@ -31,6 +31,7 @@ from cri_server import (
     inits,
     kernelstats,
     metrics,
+    moves,
     podfiles,
     pods,
     recovery,
@@ -89,6 +90,8 @@ class Graph:
         self._stack.push_async_callback(self._shims.close)
         self._volumes = imagevolumes.ImageVolumes(settings.server.state, self.layers)
         self._profiles = apparmor.AppArmor()
+        self._moves = moves.Moves(self._groups.hierarchy.mounts)
+        self._stack.push_async_callback(self._moves.close)
         self._remains = remains.Remains(settings, self._live, self._groups)
         self._kernels = kernelstats.KernelStats(settings, self._live, self._shims)
         devices = cdi.Registry(settings.runtime.cdi_spec_dirs)
@@ -152,6 +155,7 @@ class Graph:
             shim_host=self._shims,
             update_host=self._updates(),
             event_host=self.events,
+            mover=self._moves,
         )
         self._stack.push_async_callback(self._containers.close)
         self.pods = pods.Pods(
@@ -201,6 +205,7 @@ class Graph:
             container_host=self._containers,
             bundle_host=self._bundles,
             shim_host=self._shims,
+            mover=self._moves,
         )
         self.runtime = runtime.RuntimeService(
             pod_host=self.pods,
