@@ -24,8 +24,8 @@ from tests.fakes import kubelet
 from tests.lab import cgroups, image, network, registry, server, waiting
 
 KINDS = {"pods": pods, "streams": streams}
-HANDLERS = {"pods": "runc,crun", "streams": "runc"}
 SHIM = "containerd-shim-runc-v2"  # a handler too, by the shim that containerd runs runc by
+HANDLERS = {"pods": f"runc,crun,{SHIM}", "streams": "runc"}
 CONTAINERD = """\
 version = 2
 root = "{home}/root"
@@ -118,7 +118,7 @@ def _set_up(
 
 def _handlers(text: str) -> dict[str, str]:
     """Return the handlers of "crun,runc" by the names that they have in the table."""
-    return {f"ours-{handler}": handler for handler in text.split(",")}
+    return {f"ours-{handler.removeprefix('containerd-')}": handler for handler in text.split(",")}
 
 
 def pause_image() -> image.Image:
