@@ -168,13 +168,7 @@ class Graph:
             shim_host=self._shims,
             container_host=self._containers,
             remains_host=self._remains,
-            init_host=inits.Inits(
-                live=self._live,
-                files=self._files,
-                groups=self._groups,
-                shim_host=self._shims,
-                profiles=self._profiles,
-            ),
+            init_host=self._inits(),
             volumes=self._volumes,
             event_host=self.events,
         )
@@ -188,6 +182,15 @@ class Graph:
             remains_host=self._remains,
             files=self._files,
             layers=self.layers,
+        )
+
+    def _inits(self) -> inits.Inits:
+        return inits.Inits(
+            live=self._live,
+            files=self._files,
+            groups=self._groups,
+            shim_host=self._shims,
+            profiles=self._profiles,
         )
 
     def _updates(self) -> updates.Updates:

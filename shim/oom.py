@@ -20,13 +20,12 @@ class Ledger:
 
     def __init__(self) -> None:
         self._counters: list[Counter] = []
-        self._before = -1  # what the pod's group had counted before its first container
-        self._told = 0  # by containers that are deleted
+        self._told = 0  # in the pod's count: by containers that are deleted, or before its first
 
     def open(self, directories: Mapping[str, str]) -> "Counter":
         """Return the counter of a container that is about to start in these cgroups."""
-        if self._before < 0:
-            self._before = above(directories)
+        if not self._counters:  # the first one, also after a zygote's rehearsal
+            self._told = above(directories)
         counter = Counter(self, directories)
         self._counters.append(counter)
         return counter
@@ -36,12 +35,10 @@ class Ledger:
         if counter in self._counters:
             self._counters.remove(counter)
             self._told += counter.seen
-        if not self._counters:  # the next is the first again, also after a zygote's rehearsal
-            self._before, self._told = -1, 0
 
     def untold(self, directories: Mapping[str, str]) -> int:
         """Return the kills in the pod's group that no container has told yet."""
-        told = self._before + self._told + sum(counter.read() for counter in self._counters)
+        told = self._told + sum(counter.read() for counter in self._counters)
         return max(0, above(directories) - told)
 
 

@@ -18,7 +18,7 @@ Pure. Which levels are taken, and what the host's policy calls its types, is kno
 import dataclasses
 import re
 import secrets
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 from cri_server import errors
@@ -118,7 +118,8 @@ def of_sandbox(config: api.PodSandboxConfig, level: str, host: types.HostFacts) 
         _note_void("sandbox.selinuxLabel", context.selinux_options)
         return Labels()
     options, asked = context.namespace_options, _parts(context.selinux_options, level)
-    _note_sandbox(asked, context)
+    process, mount = "sandbox.selinuxLabel", "sandbox.mountLabel"
+    _note(asked, context, process=process, mount=mount, says=why.pod)
     return _labels(
         asked,
         host.selinux,
@@ -152,7 +153,8 @@ def of_container(
     of_pod = sandbox.linux.security_context
     asked = _parts(of_pod.selinux_options, level) | _parts(context.selinux_options, "")
     options = of_pod.namespace_options
-    _note(asked, context)
+    process, mount = "process.selinuxLabel", "linux.mountLabel"
+    _note(asked, context, process=process, mount=mount, says=why.cri)
     return _labels(
         asked,
         host.selinux,
@@ -192,26 +194,23 @@ def _labels(
     return Labels(process=str(process), mount=str(file))
 
 
-def _note(asked: dict[str, str], context: api.LinuxContainerSecurityContext) -> None:
-    field = "linux.security_context.selinux_options"
-    why.default("process.selinuxLabel", "of the host's policy, with a level of the pod's own")
-    why.default("linux.mountLabel", "of the host's policy, with the level of its processes")
+def _note(
+    asked: dict[str, str],
+    context: api.LinuxContainerSecurityContext | api.LinuxSandboxSecurityContext,
+    *,
+    process: str,
+    mount: str,
+    says: Callable[[str, str, str], None],
+) -> None:
+    """Note why these two parts are as they are; `says` names the request that the context is of."""
+    field = "linux.security_context"
+    why.default(process, "of the host's policy, with a level of the pod's own")
+    why.default(mount, "of the host's policy, with the level of its processes")
     for part in _PARTS:
         if getattr(context.selinux_options, part):
-            why.cri("process.selinuxLabel", f"{field}.{part}", asked[part])
+            says(process, f"{field}.selinux_options.{part}", asked[part])
     if context.privileged:
-        why.cri("process.selinuxLabel", "linux.security_context.privileged", "not confined")
-
-
-def _note_sandbox(asked: dict[str, str], context: api.LinuxSandboxSecurityContext) -> None:
-    field = "linux.security_context.selinux_options"
-    why.default("sandbox.selinuxLabel", "of the host's policy, with a level of the pod's own")
-    why.default("sandbox.mountLabel", "of the host's policy, with the level of its processes")
-    for part in _PARTS:
-        if getattr(context.selinux_options, part):
-            why.pod("sandbox.selinuxLabel", f"{field}.{part}", asked[part])
-    if context.privileged:
-        why.pod("sandbox.selinuxLabel", "linux.security_context.privileged", "not confined")
+        says(process, f"{field}.privileged", "not confined")
 
 
 def _note_void(part: str, options: api.SELinuxOption) -> None:

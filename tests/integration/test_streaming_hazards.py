@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 import pytest
 
-from bench import memory
+from bench import leaks, memory
 from cri_server.pb import api_pb2 as api
 from cri_server.streaming import spdydict
 from tests.fakes import forwards, spdy, streams
@@ -251,9 +251,6 @@ def test_resets_in_a_row_cost_nothing(
 def test_attaches_to_a_silent_container_that_break_off(
     kubelet: Kubelet, container: str, site: server.Site, bystander: Any
 ) -> None:
-    shim = shim_of(container)
-    before = fds(site), count(shim)
-
     def once(number: int) -> None:
         kind = (streams.Spdy, streams.WebSocket)[number % 2]
         url = attach_url(kubelet, container, stdin=number % 3 == 0)
@@ -261,16 +258,13 @@ def test_attaches_to_a_silent_container_that_break_off(
         session = kind(url, names)
         (forwards.break_off, lambda s: s.close())[number // 2 % 2](session)
 
-    several(once)
-    waiting.until(lambda: (fds(site), count(shim)) <= before, "nothing is left of them")
+    with nothing_left(site, container):
+        several(once)
 
 
 def test_terminal_execs_that_fail_and_resize(
     kubelet: Kubelet, container: str, site: server.Site, bystander: Any
 ) -> None:
-    shim = shim_of(container)
-    before = fds(site), count(shim)
-
     def once(number: int) -> None:
         kind = (streams.Spdy, streams.WebSocket)[number % 2]
         url = exec_url(kubelet, container, "/nope", tty=True, stdin=True)
@@ -278,8 +272,19 @@ def test_terminal_execs_that_fail_and_resize(
             session.send("resize", json.dumps({"Width": 80 + number, "Height": 24}).encode())
             assert streams.ending(session)["reason"] == "InternalError"
 
-    several(once)
-    waiting.until(lambda: (fds(site), count(shim)) <= before, "nothing is left of them")
+    with nothing_left(site, container):
+        several(once)
+
+
+@contextlib.contextmanager
+def nothing_left(site: server.Site, container: str) -> Iterator[None]:
+    """See that server and shim hold no more descriptors after the block, and the bundle no exec."""
+    shim = leaks.shim_of(container)
+    of_server, of_shim = fds(site), count(shim)
+    yield
+    waiting.until(
+        lambda: fds(site) <= of_server and count(shim) <= of_shim, "nothing is left of them"
+    )
     assert not list(bundle_of(container).glob("exec-*"))
 
 
@@ -287,15 +292,6 @@ def several(once: Callable[[int], None], *, at_once: int = 4) -> None:
     with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
         for _ in pool.map(once, range(ROUNDS)):
             continue
-
-
-def shim_of(container: str) -> int:
-    """Return the pid of the shim of a container: the parent of its init."""
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if container in (entry / "cgroup").read_text():
-                return int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-    raise AssertionError(f"no process of {container}")
 
 
 def count(pid: int) -> int:
@@ -311,8 +307,6 @@ def test_a_storm_of_execs(
     kubelet: Kubelet, container: str, site: server.Site, bystander: Any
 ) -> None:
     """R28: every tenth leaves a child that holds stdout, every tenth takes too long."""
-    shim = shim_of(container)
-    before = fds(site), count(shim)
     token = f"5{os.getpid()}"
 
     def once(number: int) -> None:
@@ -329,17 +323,16 @@ def test_a_storm_of_execs(
         else:
             assert kubelet.exec_sync(container, ["true"]).exit_code == 0
 
-    several(once, at_once=16)
-    waiting.until(lambda: not faults.processes("sleep", token), "those trees are dead")
-    waiting.until(lambda: (fds(site), count(shim)) <= before, "nothing is left of them")
-    assert not list(bundle_of(container).glob("exec-*"))
+    with nothing_left(site, container):
+        several(once, at_once=16)
+        waiting.until(lambda: not faults.processes("sleep", token), "those trees are dead")
 
 
 @pytest.mark.parametrize("kind", [streams.Spdy, streams.WebSocket])
 def test_a_gibibyte_for_a_client_that_does_not_read(
     kubelet: Kubelet, container: str, site: server.Site, kind: Any
 ) -> None:
-    shim = shim_of(container)
+    shim = leaks.shim_of(container)
     url = exec_url(kubelet, container, "head", "-c", str(1 << 30), "/dev/zero", stderr=False)
     before = memory.resident(site.pid), memory.resident(shim)
     with kind(url, ("stdout", "error")) as session:
