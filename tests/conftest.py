@@ -126,20 +126,13 @@ def marks() -> Marks:
 
 @pytest.fixture(scope="session")
 def hugetlb() -> Iterator[None]:
-    """Mount the v1 hierarchy of hugepages for the run, where there is v1 and nobody has."""
+    """Mount the v1 hierarchy of hugepages for the run, where there is v1 and nobody has.
+
+    On a hybrid host crun refuses to work while cgroup v2 holds a controller, and this is the one
+    that nobody has mounted. What starts a server or a shim asks for it first: they, as everybody,
+    look once which hierarchies there are, and would leave their cgroups in one that came later.
+    """
     with contextlib.ExitStack() as stack:
         if not probes.missing("cgroup-v1"):
             stack.enter_context(cgroups.hugetlb())
         yield
-
-
-@pytest.fixture(scope="session")
-def crun(request: pytest.FixtureRequest) -> str:
-    """Make crun usable and return its name.
-
-    On a hybrid host crun refuses to work while cgroup v2 holds a controller, and hugetlb is the one
-    that nobody has mounted: it is mounted as a v1 hierarchy for the run.
-    """
-    if "hugetlb" in probes.missing("crun-works"):
-        request.getfixturevalue("hugetlb")
-    return "crun"

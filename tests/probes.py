@@ -165,15 +165,3 @@ def _sys_resource() -> str:
     status = Path("/proc/self/status").read_text()
     effective = next(int(line.split()[1], 16) for line in status.splitlines() if "CapEff" in line)
     return "" if effective & 1 << 24 else "CAP_SYS_RESOURCE is not to be had"
-
-
-@probe("crun-works")
-def _crun_works() -> str:
-    """Tell whether crun can run here: on a hybrid host it refuses while cgroup v2 holds a
-    controller.
-    """
-    if shutil.which("crun") is None:
-        return "crun is not installed"
-    controllers = Path("/sys/fs/cgroup/unified/cgroup.controllers")
-    held = controllers.read_text().strip() if controllers.exists() else ""
-    return f"the hybrid hierarchy holds {held}" if held else ""

@@ -92,7 +92,7 @@ class Lab:
 
 
 @pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def root(hugetlb: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     linux.prctl_set_child_subreaper()
     yield bundle.rootfs(tmp_path_factory.mktemp("root") / "root")
     cgroups.remove(bundle.PARENT)
@@ -103,19 +103,13 @@ REAL = ("runc", pytest.param("crun", marks=pytest.mark.needs("crun")))
 
 @pytest.fixture(params=["plain", *REAL])
 def lab(request: pytest.FixtureRequest, tmp_path: Path, root: Path) -> Lab:
-    return make_lab(request, tmp_path, root)
+    return Lab(request.param, tmp_path, root)
 
 
 @pytest.fixture(params=REAL)
 def real(request: pytest.FixtureRequest, tmp_path: Path, root: Path) -> Lab:
     """Return the lab of a runtime that really makes containers."""
-    return make_lab(request, tmp_path, root)
-
-
-def make_lab(request: pytest.FixtureRequest, folder: Path, root: Path) -> Lab:
-    if request.param == "crun":
-        request.getfixturevalue("crun")
-    return Lab(request.param, folder, root)
+    return Lab(request.param, tmp_path, root)
 
 
 @contextmanager
@@ -364,11 +358,8 @@ def test_a_runtime_that_is_not_there(tmp_path: Path, root: Path) -> None:
 
 
 @pytest.mark.needs("crun")
-def test_a_copy_is_run_while_the_file_is_the_one_that_was_copied(
-    tmp_path: Path, root: Path, request: pytest.FixtureRequest
-) -> None:
+def test_a_copy_is_run_while_the_file_is_what_was_copied(tmp_path: Path, root: Path) -> None:
     """The file is not crun at all: what succeeds was run from the copy."""
-    request.getfixturevalue("crun")
     program = tmp_path / "crun"
     shutil.copy("/bin/false", program)
     copy = sealed.copy(process.find("crun"))

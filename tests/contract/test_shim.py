@@ -83,7 +83,7 @@ def exec_start(
 
 
 @pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def root(hugetlb: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield bundle.rootfs(tmp_path_factory.mktemp("root") / "root")
     cgroups.remove(bundle.PARENT)
 
@@ -107,8 +107,6 @@ RUNTIMES = (
 
 @pytest.fixture(params=RUNTIMES)
 def runtime(request: pytest.FixtureRequest) -> str:
-    if request.param == "crun":
-        request.getfixturevalue("crun")
     return str(request.param)
 
 
@@ -882,8 +880,10 @@ def exists(path: str) -> bool:
 
 
 def busy(made: bundle.Bundle) -> bool:
-    """Tell whether processes are in the parts that execs have of the cgroup."""
-    return any(Path(part, "cgroup.procs").read_text() for part in made.parts())
+    """Tell whether processes are in the parts that execs have of the cgroup; an empty part may go
+    while we look.
+    """
+    return any(usage.text(part, "cgroup.procs") for part in made.parts())
 
 
 def peak(pid: int) -> int:

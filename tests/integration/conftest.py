@@ -66,7 +66,7 @@ def home(marks: Marks) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def net(marks: Marks) -> Iterator[network.Network]:
+def net(hugetlb: None, marks: Marks) -> Iterator[network.Network]:
     """Return a pod network of this run."""
     made = network.own("crit")
     marks.add(made.name)

@@ -145,10 +145,8 @@ def test_a_child_that_is_killed_for_memory_is_told(kubelet: Kubelet, pod: Pod, p
     ],
 )
 def test_a_start_that_fails_says_why_in_its_first_words(
-    request: pytest.FixtureRequest, kubelet: Kubelet, pulled: str, handler: str, words: str
+    kubelet: Kubelet, pulled: str, handler: str, words: str
 ) -> None:
-    if handler == "crun":
-        request.getfixturevalue("crun")
     pod = kubelet.run_pod(handler=handler)
     container = kubelet.create(pod, kubelet.container_config(pulled, ["nope"]))
     begin = time.time_ns()

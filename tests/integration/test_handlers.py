@@ -64,14 +64,8 @@ class Lab:
 
 
 @pytest.fixture(scope="module")
-def chain(
-    settings: dict[str, dict[str, Any]],
-    home: Path,
-    marks: Marks,
-    request: pytest.FixtureRequest,
-) -> Iterator[server.Site]:
+def chain(settings: dict[str, dict[str, Any]], home: Path, marks: Marks) -> Iterator[server.Site]:
     """Return a server with all handlers."""
-    request.getfixturevalue("crun")
     linux.prctl_set_child_subreaper(on=False)  # other tests are; orphans of dead shims are init's
     names = list(handlers.HANDLERS)
     tables = {**handlers.tables(home, *names), **handlers.odd(home, *names)}

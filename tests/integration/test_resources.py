@@ -56,8 +56,6 @@ def assert_limits(pod: Pod, container: str, expected: Mapping[str, str]) -> None
 @pytest.fixture(params=["runc", "crun"])
 def handled(request: pytest.FixtureRequest, kubelet: Kubelet, pulled: str) -> Pod:
     """Return a pod of each OCI runtime in turn."""
-    if request.param == "crun":
-        request.getfixturevalue("crun")
     return kubelet.run_pod(handler=request.param)
 
 
@@ -131,7 +129,6 @@ def test_the_swap_limit_follows_the_memory_limit(
 
 
 @pytest.mark.parametrize("handler", ["runc", "crun"])
-@pytest.mark.usefixtures("crun", "hugetlb")  # before the server looks at the host
 def test_hugepage_limits_are_set_and_changed(
     make_site: Sites, client_of: Clients, reference: str, handler: str
 ) -> None:
@@ -431,7 +428,6 @@ def generous() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("handler", ["runc", "crun"])
-@pytest.mark.usefixtures("crun")
 def test_limits_of_processes_and_the_size_of_shm(
     make_site: Sites,
     client_of: Clients,

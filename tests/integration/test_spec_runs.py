@@ -37,16 +37,10 @@ ls /dev
 """
 
 
-@pytest.fixture(params=["runc", "crun"])
-def runtime(request: pytest.FixtureRequest) -> str:
-    """Return each OCI runtime in turn; crun by the fixture that makes it work here."""
-    if request.param == "crun":
-        if shutil.which("crun") is None:
-            pytest.skip("crun is not installed")
-        return str(request.getfixturevalue("crun"))
-    if shutil.which("runc") is None:
-        pytest.skip("runc is not installed")
-    return "runc"
+@pytest.fixture(params=[pytest.param(n, marks=pytest.mark.needs(n)) for n in ("runc", "crun")])
+def runtime(hugetlb: None, request: pytest.FixtureRequest) -> str:
+    """Return each OCI runtime in turn."""
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ class Lab:
         return done.stdout
 
 
-@pytest.fixture(params=["runc", "crun"])
+@pytest.fixture(params=["", "crun"], ids=["default", "crun"])
 def lab(
     request: pytest.FixtureRequest,
     make_site: Callable[..., server.Site],
@@ -64,13 +64,12 @@ def lab(
     reference: str,
     tmp_path: Path,
 ) -> Iterator[Lab]:
-    handler = str(request.getfixturevalue("crun")) if request.param == "crun" else ""
     folder = tmp_path / "cdi"
     folder.mkdir()
     site = make_site(runtime={"cdi_spec_dirs": [os.fspath(folder)]})
     client = client_of(site)
     client.pull(reference)
-    made = Lab(site, folder, client, handler)
+    made = Lab(site, folder, client, request.param)
     yield made
     client.remove_pod(made.pod.id)
 
