@@ -141,7 +141,8 @@ _CPU = (
 
 def _pressure(resource: str, kind: str) -> Values:
     def values(s: Sample) -> Iterator[Value]:
-        line = (s.used.pressure or {}).get(resource, {}).get(kind)
+        lines = (s.used.pressure or {}).get(resource)
+        line: usage.Pressure | None = getattr(lines, kind, None)
         yield (), None if line is None else line.total // NS
 
     return values

@@ -8,6 +8,7 @@ answer, not zero.
 """
 
 import asyncio
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -211,7 +212,7 @@ def _fill(
 
 def _fill_pressure(
     stats: api.ContainerStats | api.LinuxPodSandboxStats,
-    pressure: Mapping[str, Mapping[str, usage.Pressure]],
+    pressure: Mapping[str, usage.Pressures],
     now: int,
 ) -> None:
     for name, target in (("cpu", stats.cpu), ("memory", stats.memory), ("io", stats.io)):
@@ -220,14 +221,16 @@ def _fill_pressure(
     stats.io.timestamp = now
 
 
-def _psi(lines: Mapping[str, usage.Pressure]) -> api.PsiStats:
-    found = {
-        kind.capitalize(): api.PsiData(
-            Total=line.total, Avg10=line.avg10, Avg60=line.avg60, Avg300=line.avg300
-        )
-        for kind, line in lines.items()
-    }
-    return api.PsiStats(**found)
+@functools.lru_cache(maxsize=usage.REMEMBERED)
+def _psi(lines: usage.Pressures) -> api.PsiStats:
+    """Return the message for a PSI file; shared, to be copied."""
+    return api.PsiStats(Some=_psi_line(lines.some), Full=_psi_line(lines.full))
+
+
+def _psi_line(line: usage.Pressure | None) -> api.PsiData | None:
+    if line is None:
+        return None
+    return api.PsiData(Total=line.total, Avg10=line.avg10, Avg60=line.avg60, Avg300=line.avg300)
 
 
 def _set(target: api.CpuUsage | api.MemoryUsage | api.SwapUsage, **values: int | None) -> None:

@@ -14,24 +14,35 @@ pressure. The whole of cpu.stat and memory.stat is handed on: `accounts` finds m
 need in it.
 
 All functions block for the time of some reads of kernfs. A file that is not there leaves its value
-None.
+None. What most cgroups of a node say most of the time is what they said before, since they are
+idle: long files are parsed once for each text (`REMEMBERED`).
 """
 
+import functools
 import os
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 UNLIMITED = 1 << 62  # v1 says "no limit" by a number near 2^63
+REMEMBERED = 512  # texts of each kind: about 2 MiB of memory.stat
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Pressure:
+class Pressure(NamedTuple):
     """One line of a PSI file: total stall in nanoseconds, averages in percent."""
 
     total: int
     avg10: float
     avg60: float
     avg300: float
+
+
+class Pressures(NamedTuple):
+    """A PSI file: the line of some tasks and that of all, which older kernels lack for cpu."""
+
+    some: Pressure | None
+    full: Pressure | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +59,7 @@ class Usage:
     major_faults: int | None = None
     swap: int | None = None
     swap_limit: int | None = None
-    pressure: Mapping[str, Mapping[str, Pressure]] | None = None  # cpu|memory|io: some|full
+    pressure: Mapping[str, Pressures] | None = None  # of cpu, memory and io
     cpu_stat: Mapping[str, int] = field(default_factory=dict)  # v2 alone
     memory_stat: Mapping[str, int] = field(default_factory=dict)
 
@@ -118,17 +129,18 @@ def _working_set(current: int | None, inactive_file: int) -> int | None:
     return None if current is None else max(current - inactive_file, 0)
 
 
-def _pressures(directory: str) -> dict[str, dict[str, Pressure]] | None:
-    found = {n: _pressure(directory, f"{n}.pressure") for n in ("cpu", "memory", "io")}
-    return {n: lines for n, lines in found.items() if lines} or None
+def _pressures(directory: str) -> dict[str, Pressures] | None:
+    texts = {n: text(directory, f"{n}.pressure") for n in ("cpu", "memory", "io")}
+    return {n: _pressure(content) for n, content in texts.items() if content} or None
 
 
-def _pressure(directory: str, name: str) -> dict[str, Pressure]:
-    lines = (text(directory, name) or "").splitlines()
-    return {line[:4]: _pressure_line(line.split()) for line in lines}
+@functools.lru_cache(maxsize=REMEMBERED)
+def _pressure(content: str) -> Pressures:
+    lines = {words[0]: _line(words) for words in map(str.split, content.splitlines())}
+    return Pressures(some=lines.get("some"), full=lines.get("full"))
 
 
-def _pressure_line(words: Sequence[str]) -> Pressure:
+def _line(words: Sequence[str]) -> Pressure:
     """Parse "some avg10=0.00 avg60=0.00 avg300=0.00 total=0" (Documentation/accounting/psi.rst)."""
     return Pressure(
         avg10=float(words[1][6:]),
@@ -138,13 +150,16 @@ def _pressure_line(words: Sequence[str]) -> Pressure:
     )
 
 
-def fields(directory: str, name: str) -> dict[str, int] | None:
+def fields(directory: str, name: str) -> Mapping[str, int] | None:
     """Return a file of "name value" lines; None if it is missing."""
     content = text(directory, name)
-    if content is None:
-        return None
+    return None if content is None else _fields(content)
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def _fields(content: str) -> Mapping[str, int]:
     words = content.split()
-    return dict(zip(words[::2], map(int, words[1::2]), strict=True))
+    return types.MappingProxyType(dict(zip(words[::2], map(int, words[1::2]), strict=True)))
 
 
 def number(directory: str, name: str) -> int | None:

@@ -35,7 +35,7 @@ def test_v2(tmp_path: Path) -> None:
     assert (found.cpu, found.memory, found.working_set, found.rss) == (5000, 1000, 600, 600)
     assert (found.limit, found.swap, found.swap_limit) == (None, 10, 100)
     assert (found.faults, found.major_faults, found.cache) == (7, 1, 300)
-    assert found.pressure["cpu"]["some"] == usage.Pressure(
+    assert found.pressure["cpu"].some == usage.Pressure(
         total=9000, avg10=1.5, avg60=0.2, avg300=0.0
     )
 
@@ -60,7 +60,8 @@ def test_hybrid_takes_the_pressure_from_v2(tmp_path: Path) -> None:
 
     assert found is not None
     assert found.pressure is not None
-    assert (found.cpu, found.pressure["cpu"]["some"].total) == (5000, 9000)
+    assert found.pressure["cpu"].some is not None
+    assert (found.cpu, found.pressure["cpu"].some.total) == (5000, 9000)
 
 
 def test_swap_of_v1_is_what_memsw_has_more_than_memory(tmp_path: Path) -> None:
