@@ -16,7 +16,7 @@ run: setup
 	@$(PYTHON) -m deploy.demo $(if $(filter 1,$(ONCE)),--once)
 
 test: setup
-	@deploy/setup.sh shellcheck
+	@deploy/setup.sh shellcheck runsc containerd-shim-runc-v2
 	@$(PYTHON) -m tests.lab.init $(PYTHON) -m pytest $(TESTS)
 
 test-vm: setup

@@ -11,6 +11,7 @@ package() {
     case $1 in
         docker-registry | runc | crun | catatonit | iptables | containerd | curl | strace | runsc | shellcheck) echo "$1" ;;
         ip) echo iproute2 ;;
+        containerd-shim-runc-v2) echo containerd ;;
         busybox) echo busybox-static ;;
         qemu-system-x86_64) echo qemu-system-x86 ;;
         mmdebstrap) echo mmdebstrap ;;

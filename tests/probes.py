@@ -27,8 +27,6 @@ ALLOWED = frozenset(
         "cgroup-v1",
         "cgroup-v2",
         "kvm",
-        "runsc",
-        "containerd-shim-runc-v2",
         "sys_resource",
         "userns",
     }

@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 
-from tests.lab import cgroups, network
+from tests.lab import cgroups, init, network
 
 NETNS = Path("/run/netns")
 ONCE = re.compile(r"-j CNI-HOSTPORT-(DNAT|MASQ)$|^-A CNI-HOSTPORT-(MASQ|SETMARK) ")
@@ -44,12 +44,17 @@ def left(before: Set[str], *, marks: Iterable[str], alone: bool, seconds: float 
     """Return what is there that was not there `before`, once it no longer shrinks to nothing within
     `seconds`.
 
-    With `alone` everything counts, otherwise lines with one of the `marks`.
+    With `alone` everything counts that is not plainly somebody else's, otherwise lines with one of
+    the `marks`.
     """
     wanted = frozenset(marks)
     deadline = time.monotonic() + seconds
     while True:
-        new = sorted(line for line in take(wanted) - before if alone or _has(line, wanted))
+        new = sorted(
+            line
+            for line in take(wanted) - before
+            if _has(line, wanted) or (alone and not _of_others(line))
+        )
         if not new or time.monotonic() > deadline:
             return new
         time.sleep(0.1)
@@ -110,6 +115,21 @@ def _cgroups() -> Iterator[str]:
             path = folder.removeprefix(os.fspath(mount))
             if path and not FOREIGN.match(path):
                 yield f"cgroup {mount.name}{path}"
+
+
+def _of_others(line: str) -> bool:
+    """Tell whether a line is of a cgroup in which processes are that do not belong to the run: a
+    shell that somebody opened meanwhile.
+    """
+    kind, _, place = line.partition(" ")
+    if kind != "cgroup":
+        return False
+    name, _, path = place.partition("/")
+    mount = next(mount for mount in cgroups.hierarchies() if mount.name == name)
+    with contextlib.suppress(OSError):
+        pids = map(int, (mount / path / "cgroup.procs").read_text().split())
+        return any(not init.has_below(pid) for pid in pids)
+    return False
 
 
 def _files() -> Iterator[str]:

@@ -11,7 +11,7 @@ import pytest
 
 from shim import linux
 from tests import residue
-from tests.lab import cgroups, network
+from tests.lab import cgroups, init, network
 
 pytestmark = pytest.mark.needs("root", "netns", "iptables", "ip")
 MARK = f"residue{os.getpid()}"
@@ -110,3 +110,28 @@ def test_a_leftover_is_seen(
     finally:
         undo()
     assert new(before) == []
+
+
+def test_a_cgroup_with_a_process_of_others_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell that somebody opens while the tests run; `alone` or not, it is not left behind."""
+
+    def left() -> list[str]:
+        return [
+            line for line in residue.left(before, marks=[], alone=True, seconds=0) if MARK in line
+        ]
+
+    before = residue.take()
+    process = subprocess.Popen(["sleep", "1000"])
+    try:
+        for mount in cgroups.hierarchies():
+            (mount / MARK).mkdir()
+        (cgroups.hierarchies()[0] / MARK / "cgroup.procs").write_text(str(process.pid))
+
+        monkeypatch.setenv(init.WHO, str(os.getpid()))
+        assert len(left()) == len(cgroups.hierarchies()), "a process of the run: its cgroup counts"
+        monkeypatch.setenv(init.WHO, str(process.pid + 1))  # nobody's ancestor
+        assert len(left()) == len(cgroups.hierarchies()) - 1
+    finally:
+        process.kill()
+        process.wait()
+        cgroups.remove(f"/{MARK}")

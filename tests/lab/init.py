@@ -11,14 +11,17 @@ import signal
 import sys
 from pathlib import Path
 
-from shim import linux
+from shim import linux, process
+
+WHO = "CRI_TESTS_INIT"  # in the command's environment: our pid
 
 
 def main(argv: list[str]) -> int:
     """Run `argv`; returns its exit status, or 1 when it left processes behind."""
     linux.prctl_set_child_subreaper()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells the command too
-    command = os.posix_spawnp(argv[0], argv, os.environ, setsigdef=[signal.SIGINT])
+    environment = {**os.environ, WHO: str(os.getpid())}
+    command = os.posix_spawnp(argv[0], argv, environment, setsigdef=[signal.SIGINT])
     signal.signal(signal.SIGTERM, lambda number, _frame: os.kill(command, number))
     status = os.waitstatus_to_exitcode(_reap_until(command))
     left = children()
@@ -26,6 +29,16 @@ def main(argv: list[str]) -> int:
         print(f"left behind: process {pid}: {words}", file=sys.stderr)
         os.kill(pid, signal.SIGKILL)
     return status or (1 if left else 0)
+
+
+def has_below(pid: int) -> bool:
+    """Tell whether a process descends from the one that `main` runs in; without one, or when the
+    process has ended, nobody can say that it does not.
+    """
+    try:
+        return WHO not in os.environ or process.descends(pid, int(os.environ[WHO]))
+    except ProcessLookupError:
+        return True
 
 
 def children() -> dict[int, str]:
