@@ -116,10 +116,15 @@ class Puller:
         return plan.image_id
 
     async def _carry_out(self, plan: _Plan) -> None:
-        async with self._collector.claim((*plan.keys, *plan.documents)):
-            if not await flights.in_thread(self._is_here, plan):
-                await self._make_all(plan)
-                await flights.in_thread(self._record, plan)
+        try:
+            async with self._collector.claim((*plan.keys, *plan.documents)):
+                if not await flights.in_thread(self._is_here, plan):
+                    await self._make_all(plan)
+                    await flights.in_thread(self._record, plan)
+        except BaseException:
+            await self._chains.close()  # a layer that was being committed may still come
+            await self._collector.collect()
+            raise
 
     # ---- documents
 
@@ -162,8 +167,10 @@ class Puller:
 
     def _known(self, name: reference.Reference, digest: str) -> bytes | None:
         """Return the document that this very repository had under a digest earlier."""
-        here = self._images.find(name.canonical(digest))
-        return self._images.read_blob(digest) if here else None
+        if self._images.find(name.canonical(digest)) is None:
+            return None
+        body = self._images.read_blob(digest)
+        return body if body is not None and ingest.matches(body, digest) else None
 
     async def _config(
         self,
@@ -232,7 +239,7 @@ class Puller:
             and plan.name.canonical(plan.digest) in image.repo_digests
             and plan.name.tagged in (None, *image.repo_tags)
             and all(self._snapshots.layer(key) for key in plan.keys)
-            and all(self._images.blob_path(digest).exists() for digest in plan.documents)
+            and all(self._images.read_blob(d) == body for d, body in plan.documents.items())
         )
 
     def _record(self, plan: _Plan) -> None:

@@ -10,6 +10,7 @@ server cleans up there.
 """
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import sys
@@ -71,20 +72,20 @@ class _Worker:
     """One process and the pipes to it."""
 
     def __init__(self) -> None:
-        theirs, self._requests = os.pipe()
-        self._answers, their_answers = os.pipe()
-        self._stderr = os.memfd_create("stderr")
-        try:
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            requests, self._requests = os.pipe()
+            theirs.callback(os.close, requests)
+            ours.callback(os.close, self._requests)
+            self._answers, answers = os.pipe()
+            ours.callback(os.close, self._answers)
+            theirs.callback(os.close, answers)
+            self._stderr = os.memfd_create("stderr")
+            ours.callback(os.close, self._stderr)
             fcntl.fcntl(self._requests, fcntl.F_SETPIPE_SZ, _PIPE)
             self._child = process.spawn(
-                _COMMAND, stdin=theirs, stdout=their_answers, stderr=self._stderr
+                _COMMAND, stdin=requests, stdout=answers, stderr=self._stderr
             )
-        except OSError:
-            self._close()
-            raise
-        finally:
-            os.close(theirs)
-            os.close(their_answers)
+            self._files = ours.pop_all()
 
     async def ask(self, job: Mapping[str, Any]) -> dict[str, Any]:
         """Send a job and wait for the answer. Raises Internal when the process ends instead."""
@@ -113,17 +114,13 @@ class _Worker:
         loop = asyncio.get_running_loop()
         ended = loop.create_future()
         loop.add_reader(self._child.pidfd, self._reap, ended)
-        self._close()
+        self._files.close()
         await asyncio.wait([ended], timeout=_END_SECONDS)
 
     def _reap(self, ended: "asyncio.Future[None]") -> None:
         asyncio.get_running_loop().remove_reader(self._child.pidfd)
         process.reap(self._child)
         ended.set_result(None)
-
-    def _close(self) -> None:
-        for fd in (self._requests, self._answers, self._stderr):
-            os.close(fd)
 
     def _died(self) -> errors.Internal:
         said = os.pread(self._stderr, 4096, max(0, os.fstat(self._stderr).st_size - 1024))
