@@ -6,7 +6,7 @@
 
 A layer whose commit does not come, because something failed or nobody wants it any more, is removed
 with its folder; a crash leaves the folder to `gc`. The worker can be killed at any time and is,
-when its time is up.
+when it stands still.
 """
 
 import contextlib

@@ -44,7 +44,7 @@ from cri_server.pb import api_pb2 as api
 from shim import linux
 
 log = structlog.get_logger()
-UNPACK_TIMEOUT = 1800.0  # seconds for one layer
+LEAST_PATIENCE = 60.0  # seconds: a busy disk may hold up the unpacking of a layer for long
 WORKERS = os.cpu_count() or 1  # processes of one pull
 
 
@@ -66,7 +66,8 @@ class _Plan:
 
 
 class Puller:
-    """Pulls images into a store. `parallel` bounds the downloads of one pull."""
+    """Pulls images into a store. `parallel` bounds the downloads of one pull; `patience` is in
+    seconds, for the unpacking of a layer that stands still."""
 
     def __init__(
         self,
@@ -76,10 +77,12 @@ class Puller:
         layer_host: snapshots.Snapshots,
         collector: gc.Collector,
         parallel: int = 3,
+        patience: float = 300.0,
         limits: tar.Limits | None = None,
     ) -> None:
         self._client, self._images, self._snapshots = client, images, layer_host
         self._collector, self._parallel = collector, parallel
+        self._patience = max(patience, LEAST_PATIENCE)
         self._layers = layers.Layers(layer_host, limits=limits or tar.Limits())
         self._platform = manifest.host_platform()
         self._pulls: flights.Flights[str] = flights.Flights()
@@ -162,7 +165,7 @@ class Puller:
             layers=found.layers,
             keys=manifest.chain(config.diff_ids),
             downloads=asyncio.Semaphore(self._parallel),
-            pool=workers.Workers(WORKERS, timeout=UNPACK_TIMEOUT),
+            pool=workers.Workers(WORKERS, patience=self._patience),
         )
 
     def _known(self, name: reference.Reference, digest: str) -> bytes | None:

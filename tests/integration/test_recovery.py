@@ -21,7 +21,8 @@ from tests.conftest import Marks
 from tests.fakes import cni
 from tests.fakes.kubelet import Kubelet, Pod, is_ready, refusal
 from tests.integration.conftest import SLEEP
-from tests.lab import cgroups, faults, network, server, waiting
+from tests.lab import cgroups, faults, image, network, server, waiting
+from tests.lab import registry as registries
 
 pytestmark = [
     pytest.mark.needs("root", "netns", "overlay", "cni", "runc", "docker-registry"),
@@ -495,6 +496,40 @@ def test_spoilt_records_harm_nobody_else(
         file.unlink()
     for pod in pods.values():  # which of them the kubelet had made is lost with the records
         cgroups.remove(pod.config.linux.cgroup_parent)
+
+
+SPOILT_LAYERS = {n: SPOILT[n] for n in ("empty", "truncated", "binary", "list", "deep")} | {
+    "types": lambda text: text.replace(b'"bytes":', b'"bytes":"x","was":'),
+    "no text": lambda text: text.replace(b"sha256:", b"\xff"),
+}
+
+
+def test_a_spoilt_layer_stays_under_its_containers_and_a_pull_heals_it(
+    killable: server.Site, client_of: ClientOf, registry: registries.Registry
+) -> None:
+    client = client_of(killable)
+    before = set(os.listdir(killable.root / "layers"))
+    made = image.busybox(*([image.Entry(name=name, data=b"whole")] for name in SPOILT_LAYERS))
+    layered = registry.push(made, "recovery/layered")
+    client.pull(layered)
+    pod = client.run_pod()
+    running = client.run(pod, layered, SLEEP, name="running")
+    killable.kill()
+    layers = sorted(set(os.listdir(killable.root / "layers")) - before)
+    for layer, how in zip(layers, SPOILT_LAYERS.values(), strict=True):
+        spoil(killable.root / f"layers/{layer}/layer.json", how)
+    killable.start()
+
+    client = client_of(killable)
+    words = [b"whole"] * len(SPOILT_LAYERS)
+    show = ["sh", "-c", f"cd /; for f in {' '.join(SPOILT_LAYERS)}; do cat $f; echo; done"]
+    show[2] = show[2].replace("no text", "'no text'")
+    assert client.exec_sync(running, show).stdout.split() == words
+    assert client.image_status(layered) is None
+    client.pull(layered)
+    again = client.run(pod, layered, SLEEP, name="again")
+    for container in (running, again):
+        assert client.exec_sync(container, show).stdout.split() == words
 
 
 def test_spoilt_bundles_can_be_removed(

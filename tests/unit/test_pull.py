@@ -8,6 +8,7 @@ import json
 import os
 import random
 import stat
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -542,19 +543,29 @@ async def test_other_credentials_are_another_pull(
     assert await asyncio.gather(*tasks) == [made.id] * 3
 
 
-async def test_a_worker_is_killed_when_its_time_is_up(node: pulling.Node, tmp_path: Path) -> None:
+async def test_a_worker_that_stands_still_is_killed(node: pulling.Node, tmp_path: Path) -> None:
     blob = tmp_path / "blob"
     os.mkfifo(blob)  # which nobody writes to
     host = layers.Layers(node.layers, limits=tar.Limits())
-    pool = workers.Workers(1, timeout=0.3)
-    with pytest.raises(errors.DeadlineExceeded):
+    pool = workers.Workers(1, patience=0.3)
+    with pytest.raises(errors.DeadlineExceeded, match="stood still"):
         async with host.staged(contextlib.nullcontext(blob), "sha256:x", (), pool=pool):
             pass
     assert os.listdir(node.root / "tmp") == []
 
 
+BUSY = "import time\nend = time.monotonic() + 1.5\nwhile time.monotonic() < end: pass\nprint('{}')"
+
+
+async def test_a_worker_that_works_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_COMMAND", (sys.executable, "-I", "-c", BUSY))
+    pool = workers.Workers(1, patience=0.5)
+    assert await pool.run({"verb": "apply"}) == {}
+    await pool.close()
+
+
 async def test_a_worker_that_dies_is_an_error_and_not_used_again() -> None:
-    pool = workers.Workers(1, timeout=10)
+    pool = workers.Workers(1, patience=10)
     pool.warm(1)
     with pytest.raises(errors.Internal, match="KeyError"):
         await pool.run({"verb": "apply"})
@@ -573,7 +584,7 @@ async def test_a_worker_that_cannot_start_leaves_no_descriptor(
         before = os.listdir("/proc/self/fd")
         monkeypatch.setattr(os, name, full)
         with pytest.raises(OSError, match="Too many"):
-            workers.Workers(1, timeout=1).warm(1)
+            workers.Workers(1, patience=1).warm(1)
         monkeypatch.undo()
         assert os.listdir("/proc/self/fd") == before
 

@@ -404,6 +404,32 @@ def test_refused(name: str, layer: Layer) -> None:
         layer.apply(*HOSTILE[name])
 
 
+INSIDE = tars.file("smuggled", b"x" * 600)
+
+
+@pytest.mark.parametrize(
+    ("archive", "size"),
+    [
+        (tars.pax({"size": f"{len(INSIDE)}"}, tars.header("outer")) + INSIDE, len(INSIDE)),
+        (tars.pax({"size": "0"}, tars.header("outer", size=len(INSIDE))) + INSIDE, 0),
+    ],
+    ids=["more than the header says", "less"],
+)
+def test_v75_a_pax_size_wins_over_the_headers(layer: Layer, archive: bytes, size: int) -> None:
+    """Naive: the header's size counts, and what a scanner took for data becomes a file."""
+    layer.apply(archive)
+    assert (layer.fs / "outer").read_bytes() == INSIDE[:size]
+    assert (layer.fs / "smuggled").exists() is (size == 0)
+
+
+@pytest.mark.parametrize("kind", [b"1", b"2", b"3", b"5", b"6"])
+def test_v75_what_is_no_file_has_no_data(layer: Layer, kind: bytes) -> None:
+    """Naive: data is passed over that Go's reader takes for the next entries."""
+    entry = tars.header("outer", kind, size=len(INSIDE), target="first", device=(1, 3))
+    layer.apply(tars.file("first"), entry, INSIDE)
+    assert sorted(os.listdir(layer.fs)) == ["first", "outer", "smuggled"]
+
+
 def test_absolute_names_stay_in_the_layer(layer: Layer) -> None:
     layer.apply(tars.file(str(layer.canary), b"evil"))
     assert (layer.fs / str(layer.canary)[1:]).read_bytes() == b"evil"

@@ -97,11 +97,11 @@ def at(host: str, port: int) -> Found:
 async def test_a_silent_resolver_holds_up_no_other_thread(
     there: fake.Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, go_on = threading.Event(), threading.Event()
-    asyncio.get_running_loop().set_default_executor(futures.ThreadPoolExecutor(1))
+    asked, go_on, loop = asyncio.Event(), threading.Event(), asyncio.get_running_loop()
+    loop.set_default_executor(futures.ThreadPoolExecutor(1))
 
     def silent() -> Found:
-        asked.set()
+        loop.call_soon_threadsafe(asked.set)
         go_on.wait(20)
         return at("127.0.0.1", int(there.address.rpartition(":")[2]))
 
@@ -110,8 +110,7 @@ async def test_a_silent_resolver_holds_up_no_other_thread(
     request = transport.Request(url="http://far.test/v2/")
     asking = [asyncio.create_task(http.send(request)) for _ in range(3)]
     async with asyncio.timeout(10):
-        while not asked.is_set():
-            await asyncio.sleep(0.01)
+        await asked.wait()
         await asyncio.to_thread(bool)
     asking.pop().cancel()
     go_on.set()
