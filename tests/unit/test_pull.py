@@ -18,7 +18,7 @@ import zstandard
 from structlog import testing
 
 from cri_server import errors, trees
-from cri_server.images import flights, layers, manifest, tar, workers
+from cri_server.images import flights, layers, manifest, reference, tar, workers
 from cri_server.pb import api_pb2 as api
 from shim import linux
 from tests.lab import image, pulling, registry, tars, waiting
@@ -214,6 +214,18 @@ async def test_layers_are_shared_between_images(hub: registry.Registry, node: pu
     await node.puller.pull(hub.push(b, "share-b"))
     assert node.client.fetched.total() == fetched + 2  # a config and a layer
     assert len(os.listdir(node.root / "layers")) == 3
+
+
+async def test_v49_a_document_is_known_to_its_own_repository_only(
+    hub: registry.Registry, node: pulling.Node
+) -> None:
+    """Naive: a registry names a digest that it does not have, and gets what another one sent."""
+    made = pulling.make(unique("known"))
+    await node.puller.pull(hub.push(made, "known"))
+    known = node.puller._known
+    assert known(reference.parse("registry.test/known:other"), made.digest) == made.manifest
+    assert known(reference.parse("registry.test/stranger"), made.digest) is None
+    assert known(reference.parse("other.test/known"), made.digest) is None
 
 
 async def test_a_moved_tag_is_seen(hub: registry.Registry, node: pulling.Node) -> None:
