@@ -3,6 +3,7 @@
 
 import concurrent.futures
 import dataclasses
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -190,6 +191,18 @@ def test_sync_comes_before_the_name(images: store.Store, tmp_path: Path) -> None
     seen: list[list[Path]] = []
     images.put(image(A, TAG), sync=lambda: seen.append(list((tmp_path / "images").iterdir())))
     assert seen == [[]]
+
+
+def test_a_record_and_its_name_are_on_the_disk_after_a_sync(
+    images: store.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    images.put(image(A, TAG), sync=lambda: None)
+    folder = tmp_path / "images"
+    assert synced == [str(folder / f"{A}.json"), str(folder)]
+    images.put(image(A, "b.io/x:1"))
+    assert len(synced) == 2
 
 
 def test_nobody_waits_for_a_sync(images: store.Store) -> None:
