@@ -357,6 +357,7 @@ class Containers:
             container = self._store.container(wanted)
             while not await self._removed(container.id):
                 await self.stop(container.id, 0)
+            await self._collector.collect_owed()
 
     async def _removed(self, container_id: str) -> bool:
         """Remove a container unless it runs, which a start just before us may have caused."""

@@ -122,6 +122,7 @@ class Graph:
             layer_host=self.layers,
             collector=self.collector,
             parallel=wanted.max_parallel_downloads,
+            patience=wanted.pull_progress_timeout,
         )
         self._stack.push_async_callback(puller.close)
         self.image = image.ImageService(

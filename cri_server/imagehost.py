@@ -12,8 +12,10 @@ from collections.abc import Sequence
 import msgspec
 
 from cri_server import errors, snapshots
-from cri_server.images import gc, pull, store
+from cri_server.images import flights, gc, ingest, pull, store
 from cri_server.pb import api_pb2 as api
+
+MAX_DIGITS = 10  # of a number that may be a uid; int() refuses thousands
 
 
 class ImageHost:
@@ -45,7 +47,17 @@ class ImageHost:
         image = self._store.find(wanted)
         if image is None:
             return None, {}
-        return _message(image), {"info": _info(image)} if verbose else {}
+        return _message(image), {"info": await self._info(image)} if verbose else {}
+
+    async def _info(self, image: store.Image) -> str:
+        """Return what `crictl inspecti` shows, in containerd's shape; `imageSpec` is the config."""
+        config = await flights.in_thread(self._store.read_blob, image.id)
+        whole = config is not None and ingest.matches(config, image.id)
+        info = {
+            "chainID": f"sha256:{image.layers[-1]}" if image.layers else "",
+            "imageSpec": msgspec.Raw(config if config is not None and whole else b"null"),
+        }
+        return msgspec.json.encode(info).decode(errors="replace")
 
     def list(self, wanted: api.ImageFilter) -> Sequence[api.Image]:
         """Return all images, or the one that the filter names."""
@@ -90,11 +102,8 @@ def _message(image: store.Image) -> api.Image:
 def _set_user(message: api.Image, user: str) -> None:
     """Set uid for a number, else username, from the part before ":" (CRI Image.uid, .username)."""
     name = user.partition(":")[0]
-    if name.isascii() and name.isdigit() and int(name) < 1 << 31:
+    number = name.isascii() and name.isdigit() and len(name) <= MAX_DIGITS
+    if number and int(name) < 1 << 31:
         message.uid.value = int(name)
     else:
         message.username = name
-
-
-def _info(image: store.Image) -> str:
-    return msgspec.json.encode({"layers": image.layers, "imageSpec": image.config}).decode()

@@ -39,7 +39,7 @@ class ImageVolumes:
         """Read what an earlier server has mounted."""
         self._root, self._snapshots = state_dir / "pods", layers
         self._locks = locks.Locks()
-        self._mounted = _load(self._root)
+        self._mounted = _load(self._root, every=tuple(layers.layers()))
 
     def in_use(self) -> Iterable[str]:
         """Return the keys of the layers that a mount stands on."""
@@ -158,14 +158,17 @@ def _inside(fs: Path, path: str) -> str:
         os.close(fd)
 
 
-def _load(root: Path) -> dict[str, dict[str, _Layers]]:
-    """Return the layers of each mount that has ever been begun; a note is written by rename."""
+def _load(root: Path, *, every: _Layers) -> dict[str, dict[str, _Layers]]:
+    """Return the layers of each mount that has ever been begun; a note is written by rename.
+
+    A mount whose note cannot be read may stand on any layer, so it is taken to stand on every one.
+    """
     found: dict[str, dict[str, _Layers]] = {}
     for note in root.glob("*/images/*/layers.json"):
         try:
             layers = msgspec.json.decode(note.read_bytes(), type=_Layers)
-        except (OSError, msgspec.DecodeError) as e:
+        except (OSError, ValueError, RecursionError) as e:  # msgspec's errors are ValueErrors
             log.error("layers of an image volume unknown", path=str(note), error=str(e))
-            layers = ()
+            layers = every
         found.setdefault(note.parts[-4], {})[note.parent.name] = layers
     return found

@@ -25,6 +25,7 @@ import errno
 import os
 import secrets
 import stat
+import threading
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,7 @@ class Snapshots:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._empty.mkdir(mode=0o755, exist_ok=True)
         self._layers = _load(self._layers_dir)
+        self._committing = threading.Lock()
         self._usage: dict[str, Usage] = {}
         self._other = Usage()
         self._volatile: tuple[str, ...] = ("volatile",)
@@ -121,17 +123,24 @@ class Snapshots:
         goes."""
         (staging / "needs.json").unlink(missing_ok=True)
         (staging / "layer.json").write_bytes(msgspec.json.encode(layer))
-        if key not in self._layers:
-            target = self._layers_dir / key
-            try:
-                staging.rename(target)
-            except OSError as e:
-                if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-                trees.remove(target)  # not known, so half removed
-                staging.rename(target)
-            self._layers[key] = layer
+        with self._committing:
+            if key not in self._layers:
+                self._place(staging, self._layers_dir / key)
+                self._layers[key] = layer
         trees.remove(staging)
+
+    def _place(self, staging: Path, target: Path) -> None:
+        """Give a layer its place, in which there may be one that `_load` could not read."""
+        try:
+            staging.rename(target)
+        except OSError as e:
+            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            if (target / "layer.json").exists():  # only that is spoilt: containers stand on fs/
+                (staging / "layer.json").replace(target / "layer.json")
+            else:  # half removed
+                trees.remove(target)
+                staging.rename(target)
 
     def set_aside(self, key: str) -> Path:
         """Let a layer disappear at once; return what is left to remove with `trees.remove`.
@@ -152,13 +161,14 @@ class Snapshots:
             return path
         return aside
 
-    def strays(self) -> list[Path]:
+    def strays(self, in_use: Collection[str] = ()) -> list[Path]:
         """Return what lies in the folders for layers and temporary things and is no layer.
 
-        Only for the start: later there are layers in the making.
+        A layer that containers stand on is none of it, whatever became of its layer.json. Only for
+        the start: later there are layers in the making.
         """
-        halves = [self._layers_dir / k for k in set(os.listdir(self._layers_dir)) - self.layers()]
-        return [*halves, *self._tmp.iterdir()]
+        unknown = set(os.listdir(self._layers_dir)) - self.layers() - set(in_use)
+        return [*(self._layers_dir / key for key in unknown), *self._tmp.iterdir()]
 
     def lowerdirs(self, layers: Sequence[str]) -> tuple[str, ...]:
         """Return the folders of a chain (bottom first) in the order of overlayfs (topmost first).
@@ -318,8 +328,8 @@ def _load(folder: Path) -> dict[str, Layer]:
         try:
             data = (folder / key / "layer.json").read_bytes()
             found[key] = msgspec.json.decode(data, type=Layer)
-        except (OSError, msgspec.DecodeError) as e:
-            log.warning("not a layer", layer=key, error=str(e))  # images.gc removes it
+        except (OSError, ValueError, RecursionError) as e:  # msgspec's errors are ValueErrors
+            log.warning("not a layer", layer=key, error=str(e))  # see images.gc
     return found
 
 

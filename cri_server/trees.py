@@ -31,6 +31,11 @@ class Usage:
         return Usage(bytes=self.bytes + other.bytes, inodes=self.inodes + other.inodes)
 
 
+def in_blocks(size: int) -> int:
+    """Return what so many bytes take of a file system with the usual blocks of 4096."""
+    return -(-size // 4096) * 4096
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
     """One stop of a walk: a folder entered, with the other names in it; or, coming back, the child

@@ -22,8 +22,12 @@ def wanted_xattr(name: str) -> bool:
     return not name.startswith((*host, "trusted.overlay.", "user.overlay."))
 
 
-def set_xattrs(path: str | int, xattrs: Mapping[str, bytes]) -> None:
-    """Set what may be set; a file system without such attributes does not make a layer unusable."""
+def set_xattrs(path: str | int, xattrs: Mapping[str, bytes]) -> set[str]:
+    """Set what may be set; return the names that the file system or the kernel does not take.
+
+    They do not make a layer unusable, but a program may miss its capabilities: say so.
+    """
+    dropped: set[str] = set()
     for name, value in xattrs.items():
         if wanted_xattr(name):
             try:
@@ -34,6 +38,8 @@ def set_xattrs(path: str | int, xattrs: Mapping[str, bytes]) -> None:
             except OSError as e:
                 if e.errno not in (errno.ENOTSUP, errno.EPERM, errno.EINVAL):
                     raise
+                dropped.add(name)
+    return dropped
 
 
 def check(entry: tar.Entry) -> None:
@@ -43,12 +49,15 @@ def check(entry: tar.Entry) -> None:
         raise tar.Malformed("a time out of range")
 
 
-def set_all(fd: int, entry: tar.Entry) -> None:
-    """Set owner, then mode, then attributes: chown takes set-id bits and capabilities away."""
+def set_all(fd: int, entry: tar.Entry) -> set[str]:
+    """Set owner, then mode, then attributes: chown takes set-id bits and capabilities away.
+
+    Return the names of attributes that could not be set.
+    """
     st = os.fstat(fd)
     if (st.st_uid, st.st_gid) != (entry.uid, entry.gid):
         os.fchown(fd, entry.uid, entry.gid)
         st = os.fstat(fd)
     if stat.S_IMODE(st.st_mode) != entry.mode:
         os.fchmod(fd, entry.mode)
-    set_xattrs(fd, entry.xattrs)
+    return set_xattrs(fd, entry.xattrs)

@@ -2,11 +2,13 @@
 """What nothing refers to is removed: layers and blobs that no image, no container and no pull
 needs.
 
-Called at start, when a crash may have left things, and by RemoveImage, whose caller counts on the
-space. A pull claims what it is about to rely on before it looks whether it is there; choosing
-rubbish and claiming exclude each other, so a layer never vanishes between "it is there" and the
-record that needs it. Removing needs no free space, goes on after a failure, and what stays is tried
-again at the next start.
+Called at start, when a crash may have left things; by RemoveImage, whose caller counts on the
+space; after a pull that failed; and when a container goes whose image went before it. An image that
+has lost a layer is none: at start its record goes too, so that the next pull heals it. A layer that
+a container stands on stays even if nobody can read what is known of it. A pull claims what it is
+about to rely on before it looks whether it is there; choosing rubbish and claiming exclude each
+other, so a layer never vanishes between "it is there" and the record that needs it. Removing needs
+no free space, goes on after a failure, and what stays is tried again at the next start.
 """
 
 import asyncio
@@ -36,6 +38,7 @@ class Collector:
         self._images, self._snapshots, self._in_use = images, layers, in_use
         self._claims: collections.Counter[str] = collections.Counter()
         self._lock = asyncio.Lock()
+        self._owing = False  # layers are there that no image has, for the sake of somebody else
 
     @contextlib.asynccontextmanager
     async def claim(self, keys: Collection[str]) -> AsyncIterator[None]:
@@ -58,8 +61,27 @@ class Collector:
 
     async def start(self) -> None:
         """Remove what a crash left. Only before the first pull: everything in tmp/ goes."""
-        await flights.in_thread(_remove_all, self._snapshots.strays())
+        await flights.in_thread(_remove_all, self._snapshots.strays(set(self._in_use())))
+        await flights.in_thread(self._forget_broken)
         await self.collect()
+
+    def _forget_broken(self) -> None:
+        for image in self._images.list():
+            missing = [key for key in image.layers if self._snapshots.layer(key) is None]
+            if missing:
+                log.error("image has lost layers: pull it again", image=image.id, layers=missing)
+                self._images.remove(image.id)
+
+    async def collect_owed(self) -> None:
+        """Collect after a container has gone, if some image went before its containers did.
+
+        Mostly none did, and this costs nothing. A failure is logged: the container is gone.
+        """
+        if self._owing:
+            try:
+                await self.collect()
+            except OSError as e:
+                log.warning("layers not collected", error=str(e))
 
     async def collect(self) -> None:
         """Remove what nothing refers to; its space is free when this returns."""
@@ -72,8 +94,9 @@ class Collector:
     def _set_aside(self, needed: set[str]) -> list[Path]:
         """Take layers and blobs without an owner out of their place; return what is left to
         remove."""
-        for image in self._images.list():
-            needed.update(image.layers, image.blobs)
+        of_images = {key for image in self._images.list() for key in (*image.layers, *image.blobs)}
+        self._owing = not self._snapshots.layers().isdisjoint(needed - of_images)
+        needed |= of_images
         _remove_all(self._images.blobs() - {self._images.blob_path(d) for d in needed if ":" in d})
         rubbish: list[Path] = []
         for key in self._snapshots.layers() - needed:

@@ -6,10 +6,11 @@
 
 A layer whose commit does not come, because something failed or nobody wants it any more, is removed
 with its folder; a crash leaves the folder to `gc`. The worker can be killed at any time and is,
-when its time is up.
+when it stands still.
 """
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -17,8 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from cri_server import errors, snapshots, trees
 from cri_server.images import flights, ingest, settle, tar, workers
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +63,12 @@ class Layers:
                 answer = await _work(pool, self._job(path, folder, below))
             if answer["diff_id"] != diff_id:
                 raise errors.Unknown(f"the layer unpacks to {answer['diff_id']}, not to {diff_id}")
+            if answer["dropped"]:
+                log.warning(
+                    "files of a layer lack attributes: the file system does not take them",
+                    layer=diff_id,
+                    attributes=answer["dropped"],
+                )
             yield _staged(folder, answer)
         finally:
             await flights.in_thread(trees.remove, folder)
@@ -76,12 +87,13 @@ class Layers:
         self, staged: Staged, key: str, below: Sequence[str], *, pool: workers.Workers
     ) -> None:
         """Make a staged layer the layer `key`; the layers `below` are there by now."""
-        lowers = self._lowers(below)
+        lowers, layer = self._lowers(below), staged.layer
         if staged.pending == "all":
-            await _work(pool, {"verb": "settle", "into": str(staged.folder), "lowers": lowers})
+            job = {"verb": "settle", "into": str(staged.folder), "lowers": lowers}
+            layer = _grown(layer, await _work(pool, job))
         elif staged.pending == "root" and lowers:
             await flights.in_thread(_adopt_root, staged.folder / "fs", lowers[0])
-        await flights.in_thread(self._snapshots.commit, staged.folder, key, staged.layer)
+        await flights.in_thread(self._snapshots.commit, staged.folder, key, layer)
 
     def _lowers(self, below: Sequence[str]) -> Sequence[str]:
         return self._snapshots.lowerdirs(below) if below else ()
@@ -102,6 +114,12 @@ def _staged(folder: Path, answer: Mapping[str, Any]) -> Staged:
         opaque_root=answer["opaque_root"],
     )
     return Staged(folder=folder, layer=layer, pending=answer["pending"])
+
+
+def _grown(layer: snapshots.Layer, more: Mapping[str, Any]) -> snapshots.Layer:
+    """Return a layer with what settling has copied into it."""
+    size, inodes = layer.bytes + more["bytes"], layer.inodes + more["inodes"]
+    return dataclasses.replace(layer, bytes=size, inodes=inodes)
 
 
 def _failure(answer: Mapping[str, Any]) -> errors.CriError:

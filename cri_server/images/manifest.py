@@ -20,6 +20,7 @@ from cri_server import errors, spec
 
 MAX_DOCUMENT: Final = 4 << 20  # bytes, as in the peers
 MAX_LAYERS: Final = 500  # what overlayfs stacks
+MAX_USER: Final = 256  # characters of `User`: two names or numbers, and every list repeats them
 
 OCI_INDEX: Final = "application/vnd.oci.image.index.v1+json"
 DOCKER_INDEX: Final = "application/vnd.docker.distribution.manifest.list.v2+json"
@@ -139,8 +140,13 @@ def parse_config(body: bytes, layers: int) -> Config:
     for diff_id in diff_ids:
         if not _DIFF_ID.fullmatch(diff_id):
             raise errors.InvalidArgument(f"diff id {diff_id[:80]!r} is not a sha256 digest")
+    process = _process(config.config)
+    if len(process.user) > MAX_USER:
+        raise errors.InvalidArgument(
+            f"the config's User has {len(process.user)} characters, more than {MAX_USER}"
+        )
     platform_ = Platform(os=config.os, architecture=config.architecture, variant=config.variant)
-    return Config(process=_process(config.config), platform=platform_, diff_ids=diff_ids)
+    return Config(process=process, platform=platform_, diff_ids=diff_ids)
 
 
 def _process(said: _Process | None) -> spec.ImageConfig:
@@ -215,15 +221,23 @@ def choose(index: Index, wanted: Platform) -> Descriptor:
     """Return the best manifest for a platform. Raises NotFound, which names those that there are.
 
     An arm/v7 machine runs v6 and v5 too, the nearest is the best. Attestations (unknown/unknown)
-    are no images.
+    are no images. One that does not say what it is for is taken when nothing else fits: `platform`
+    is optional (OCI image-spec, image-index.md), and the config will tell.
     """
     ranked = [(_rank(d.platform, wanted), d) for d in index.manifests]
     fitting = [(rank, d) for rank, d in ranked if rank is not None]
+    fitting = fitting or [(0, d) for d in index.manifests if _may_be_any(d)]
     if not fitting:
         there = {str(d.platform) for d in index.manifests if d.platform}
         names = ", ".join(sorted(there - {"unknown/unknown"})) or "none"
         raise errors.NotFound(f"no image for platform {wanted}; available: {names}"[:1000])
     return min(fitting, key=lambda pair: pair[0])[1]
+
+
+def _may_be_any(descriptor: Descriptor) -> bool:
+    """Say whether an entry is an image that does not say what it is for."""
+    kinds = ("", OCI_MANIFEST, DOCKER_MANIFEST)
+    return descriptor.platform in (None, Platform()) and descriptor.media_type in kinds
 
 
 def _rank(offered: Platform | None, wanted: Platform) -> int | None:

@@ -11,6 +11,12 @@ import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+_ESCAPE = "in a password, %23 is for #, %2F for /, %3F for ? and %40 for @"
+
+
+class Unusable(ValueError):
+    """The environment names a proxy that cannot be one; the text has nothing of its URL."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Proxy:
@@ -22,7 +28,7 @@ class Proxy:
 
 
 def choose(environ: Mapping[str, str], url: urllib.parse.SplitResult) -> Proxy | None:
-    """Return the proxy for a URL, or None; ValueError for a proxy URL that is not plain http."""
+    """Return the proxy for a URL, or None. Raises Unusable."""
     text = _variable(environ, f"{url.scheme}_proxy")
     host = url.hostname or ""
     port = url.port or (443 if url.scheme == "https" else 80)
@@ -44,16 +50,22 @@ def _variable(environ: Mapping[str, str], name: str) -> str:
 
 
 def _parse(text: str) -> Proxy:
-    parts = urllib.parse.urlsplit(text)
+    try:
+        parts = urllib.parse.urlsplit(text)
+        port = parts.port or 80
+    except ValueError:  # its text may hold a part of a password
+        raise Unusable(f"the URL of the proxy is malformed; {_ESCAPE}") from None
     if parts.scheme != "http" or not parts.hostname:
-        raise ValueError("only http:// proxies are supported")
+        raise Unusable("only http:// proxies are supported")
+    if "@" in parts.path + parts.query + parts.fragment:  # what was parsed is half a password
+        raise Unusable(f"the URL of the proxy has no clear host; {_ESCAPE}")
     authorization = ""
     if parts.username is not None:
         pair = (
             f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
         )
         authorization = f"Basic {base64.b64encode(pair.encode()).decode()}"
-    return Proxy(host=parts.hostname, port=parts.port or 80, authorization=authorization)
+    return Proxy(host=parts.hostname, port=port, authorization=authorization)
 
 
 def _bypassed(no_proxy: str, host: str, port: int) -> bool:

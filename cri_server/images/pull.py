@@ -44,7 +44,7 @@ from cri_server.pb import api_pb2 as api
 from shim import linux
 
 log = structlog.get_logger()
-UNPACK_TIMEOUT = 1800.0  # seconds for one layer
+LEAST_PATIENCE = 60.0  # seconds: a busy disk may hold up the unpacking of a layer for long
 WORKERS = os.cpu_count() or 1  # processes of one pull
 
 
@@ -66,7 +66,8 @@ class _Plan:
 
 
 class Puller:
-    """Pulls images into a store. `parallel` bounds the downloads of one pull."""
+    """Pulls images into a store. `parallel` bounds the downloads of one pull; `patience` is in
+    seconds, for the unpacking of a layer that stands still."""
 
     def __init__(
         self,
@@ -76,10 +77,12 @@ class Puller:
         layer_host: snapshots.Snapshots,
         collector: gc.Collector,
         parallel: int = 3,
+        patience: float = 300.0,
         limits: tar.Limits | None = None,
     ) -> None:
         self._client, self._images, self._snapshots = client, images, layer_host
         self._collector, self._parallel = collector, parallel
+        self._patience = max(patience, LEAST_PATIENCE)
         self._layers = layers.Layers(layer_host, limits=limits or tar.Limits())
         self._platform = manifest.host_platform()
         self._pulls: flights.Flights[str] = flights.Flights()
@@ -116,10 +119,15 @@ class Puller:
         return plan.image_id
 
     async def _carry_out(self, plan: _Plan) -> None:
-        async with self._collector.claim((*plan.keys, *plan.documents)):
-            if not await flights.in_thread(self._is_here, plan):
-                await self._make_all(plan)
-                await flights.in_thread(self._record, plan)
+        try:
+            async with self._collector.claim((*plan.keys, *plan.documents)):
+                if not await flights.in_thread(self._is_here, plan):
+                    await self._make_all(plan)
+                    await flights.in_thread(self._record, plan)
+        except BaseException:
+            await self._chains.close()  # a layer that was being committed may still come
+            await self._collector.collect()
+            raise
 
     # ---- documents
 
@@ -157,13 +165,15 @@ class Puller:
             layers=found.layers,
             keys=manifest.chain(config.diff_ids),
             downloads=asyncio.Semaphore(self._parallel),
-            pool=workers.Workers(WORKERS, timeout=UNPACK_TIMEOUT),
+            pool=workers.Workers(WORKERS, patience=self._patience),
         )
 
     def _known(self, name: reference.Reference, digest: str) -> bytes | None:
         """Return the document that this very repository had under a digest earlier."""
-        here = self._images.find(name.canonical(digest))
-        return self._images.read_blob(digest) if here else None
+        if self._images.find(name.canonical(digest)) is None:
+            return None
+        body = self._images.read_blob(digest)
+        return body if body is not None and ingest.matches(body, digest) else None
 
     async def _config(
         self,
@@ -232,7 +242,7 @@ class Puller:
             and plan.name.canonical(plan.digest) in image.repo_digests
             and plan.name.tagged in (None, *image.repo_tags)
             and all(self._snapshots.layer(key) for key in plan.keys)
-            and all(self._images.blob_path(digest).exists() for digest in plan.documents)
+            and all(self._images.read_blob(d) == body for d, body in plan.documents.items())
         )
 
     def _record(self, plan: _Plan) -> None:

@@ -14,6 +14,7 @@ import shutil
 import stat
 from collections.abc import Iterator, Sequence
 
+from cri_server import trees
 from cri_server.images import attributes, layerdirs, tar
 from shim import linux
 
@@ -27,18 +28,18 @@ def settle(
     *,
     folders: Sequence[str],
     links: Sequence[tuple[str, str]],
-) -> None:
+) -> trees.Usage:
     """Finish the layer behind `root`; `lowers` are the folders below it, the topmost first.
 
-    Raises tar.Malformed for a hard link to nothing, OSError.
+    Return what it takes more than before. Raises tar.Malformed for a hard link to nothing, OSError.
     """
     with contextlib.ExitStack() as each:
         below = [_open(path, each) for path in lowers]
         for path in folders:
             _adopt(root, path, below)
         copied: dict[str, str] = {}
-        for name, target in links:
-            _link(root, name, target, [*below, root], copied)
+        made = (_link(root, name, target, [*below, root], copied) for name, target in links)
+        return sum(made, trees.Usage())
 
 
 def adopt_root(root: int, lower: str) -> None:
@@ -67,7 +68,10 @@ def _adopt(root: int, path: str, below: Sequence[int]) -> None:
             os.close(fd)
 
 
-def _link(root: int, name: str, target: str, where: Sequence[int], copied: dict[str, str]) -> None:
+def _link(
+    root: int, name: str, target: str, where: Sequence[int], copied: dict[str, str]
+) -> trees.Usage:
+    made = trees.Usage()
     parent, _, base = name.rpartition("/")
     fd = linux.openat2(root, parent or ".", _FOLDER, resolve=layerdirs.IN_ROOT)
     try:
@@ -80,15 +84,16 @@ def _link(root: int, name: str, target: str, where: Sequence[int], copied: dict[
             with _found(where, target) as source:
                 if source is None or stat.S_ISDIR(os.fstat(source).st_mode):
                     raise tar.Malformed(f"hard link {name[:200]!r} to nothing: {target[:200]!r}")
-                _copy(source, fd, base)
+                made = _copy(source, fd, base)
             copied[target] = name
         os.utime(fd, ns=(times.st_atime_ns, times.st_mtime_ns))
+        return made
     finally:
         os.close(fd)
 
 
-def _copy(source: int, folder: int, name: str) -> None:
-    """Copy one thing that is no folder, with all that belongs to it."""
+def _copy(source: int, folder: int, name: str) -> trees.Usage:
+    """Copy one thing that is no folder, with all that belongs to it; return what the copy takes."""
     st = os.fstat(source)
     if stat.S_ISREG(st.st_mode):
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
@@ -105,6 +110,8 @@ def _copy(source: int, folder: int, name: str) -> None:
     attributes.set_xattrs(f"/proc/self/fd/{folder}/{name}", _xattrs(source))
     times = (st.st_atime_ns, st.st_mtime_ns)
     os.utime(name, ns=times, dir_fd=folder, follow_symlinks=False)
+    size = st.st_size if stat.S_ISREG(st.st_mode) else 0
+    return trees.Usage(bytes=trees.in_blocks(size), inodes=1)
 
 
 def _xattrs(source: int) -> dict[str, bytes]:

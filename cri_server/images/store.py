@@ -11,6 +11,7 @@ records, the newer one wins. A record that cannot be read is set aside as `*.bro
 never keeps the server from starting.
 """
 
+import contextlib
 import dataclasses
 import fnmatch
 import os
@@ -124,27 +125,49 @@ class Store:
 
     def write_blob(self, digest: str, data: bytes) -> None:
         """Keep a document; that `data` has this digest is the caller's knowledge."""
-        path = self.blob_path(digest)
-        if not path.exists():
-            _replace(path, data, self._tmp)
+        if self.read_blob(digest) != data:
+            _replace(self.blob_path(digest), data, self._tmp)
 
     def put(self, image: Image, *, sync: Callable[[], None] | None = None) -> Image:
         """Add an image, or names to it; its tags leave the images that had them. Return what is now
         on record.
 
-        `sync` is called when the record is written, before it gets its name: whatever it brings to
-        the disk is there if the record is.
+        `sync` is called before the record is written: whatever it brings to the disk is there if
+        the record is. It may take long, so nobody else waits for it. With it, the record is on the
+        disk too on return. Raises OSError.
         """
+        if sync is not None:
+            sync()
         with self._lock:
             known = self._images.get(image.id)
             if known is not None:
                 image = _merged(known, image)
-            self._write(image, sync)
-            for other in self._images.copy().values():
-                left = tuple(t for t in other.repo_tags if t not in image.repo_tags)
-                if other.id != image.id and left != other.repo_tags:
-                    self._write(dataclasses.replace(other, repo_tags=left), None)
-            return self._images[image.id]
+            self._write(image)
+            others = self._take_tags(image)
+            self._index()
+            for other in others:
+                self._note_loss(other)
+            image = self._images[image.id]
+        if sync is not None:
+            _sync_file(self._record(image.id))
+        return image
+
+    def _take_tags(self, image: Image) -> Sequence[Image]:
+        """Take an image's tags from all others, in memory; return those that had any."""
+        changed = []
+        for other in self._images.copy().values():
+            left = tuple(t for t in other.repo_tags if t not in image.repo_tags)
+            if other.id != image.id and left != other.repo_tags:
+                changed.append(self._as_configured(dataclasses.replace(other, repo_tags=left)))
+                self._images[other.id] = changed[-1]
+        return changed
+
+    def _note_loss(self, other: Image) -> None:
+        """Record that an image has fewer tags; if that fails, `_load` will see who is newer."""
+        try:
+            self._write(other)
+        except OSError as e:
+            log.warning("image record not brought up to date", image=other.id, error=str(e))
 
     def remove(self, wanted: str) -> Image | None:
         """Remove an image with all its names (CRI RemoveImage); return it, None if it was not
@@ -160,12 +183,13 @@ class Store:
                 self._index()
             return image
 
-    def _write(self, image: Image, sync: Callable[[], None] | None) -> None:
+    def _write(self, image: Image) -> None:
         record = _Record(version=VERSION, tagged_at=time.time_ns(), image=image)
-        data = msgspec.json.encode(record)
-        _replace(self._record(image.id), data, self._tmp, sync=sync)
-        self._images[image.id] = dataclasses.replace(image, pinned=self._is_pinned(image))
-        self._index()
+        _replace(self._record(image.id), msgspec.json.encode(record), self._tmp)
+        self._images[image.id] = self._as_configured(image)
+
+    def _as_configured(self, image: Image) -> Image:
+        return dataclasses.replace(image, pinned=self._is_pinned(image))
 
     def _record(self, image_id: str) -> Path:
         return self._images_dir / f"{image_id.removeprefix('sha256:')}.json"
@@ -188,8 +212,7 @@ class Store:
         for record in records:
             image = record.image
             tags = tuple(t for t in image.repo_tags if owner[t] == image.id)
-            image = dataclasses.replace(image, repo_tags=tags)
-            self._images[image.id] = dataclasses.replace(image, pinned=self._is_pinned(image))
+            self._images[image.id] = self._as_configured(dataclasses.replace(image, repo_tags=tags))
         self._index()
 
     def _read(self) -> Iterable[_Record]:
@@ -215,22 +238,24 @@ def _merged(known: Image, new: Image) -> Image:
     )
 
 
-def _replace(path: Path, data: bytes, tmp: Path, *, sync: Callable[[], None] | None = None) -> None:
-    """Give a file new content by rename; readers see the old or the new. With `sync` the name is
-    durable."""
+def _replace(path: Path, data: bytes, tmp: Path) -> None:
+    """Give a file new content by rename; readers see the old or the new."""
     fd, name = tempfile.mkstemp(prefix="record-", dir=tmp)
     try:
         with os.fdopen(fd, "wb") as file:
             file.write(data)
-        if sync is not None:
-            sync()
         os.rename(name, path)
     except BaseException:
         os.unlink(name)
         raise
-    if sync is not None:
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+
+
+def _sync_file(path: Path) -> None:
+    """Bring a file and its name to the disk; one that is gone meanwhile has no need of it."""
+    for each in (path, path.parent):
+        with contextlib.suppress(FileNotFoundError):
+            fd = os.open(each, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)

@@ -73,9 +73,10 @@ class Transport:
         connection.expire(IDLE_SECONDS, lambda: self._drop(entry))
 
     def close(self) -> None:
-        """Close the connections that nobody uses."""
+        """Close the connections that nobody uses; no others are made afterwards."""
         for entry in list(self._idle):
             self._drop(entry)
+        self._dialer.close()
 
     def _take(self, target: wire.Target) -> wire.Wire | None:
         for entry in [each for each in self._idle if each[0] == target]:
@@ -211,9 +212,12 @@ def _target(request: Request) -> wire.Target:
     try:
         parts = urllib.parse.urlsplit(request.url)
         port = parts.port
+    except ValueError:  # its text may hold a part of the URL
+        raise wire.Invalid("unusable URL") from None
+    try:
         via = proxy.choose(os.environ, parts)
-    except ValueError as error:
-        raise wire.Invalid(f"unusable URL or proxy: {error}") from None
+    except proxy.Unusable as error:
+        raise wire.Invalid(str(error)) from None
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise wire.Invalid("refused a URL that is not http or https")
     secure = parts.scheme == "https"

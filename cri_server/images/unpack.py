@@ -30,17 +30,18 @@ from cri_server.images import attributes, layerdirs, tar
 from shim import linux
 
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_FS_BLOCK = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What came of a layer. `folders` and `links` (name, target) wait for the layers below."""
+    """What came of a layer. `folders` and `links` (name, target) wait for the layers below;
+    `dropped` are names of attributes that some file should have had."""
 
     usage: trees.Usage
     opaque_root: bool
     folders: tuple[str, ...]
     links: tuple[tuple[str, str], ...]
+    dropped: frozenset[str]
 
 
 def clean(name: str) -> str:
@@ -63,6 +64,7 @@ class Unpacker:
         self._seen = layerdirs.Seen()
         self._folders = layerdirs.Folders(root, self._seen)
         self._links: list[tuple[str, str]] = []
+        self._dropped: set[str] = set()
         self._bytes = self._inodes = self._entries = 0
         self._seen.implicit.add(os.fstat(root).st_ino)
 
@@ -95,6 +97,7 @@ class Unpacker:
         else:
             folder = self._folders.open(parent)
             self._anew(folder, name, lambda fd: self._node(fd, name, entry, reader))
+            self._inodes += 1
 
     # ---- what is not a folder
 
@@ -112,7 +115,6 @@ class Unpacker:
 
     def _node(self, folder: int, name: str, entry: tar.Entry, reader: tar.Reader) -> None:
         attributes.check(entry)
-        self._inodes += 1
         if entry.kind is tar.Kind.FILE:
             self._file(folder, name, entry, reader)
             return
@@ -129,7 +131,7 @@ class Unpacker:
         os.chown(name, entry.uid, entry.gid, dir_fd=folder, follow_symlinks=False)
         if entry.kind is not tar.Kind.SYMLINK:
             os.chmod(name, entry.mode, dir_fd=folder)  # ours, just made, no symlink
-        attributes.set_xattrs(f"/proc/self/fd/{folder}/{name}", entry.xattrs)
+        self._dropped |= attributes.set_xattrs(f"/proc/self/fd/{folder}/{name}", entry.xattrs)
         os.utime(name, ns=(entry.mtime, entry.mtime), dir_fd=folder, follow_symlinks=False)
 
     def _file(self, folder: int, name: str, entry: tar.Entry, reader: tar.Reader) -> None:
@@ -144,12 +146,11 @@ class Unpacker:
                 for piece in reader.data(length):
                     _write(fd, piece)
                 end = offset + length
-                self._bytes += -(-length // _FS_BLOCK) * _FS_BLOCK
+                self._bytes += trees.in_blocks(length)
             if end != entry.size:
                 os.ftruncate(fd, entry.size)
-            attributes.set_all(
-                fd, entry
-            )  # after the data: writing takes set-id bits and capabilities away
+            # After the data: writing takes set-id bits and capabilities away.
+            self._dropped |= attributes.set_all(fd, entry)
             os.utime(fd, ns=(entry.mtime, entry.mtime))
         finally:
             os.close(fd)
@@ -195,7 +196,7 @@ class Unpacker:
         self._own_folder(self._root, entry)
 
     def _own_folder(self, fd: int, entry: tar.Entry) -> None:
-        attributes.set_all(fd, entry)
+        self._dropped |= attributes.set_all(fd, entry)
         inode = os.fstat(fd).st_ino
         self._seen.implicit.discard(inode)
         self._seen.mtimes[inode] = entry.mtime
@@ -212,6 +213,7 @@ class Unpacker:
             raise tar.Malformed(f"a whiteout called {marker!r}")
         try:
             os.mknod(name, stat.S_IFCHR, 0, dir_fd=folder)
+            self._inodes += 1
         except FileExistsError:
             if stat.S_ISDIR(os.lstat(name, dir_fd=folder).st_mode):
                 self._folders.mark_opaque_child(folder, name)
@@ -219,13 +221,23 @@ class Unpacker:
     def _remove(self, folder: int, name: str) -> None:
         """Remove what an earlier entry made; it may be a whole tree."""
         self._folders.close()  # names below it mean something else from now on
-        if not stat.S_ISDIR(os.lstat(name, dir_fd=folder).st_mode):
+        st = os.lstat(name, dir_fd=folder)
+        if not stat.S_ISDIR(st.st_mode):
+            self._uncount(st)
             os.unlink(name, dir_fd=folder)
             return
         path = f"/proc/self/fd/{folder}/{name}"
         for step in trees.walk(path):
             self._seen.forget(os.fstat(step.fd).st_ino)
+            for each in step.names:
+                self._uncount(os.lstat(each, dir_fd=step.fd))
         trees.remove(path)
+
+    def _uncount(self, st: os.stat_result) -> None:
+        """Take back what was counted for something that is no folder: those are counted last."""
+        if st.st_nlink == 1:
+            self._inodes -= 1
+            self._bytes -= trees.in_blocks(min(st.st_size, 512 * st.st_blocks))
 
     # ---- the end
 
@@ -237,7 +249,7 @@ class Unpacker:
             if step.left is not None:
                 continue
             inode = os.fstat(step.fd).st_ino
-            self._bytes += _FS_BLOCK
+            self._bytes += trees.in_blocks(1)
             self._inodes += 1
             if (mtime := seen.mtimes.get(inode)) is not None:
                 os.utime(step.fd, ns=(mtime, mtime))
@@ -252,6 +264,7 @@ class Unpacker:
             opaque_root=os.fstat(self._root).st_ino in seen.opaque,
             folders=tuple(folders),
             links=tuple(self._links),
+            dropped=frozenset(self._dropped),
         )
 
 

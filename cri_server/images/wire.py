@@ -16,12 +16,16 @@ nobody takes them. All failures are of the tree below; their texts have no secre
 
 import asyncio
 import contextlib
+import functools
 import ipaddress
+import itertools
 import os
 import socket
 import ssl
+from asyncio import staggered
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent import futures
 from dataclasses import dataclass
 from typing import cast
 
@@ -31,6 +35,12 @@ HIGH_WATER = 1 << 20  # bytes received and not yet taken, then reading pauses
 MAX_TUNNEL_HEAD = 16 << 10
 MAX_CONTEXTS = 8
 TLS_TIMEOUT = 10.0  # seconds for a handshake
+MAX_LOOKUPS = 16  # threads; a resolver that is silent holds one for half a minute
+NEXT_ADDRESS = 0.25  # seconds until the next address is tried too (RFC 8305)
+
+
+_SocketAddress = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]
+_Address = tuple[int, _SocketAddress]  # family first
 
 
 class Failure(Exception):
@@ -173,16 +183,25 @@ class Wire(asyncio.Protocol):
 
 
 class Dialer:
-    """Opens connections; keeps the TLS contexts, each of which costs 10 to 30 ms to build."""
+    """Opens connections; keeps the TLS contexts, each of which costs 10 to 30 ms to build.
+
+    Names are looked up in threads of its own: a lookup cannot be cancelled, and in the loop's few
+    threads it would hold up the rest of the server.
+    """
 
     def __init__(self) -> None:
         self._contexts: dict[tuple[object, ...], ssl.SSLContext] = {}
+        self._lookups = futures.ThreadPoolExecutor(MAX_LOOKUPS, thread_name_prefix="lookup")
+
+    def close(self) -> None:
+        """Let go of the threads; a lookup that is under way ends by itself."""
+        self._lookups.shutdown(wait=False, cancel_futures=True)
 
     async def dial(self, target: Target, seconds: float) -> Wire:
         """Connect within a time. Raises Unreachable, NotTls or Invalid."""
         context = await self._context(target.tls) if target.secure else None
         async with limit(seconds, f"no connection to {target.name}", Unreachable):
-            wire = await _connect(target)
+            wire = await self._connect(target)
             try:
                 if target.public_only:
                     _check_public(wire, target)
@@ -193,6 +212,19 @@ class Dialer:
             except BaseException:
                 wire.abort()
                 raise
+        return wire
+
+    async def _connect(self, target: Target) -> Wire:
+        at = target.via or target
+        loop = asyncio.get_running_loop()
+        try:
+            found = await loop.run_in_executor(self._lookups, _look_up, at.host, at.port)
+            connected = await _first(found)
+        except (OSError, UnicodeError) as error:
+            name = f"the proxy {at.host}" if target.via else target.name
+            raise Unreachable(f"no connection to {name}: {reason(error)}") from error
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        _, wire = await loop.create_connection(lambda: Wire(target.name), sock=connected)
         return wire
 
     async def _context(self, tls: hosts.Tls) -> ssl.SSLContext:
@@ -246,18 +278,32 @@ def _build_context(tls: hosts.Tls) -> ssl.SSLContext:
     return context
 
 
-async def _connect(target: Target) -> Wire:
-    at = target.via or target
-    loop = asyncio.get_running_loop()
+def _look_up(host: str, port: int) -> Sequence[_Address]:
+    """Return where a host is, its families in turn, the preferred one first. Raises OSError."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    families = list(dict.fromkeys(family for family, *_ in found))
+    of_each = ([(f, at) for f, *_, at in found if f == family] for family in families)
+    return [each for turn in itertools.zip_longest(*of_each) for each in turn if each is not None]
+
+
+async def _first(found: Sequence[_Address]) -> socket.socket:
+    """Return a connection to the first address that answers. Raises the last one's OSError."""
+    attempts = [functools.partial(_open, family, at) for family, at in found]
+    connected: socket.socket | None
+    connected, _, failures = await staggered.staggered_race(attempts, NEXT_ADDRESS)
+    if connected is None:
+        raise next(each for each in reversed(failures) if each is not None)
+    return connected
+
+
+async def _open(family: int, address: _SocketAddress) -> socket.socket:
+    opened = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
-        _, wire = await loop.create_connection(
-            lambda: Wire(target.name), at.host, at.port, happy_eyeballs_delay=0.25
-        )
-    except (OSError, UnicodeError) as error:
-        name = f"the proxy {at.host}" if target.via else target.name
-        raise Unreachable(f"no connection to {name}: {reason(error)}") from error
-    wire.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    return wire
+        await asyncio.get_running_loop().sock_connect(opened, address)
+    except BaseException:
+        opened.close()
+        raise
+    return opened
 
 
 def _check_public(wire: Wire, target: Target) -> None:

@@ -4,9 +4,10 @@
 Each line of standard input is a job, a JSON object; for each there is one line on standard output:
 
     {"verb": "apply", "blob": PATH, "into": PATH, "limits": {...}, "lowers": [PATH, ...] | null}
-        ──► {"diff_id": ..., "bytes": N, "inodes": N, "opaque_root": BOOL, "pending": WHAT}
+        ──► {"diff_id": ..., "bytes": N, "inodes": N, "opaque_root": BOOL, "pending": WHAT,
+             "dropped": [NAME, ...]}
     {"verb": "settle", "into": PATH, "lowers": [PATH, ...]}
-        ──► {}
+        ──► {"bytes": N, "inodes": N} that came in addition
     and for a failure
         ──► {"error": TEXT, "kind": "malformed" | "too big" | "host", "errno": N}
 
@@ -31,6 +32,7 @@ from cri_server.images import settle, stream, tar, unpack
 from shim import linux
 
 MEMORY = 1 << 30  # bytes of address space
+MAX_DROPPED = 20  # names of attributes that are told
 
 
 def main() -> int:
@@ -65,15 +67,16 @@ def _apply(job: dict[str, Any]) -> dict[str, Any]:
     if pending == "all" or (pending and job["lowers"] is not None):
         needs = {"folders": outcome.folders, "links": outcome.links}
         (into / "needs.json").write_text(json.dumps(needs), encoding="ascii")
+    more = {"bytes": 0, "inodes": 0}
     if pending and job["lowers"] is not None:
-        _settle(job)
-        pending = ""
+        more, pending = _settle(job), ""
     return {
         "diff_id": diff_id,
-        "bytes": outcome.usage.bytes,
-        "inodes": outcome.usage.inodes,
+        "bytes": outcome.usage.bytes + more["bytes"],
+        "inodes": outcome.usage.inodes + more["inodes"],
         "opaque_root": outcome.opaque_root,
         "pending": pending,
+        "dropped": [ascii(name)[1:-1] for name in sorted(outcome.dropped)[:MAX_DROPPED]],
     }
 
 
@@ -84,13 +87,13 @@ def _unpack(blob: Path, root: int, limits: tar.Limits) -> tuple[unpack.Outcome, 
         return outcome, source.drain()
 
 
-def _settle(job: dict[str, Any]) -> dict[str, Any]:
+def _settle(job: dict[str, Any]) -> dict[str, int]:
     into = Path(job["into"])
     needs = json.loads((into / "needs.json").read_text(encoding="ascii"))
     links = [(name, target) for name, target in needs["links"]]
     with _opened(into / "fs") as root:
-        settle.settle(root, job["lowers"], folders=needs["folders"], links=links)
-    return {}
+        more = settle.settle(root, job["lowers"], folders=needs["folders"], links=links)
+    return {"bytes": more.bytes, "inodes": more.inodes}
 
 
 @contextlib.contextmanager

@@ -3,17 +3,20 @@
 
     Workers.run(job) ──► a waiting Worker, or a new one ──► one line of JSON in, one line out
 
-A process per layer would cost more than most layers do (60 ms to start, measured). A worker whose
-job was cancelled, timed out or crashed is killed with its group and reaped, never used again. When
-the server dies its workers die too (PR_SET_PDEATHSIG), so nothing writes below tmp/ when the next
-server cleans up there.
+A process per layer would cost more than most layers do (60 ms to start, measured). A job may take
+as long as it needs, but not stand still: a worker that uses no processor time has stalled. A worker
+whose job was cancelled, stalled or crashed is killed with its group and reaped, never used again.
+When the server dies its workers die too (PR_SET_PDEATHSIG), so nothing writes below tmp/ when the
+next server cleans up there.
 """
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -29,9 +32,9 @@ _END_SECONDS = 5.0  # how long to wait for a killed process; one in the kernel m
 class Workers:
     """At most `limit` workers at once. Belongs to one event loop."""
 
-    def __init__(self, limit: int, *, timeout: float) -> None:
-        """`timeout` is in seconds, for one job."""
-        self._slots, self._timeout = asyncio.Semaphore(limit), timeout
+    def __init__(self, limit: int, *, patience: float) -> None:
+        """`patience` is in seconds, for a job that stands still."""
+        self._slots, self._patience = asyncio.Semaphore(limit), patience
         self._idle: list[_Worker] = []
         self._closed = False
 
@@ -46,19 +49,29 @@ class Workers:
             worker = self._idle.pop() if self._idle else _Worker()
             done = False
             try:
-                async with asyncio.timeout(self._timeout):
-                    answer = await worker.ask(job)
+                answer = await self._watched(worker, job)
                 done = True
-            except TimeoutError:
-                raise errors.DeadlineExceeded(
-                    f"a layer was not unpacked within {self._timeout:g} s"
-                ) from None
             finally:
                 if not done or self._closed:
                     await worker.end()
             if not self._closed:
                 self._idle.append(worker)
             return answer
+
+    async def _watched(self, worker: "_Worker", job: Mapping[str, Any]) -> dict[str, Any]:
+        asking = asyncio.create_task(worker.ask(job))
+        spent = -1
+        try:
+            while not (await asyncio.wait([asking], timeout=self._patience))[0]:
+                before, spent = spent, worker.spent()
+                if spent == before:
+                    raise errors.DeadlineExceeded(
+                        f"unpacking a layer has stood still for {self._patience:g} s"
+                    )
+            return asking.result()
+        finally:
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
 
     async def close(self) -> None:
         """End the workers that wait; those at work for another pull end after their job."""
@@ -71,20 +84,20 @@ class _Worker:
     """One process and the pipes to it."""
 
     def __init__(self) -> None:
-        theirs, self._requests = os.pipe()
-        self._answers, their_answers = os.pipe()
-        self._stderr = os.memfd_create("stderr")
-        try:
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            requests, self._requests = os.pipe()
+            theirs.callback(os.close, requests)
+            ours.callback(os.close, self._requests)
+            self._answers, answers = os.pipe()
+            ours.callback(os.close, self._answers)
+            theirs.callback(os.close, answers)
+            self._stderr = os.memfd_create("stderr")
+            ours.callback(os.close, self._stderr)
             fcntl.fcntl(self._requests, fcntl.F_SETPIPE_SZ, _PIPE)
             self._child = process.spawn(
-                _COMMAND, stdin=theirs, stdout=their_answers, stderr=self._stderr
+                _COMMAND, stdin=requests, stdout=answers, stderr=self._stderr
             )
-        except OSError:
-            self._close()
-            raise
-        finally:
-            os.close(theirs)
-            os.close(their_answers)
+            self._files = ours.pop_all()
 
     async def ask(self, job: Mapping[str, Any]) -> dict[str, Any]:
         """Send a job and wait for the answer. Raises Internal when the process ends instead."""
@@ -107,23 +120,24 @@ class _Worker:
             line += data
         return msgspec.json.decode(line, type=dict[str, Any])
 
+    def spent(self) -> int:
+        """Return the processor time that it has used, in clock ticks (proc(5), stat, 14 and 15)."""
+        fields = Path(f"/proc/{self._child.pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return int(fields[11]) + int(fields[12])
+
     async def end(self) -> None:
         """Kill it and all that belongs to it; at work or not, it has nothing to lose."""
         process.kill_group(self._child)
         loop = asyncio.get_running_loop()
         ended = loop.create_future()
         loop.add_reader(self._child.pidfd, self._reap, ended)
-        self._close()
+        self._files.close()
         await asyncio.wait([ended], timeout=_END_SECONDS)
 
     def _reap(self, ended: "asyncio.Future[None]") -> None:
         asyncio.get_running_loop().remove_reader(self._child.pidfd)
         process.reap(self._child)
         ended.set_result(None)
-
-    def _close(self) -> None:
-        for fd in (self._requests, self._answers, self._stderr):
-            os.close(fd)
 
     def _died(self) -> errors.Internal:
         said = os.pread(self._stderr, 4096, max(0, os.fstat(self._stderr).st_size - 1024))

@@ -3,14 +3,19 @@
 ImageService)."""
 
 import concurrent.futures
+import json
+import os
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import grpc
 import pytest
 
 from cri_server.pb import api_pb2 as api
+from tests.fakes import registry as evil
 from tests.fakes.kubelet import Kubelet, refusal
-from tests.lab import image, registry, waiting
+from tests.lab import image, registry, server, waiting
 
 pytestmark = pytest.mark.needs("root", "overlay", "docker-registry")
 
@@ -203,6 +208,69 @@ def test_the_filesystem_of_images(kubelet: Kubelet, pulled: str) -> None:
     assert found.HasField("used_bytes")
     assert found.HasField("inodes_used")
     assert abs(found.timestamp - time.time_ns()) < 60e9
+    mounted = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    [of_containers] = answer.container_filesystems
+    for each in (found, of_containers):
+        place = Path(each.fs_id.mountpoint)
+        assert place.is_dir()
+        assert any(place.is_relative_to(point) for point in mounted)
+
+
+@pytest.mark.ours
+def test_a_container_keeps_the_layers_of_an_image_that_is_gone_as_long_as_it_lives(
+    kubelet: Kubelet, registry: registry.Registry, site: server.Site
+) -> None:
+    made = image.busybox([image.Entry(name="left", data=b"behind")])
+    reference = registry.push(made, "images/left")
+    before = set(os.listdir(site.root / "layers"))
+    kubelet.pull(reference)
+    container = kubelet.run(kubelet.run_pod(), reference, ("sleep", "86400"))
+    kubelet.remove_image(reference)
+    assert len(set(os.listdir(site.root / "layers")) - before) in (1, 2)
+    assert kubelet.exec_sync(container, ["cat", "/left"]).stdout == b"behind"
+    kubelet.stop(container)
+    kubelet.remove(container)
+    assert set(os.listdir(site.root / "layers")) <= before
+
+
+@pytest.mark.ours
+def test_verbose_tells_the_config_of_an_image(kubelet: Kubelet, pulled: str) -> None:
+    request = api.ImageStatusRequest(image=api.ImageSpec(image=pulled), verbose=True)
+    info = json.loads(kubelet.images.ImageStatus(request).info["info"])
+    assert info["imageSpec"]["architecture"] == "amd64"
+    assert info["imageSpec"]["config"]["Cmd"] == ["sh"]
+    assert info["chainID"] == info["imageSpec"]["rootfs"]["diff_ids"][0]  # it has one layer
+
+
+@pytest.mark.ours
+def test_a_user_without_end_is_refused_and_harms_no_list(
+    kubelet: Kubelet, registry: registry.Registry
+) -> None:
+    reference = registry.push(tiny("endless user", User="9" * 5000), "images/endless")
+    code, text = refusal(lambda: kubelet.pull(reference))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "User has 5000 characters" in text
+    assert kubelet.image_status(reference) is None
+    kubelet.images.ListImages(api.ListImagesRequest())
+
+
+@pytest.mark.ours
+@pytest.mark.parametrize("stalls", ["/v2/app/manifests/", "/v2/app/blobs/"])
+def test_a_registry_that_stalls_is_given_up_in_the_configured_time(
+    make_site: Callable[..., server.Site],
+    client_of: Callable[[server.Site], Kubelet],
+    evil_registry: evil.Registry,
+    stalls: str,
+) -> None:
+    client = client_of(make_site(images={"pull_progress_timeout": 1}))
+    evil_registry.add_image("app", "v1", b"layer")
+    evil_registry.on(stalls, evil.Stall(1))
+    begin = time.monotonic()
+    code, text = refusal(lambda: client.pull("evil.test/app:v1"))
+    assert time.monotonic() - begin < waiting.patient(20)
+    assert code is grpc.StatusCode.UNKNOWN
+    assert text.startswith("RegistryUnavailable")
+    assert "for 1 s" in text
 
 
 @pytest.mark.ours

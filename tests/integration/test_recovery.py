@@ -21,7 +21,8 @@ from tests.conftest import Marks
 from tests.fakes import cni
 from tests.fakes.kubelet import Kubelet, Pod, is_ready, refusal
 from tests.integration.conftest import SLEEP
-from tests.lab import cgroups, faults, network, server, waiting
+from tests.lab import cgroups, faults, image, network, server, waiting
+from tests.lab import registry as registries
 
 pytestmark = [
     pytest.mark.needs("root", "netns", "overlay", "cni", "runc", "docker-registry"),
@@ -216,6 +217,14 @@ def remove_pod(at: Scene) -> None:
     at.client.runtime.RemovePodSandbox(api.RemovePodSandboxRequest(pod_sandbox_id=at.pod.id))
 
 
+def pull(at: Scene) -> None:
+    at.client.pull(at.reference)
+
+
+def remove_image(at: Scene) -> None:
+    at.client.remove_image(at.reference)
+
+
 STORY = (run_pod, create, start)  # what has been done before each call
 CALLS: dict[Callable[[Scene], None], int] = {
     run_pod: 0,
@@ -226,6 +235,81 @@ CALLS: dict[Callable[[Scene], None], int] = {
     stop_pod: 3,
     remove_pod: 3,
 }
+
+
+IMAGE_CALLS = (pull, remove_image)
+
+
+@pytest.mark.parametrize("call", IMAGE_CALLS, ids=lambda call: call.__name__)
+@pytest.mark.timeout(300)
+def test_killed_at_every_step_of_an_images_life(
+    killable: server.Site,
+    client_of: ClientOf,
+    registry: registries.Registry,
+    call: Callable[[Scene], None],
+) -> None:
+    reference = registry.push(image.busybox([image.Entry(name="a", data=b"b")]), "recovery/image")
+    trigger = killable.home / "die-at"
+    killable.kill()
+    killable.program = (sys.executable, "-m", "tests.lab.crashing", os.fspath(trigger))
+    killable.start()
+    before = folders_of_images(killable)
+    steps = 0
+    while image_killed_at(steps + 1, killable, client_of, reference, call, trigger):
+        steps += 1
+        assert steps < MOST_STEPS
+        assert residue.of_folders(killable.root, killable.state) == []
+        assert folders_of_images(killable) == before
+    print(f"{call.__name__} was killed at {steps} steps")
+    assert steps
+
+
+def folders_of_images(site: server.Site) -> Set[Path]:
+    """Return what the server keeps of images."""
+    patterns = ("images/*", "layers/*", "blobs/*/*", "tmp/*")
+    return {path for pattern in patterns for path in site.root.glob(pattern)}
+
+
+def image_killed_at(
+    step: int,
+    site: server.Site,
+    client_of: ClientOf,
+    reference: str,
+    call: Callable[[Scene], None],
+    trigger: Path,
+) -> bool:
+    """Have the server die at this step of a call; the image is then whole or gone, and the call
+    can be made again; False when it has fewer steps.
+    """
+    scene = Scene(client_of(site), reference, Pod(id="", config=api.PodSandboxConfig()))
+    if call is remove_image:
+        pull(scene)
+    trigger.write_text(str(step))
+    try:
+        call(scene)
+    except grpc.RpcError as e:
+        assert e.code() is grpc.StatusCode.UNAVAILABLE, site.tail()  # noqa: PT017
+        site.wait_death()
+    trigger.unlink()
+    died = site.process is None
+    if died:
+        site.start()
+        scene.client = client_of(site)
+        check_image(scene)
+        call(scene)
+    assert (scene.client.image_status(reference) is not None) is (call is pull)
+    check_image(scene)
+    remove_image(scene)
+    return died
+
+
+def check_image(at: Scene) -> None:
+    """See that an image that is listed is whole."""
+    if at.client.image_status(at.reference) is not None:
+        pod = at.client.run_pod()
+        container = at.client.run(pod, at.reference, SLEEP)
+        assert at.client.exec_sync(container, ["cat", "/a"]).stdout == b"b"
+        at.client.remove_pod(pod.id)
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
@@ -495,6 +579,39 @@ def test_spoilt_records_harm_nobody_else(
         file.unlink()
     for pod in pods.values():  # which of them the kubelet had made is lost with the records
         cgroups.remove(pod.config.linux.cgroup_parent)
+
+
+SPOILT_LAYERS = {n: SPOILT[n] for n in ("empty", "truncated", "binary", "list", "deep")} | {
+    "types": lambda text: text.replace(b'"bytes":', b'"bytes":"x","was":'),
+    "latin": lambda text: text.replace(b"sha256:", b"\xff"),
+}
+
+
+def test_a_spoilt_layer_stays_under_its_containers_and_a_pull_heals_it(
+    killable: server.Site, client_of: ClientOf, registry: registries.Registry
+) -> None:
+    client = client_of(killable)
+    before = set(os.listdir(killable.root / "layers"))
+    made = image.busybox(*([image.Entry(name=name, data=b"whole")] for name in SPOILT_LAYERS))
+    layered = registry.push(made, "recovery/layered")
+    client.pull(layered)
+    pod = client.run_pod()
+    running = client.run(pod, layered, SLEEP, name="running")
+    killable.kill()
+    layers = sorted(set(os.listdir(killable.root / "layers")) - before)
+    for layer, how in zip(layers, SPOILT_LAYERS.values(), strict=True):
+        spoil(killable.root / f"layers/{layer}/layer.json", how)
+    killable.start()
+
+    client = client_of(killable)
+    words = [b"whole"] * len(SPOILT_LAYERS)
+    show = ["sh", "-c", f"cd /; for f in {' '.join(SPOILT_LAYERS)}; do cat $f; echo; done"]
+    assert client.exec_sync(running, show).stdout.split() == words
+    assert client.image_status(layered) is None
+    client.pull(layered)
+    again = client.run(pod, layered, SLEEP, name="again")
+    for container in (running, again):
+        assert client.exec_sync(container, show).stdout.split() == words
 
 
 def test_spoilt_bundles_can_be_removed(

@@ -113,14 +113,88 @@ async def test_the_start_removes_what_a_crash_left(world: World) -> None:
     (tmp / "layer-half/fs/etc").mkdir(parents=True)  # killed while unpacking
     (tmp / "blob-half").write_text("x")  # while downloading
     (tmp / "record-half").write_text("{")  # while writing a record
-    world.layers.set_aside(TWO)  # while removing a layer
+    world.layer("6" * 64)
+    world.layers.set_aside("6" * 64)  # while removing a layer
     world.layer("4" * 64)  # between a layer and the record
     world.images.write_blob("sha256:" + "c" * 64, b"{}")  # between a document and the record
     (world.root / "layers" / ("5" * 64) / "fs").mkdir(parents=True)  # half removed on a full disk
     world.crashed()
+    before = ({ONE, TWO, THREE}, {"a" * 64, "b" * 64}, list[str]())
+    await world.collector.start()
+    assert world.state() == before
+    assert {i.id[-1] for i in world.images.list()} == {"a", "b"}
+
+
+SPOILT = {
+    "gone": None,
+    "empty": b"",
+    "cut": b'{"diff_id":"x","by',
+    "binary": b"\xff\xfe\x00",
+    "no text": b'{"diff_id":"\xff","bytes":1,"inodes":1}',
+    "list": b"[]",
+    "deep": b"[" * 100_000,
+    "types": b'{"diff_id":1,"bytes":"x","inodes":1}',
+}
+
+
+def spoil(world: World, key: str, text: bytes | None) -> None:
+    note = world.root / "layers" / key / "layer.json"
+    if text is None:
+        note.unlink()
+    else:
+        note.write_bytes(text)
+
+
+@pytest.mark.parametrize("text", SPOILT.values(), ids=SPOILT)
+async def test_a_spoilt_layer_stays_under_its_containers_and_a_pull_heals_it(
+    world: World, text: bytes | None
+) -> None:
+    inside = world.layers.fs(TWO) / "file"
+    inode = inside.stat().st_ino
+    spoil(world, TWO, text)
+    world.in_use = {ONE, TWO}
+    world.crashed()
+    await world.collector.start()
+    assert inside.stat().st_ino == inode
+    assert [i.id[-1] for i in world.images.list()] == ["b"]  # so that it is pulled again
+    world.layer(TWO)
+    world.image("a", "r.io/a:1", (ONE, TWO), BLOB_A)
+    assert inside.exists()
+    if text is not None:  # else it was half removed on a full disk
+        assert inside.stat().st_ino == inode
+    world.crashed()
+    assert world.layers.layer(TWO) is not None
+    await world.collector.start()
+    assert {i.id[-1] for i in world.images.list()} == {"a", "b"}
+
+
+@pytest.mark.parametrize("text", SPOILT.values(), ids=SPOILT)
+async def test_a_spoilt_layer_that_nobody_uses_goes_with_its_images(
+    world: World, text: bytes | None
+) -> None:
+    spoil(world, TWO, text)
+    world.crashed()
     await world.collector.start()
     assert world.state() == ({ONE, THREE}, {"a" * 64, "b" * 64}, [])
-    assert {i.id[-1] for i in world.images.list()} == {"a", "b"}
+    assert [i.id[-1] for i in world.images.list()] == ["b"]
+
+
+async def test_what_an_image_left_to_its_containers_goes_with_them(world: World) -> None:
+    world.in_use = {ONE, TWO}
+    await world.collector.remove("r.io/a:1")
+    await world.collector.collect_owed()
+    assert world.state()[0] == {ONE, TWO, THREE}
+    world.in_use = {ONE}
+    await world.collector.collect_owed()
+    assert world.state()[0] == {ONE, THREE}
+
+
+async def test_nothing_is_looked_at_when_no_image_went_early(world: World) -> None:
+    world.in_use = {ONE}
+    await world.collector.start()
+    world.layer("4" * 64)  # would be seen by a look
+    await world.collector.collect_owed()
+    assert "4" * 64 in world.state()[0]
 
 
 @pytest.mark.needs("root")

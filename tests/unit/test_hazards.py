@@ -10,7 +10,7 @@ import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
 PAGE = TESTS.parent / "docs/hazards.md"
-ROWS = [f"V{n:02}" for n in range(1, 40)] + ["V77", "V78", "V79", *(f"V79{c}" for c in "bcdef")]
+ROWS = [f"V{n:02}" for n in (*range(1, 50), *range(60, 80))] + [f"V79{c}" for c in "bcdef"]
 ROWS += [f"V{n}" for n in (*range(80, 87), 90, 91)]
 RULES = 11  # of the last table
 FILES = ("test_hostile_images", "test_hostile_requests", "test_hostile_users", "test_isolation",

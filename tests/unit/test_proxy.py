@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which URLs go through a proxy."""
 
+import re
 import urllib.parse
 
 import pytest
@@ -70,3 +71,26 @@ def test_credentials_are_for_the_proxy_and_stay_out_of_sight() -> None:
 def test_what_is_no_plain_proxy_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="only http://"):
         proxy.choose({"HTTP_PROXY": url}, urllib.parse.urlsplit("http://a.test/"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://me:hun#ter2@proxy.test:3128",
+        "http://me:hun/ter2@proxy.test:3128",
+        "http://me:hun?ter2@proxy.test:3128",
+        "http://me:h@un/ter2@proxy.test:3128",
+        "http://me:[hunter2@proxy.test:3128",
+        "http://me@hun:ter2",
+        "https://me:hunter2@proxy.test:3128",
+    ],
+)
+def test_a_proxy_that_cannot_be_one_is_refused_without_its_secret(text: str) -> None:
+    with pytest.raises(proxy.Unusable) as caught:
+        choose("http://a.test/", http_proxy=text)
+    assert not re.search("hun|ter2", str(caught.value))
+
+
+@pytest.mark.parametrize("text", ["http://p.test:1/", "p.test:1", "http://me:h%40un%23@p.test:1"])
+def test_a_usual_proxy_is_taken(text: str) -> None:
+    assert choose("http://a.test/", http_proxy=text) == "p.test:1"

@@ -3,19 +3,22 @@
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import random
 import stat
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 import zstandard
+from structlog import testing
 
 from cri_server import errors, trees
-from cri_server.images import flights, layers, manifest, tar, workers
+from cri_server.images import flights, layers, manifest, reference, tar, workers
 from cri_server.pb import api_pb2 as api
 from shim import linux
 from tests.lab import image, pulling, registry, tars, waiting
@@ -213,6 +216,18 @@ async def test_layers_are_shared_between_images(hub: registry.Registry, node: pu
     assert len(os.listdir(node.root / "layers")) == 3
 
 
+async def test_v49_a_document_is_known_to_its_own_repository_only(
+    hub: registry.Registry, node: pulling.Node
+) -> None:
+    """Naive: a registry names a digest that it does not have, and gets what another one sent."""
+    made = pulling.make(unique("known"))
+    await node.puller.pull(hub.push(made, "known"))
+    known = node.puller._known
+    assert known(reference.parse("registry.test/known:other"), made.digest) == made.manifest
+    assert known(reference.parse("registry.test/stranger"), made.digest) is None
+    assert known(reference.parse("other.test/known"), made.digest) is None
+
+
 async def test_a_moved_tag_is_seen(hub: registry.Registry, node: pulling.Node) -> None:
     old, new = pulling.make(unique("old")), pulling.make(unique("new"))
     name = hub.push(old, "moved")
@@ -362,7 +377,6 @@ async def failed(node: pulling.Node, name: str) -> errors.CriError:
     with pytest.raises(errors.CriError) as caught:
         await node.puller.pull(name)
     await node.puller.close()
-    await node.collector.collect()
     assert node.images.list() == ()
     assert node.leftovers() == []
     return caught.value
@@ -391,6 +405,66 @@ async def test_a_blob_with_the_wrong_bytes(hub: registry.Registry, node: pulling
     assert "wrong content of blob" in error.message
     node.client.spoil = lambda data: data
     assert await node.puller.pull(name) == made.id
+
+
+async def test_layers_that_came_before_the_failure_go(
+    hub: registry.Registry, node: pulling.Node
+) -> None:
+    made = pulling.make(BASE, unique("comes"), unique("fails"))
+    name = hub.push(made, "halfway")
+    last = list(made.blobs)[-1]
+    node.client.held = lambda domain, digest: digest == last
+    node.client.open.clear()
+    pulling_it = asyncio.create_task(node.puller.pull(name))
+    await wait_for(lambda: len(node.layers.layers()) == 2)
+    node.client.spoil = lambda data: data[:-1] + b"!"
+    node.client.open.set()
+    with pytest.raises(errors.Unknown, match="wrong content of blob"):
+        await pulling_it
+    await node.puller.close()
+    assert node.leftovers() == []
+
+
+async def test_a_document_that_is_damaged_here_is_fetched_again(
+    hub: registry.Registry, node: pulling.Node
+) -> None:
+    made = pulling.make(unique("damaged"))
+    name = hub.push(made, "damaged")
+    await node.puller.pull(name)
+    for digest, body in ((made.digest, made.manifest), (made.id, made.config)):
+        node.images.blob_path(digest).write_bytes(b"{")
+        assert await node.puller.pull(name) == made.id
+        assert node.images.read_blob(digest) == body
+
+
+async def test_a_pull_is_on_the_disk_before_its_record_is_there(
+    hub: registry.Registry, node: pulling.Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = pulling.make(BASE, unique("synced"))
+    seen = []
+
+    def syncfs(fd: int) -> None:
+        assert os.fstat(fd).st_dev == node.root.stat().st_dev
+        seen.append((len(os.listdir(node.root / "layers")), os.listdir(node.root / "images")))
+
+    monkeypatch.setattr(linux, "syncfs", syncfs)
+    name = hub.push(made, "synced")
+    await node.puller.pull(name)
+    assert seen == [(2, [])]
+    await node.puller.pull(name)  # nothing new, nothing to sync
+    assert len(seen) == 1
+
+
+async def test_attributes_that_a_layer_loses_are_logged_once(
+    hub: registry.Registry, node: pulling.Node
+) -> None:
+    broken = {"SCHILY.xattr.security.capability": b"none"}
+    layer = pulling.layer(*(tars.pax(broken, tars.file(n)) for n in ("a", "b")))
+    name = hub.push(pulling.make(layer), "attributes")
+    with testing.capture_logs() as logs:
+        await node.puller.pull(name)
+    [said] = [entry for entry in logs if "attributes" in entry]
+    assert (said["log_level"], said["attributes"]) == ("warning", ["security.capability"])
 
 
 async def test_a_hostile_layer_is_refused(hub: registry.Registry, node: pulling.Node) -> None:
@@ -481,25 +555,50 @@ async def test_other_credentials_are_another_pull(
     assert await asyncio.gather(*tasks) == [made.id] * 3
 
 
-async def test_a_worker_is_killed_when_its_time_is_up(node: pulling.Node, tmp_path: Path) -> None:
+async def test_a_worker_that_stands_still_is_killed(node: pulling.Node, tmp_path: Path) -> None:
     blob = tmp_path / "blob"
     os.mkfifo(blob)  # which nobody writes to
     host = layers.Layers(node.layers, limits=tar.Limits())
-    pool = workers.Workers(1, timeout=0.3)
-    with pytest.raises(errors.DeadlineExceeded):
+    pool = workers.Workers(1, patience=0.3)
+    with pytest.raises(errors.DeadlineExceeded, match="stood still"):
         async with host.staged(contextlib.nullcontext(blob), "sha256:x", (), pool=pool):
             pass
     assert os.listdir(node.root / "tmp") == []
 
 
+BUSY = "import time\nend = time.monotonic() + 1.5\nwhile time.monotonic() < end: pass\nprint('{}')"
+
+
+async def test_a_worker_that_works_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_COMMAND", (sys.executable, "-I", "-c", BUSY))
+    pool = workers.Workers(1, patience=0.5)
+    assert await pool.run({"verb": "apply"}) == {}
+    await pool.close()
+
+
 async def test_a_worker_that_dies_is_an_error_and_not_used_again() -> None:
-    pool = workers.Workers(1, timeout=10)
+    pool = workers.Workers(1, patience=10)
     pool.warm(1)
     with pytest.raises(errors.Internal, match="KeyError"):
         await pool.run({"verb": "apply"})
     asked = {"verb": "settle", "into": "/nonexistent", "lowers": []}
     assert (await pool.run(asked))["kind"] == "host"
     await pool.close()
+
+
+async def test_a_worker_that_cannot_start_leaves_no_descriptor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    for name in ("memfd_create", "pipe"):
+        before = os.listdir("/proc/self/fd")
+        monkeypatch.setattr(os, name, full)
+        with pytest.raises(OSError, match="Too many"):
+            workers.Workers(1, patience=1).warm(1)
+        monkeypatch.undo()
+        assert os.listdir("/proc/self/fd") == before
 
 
 async def test_a_cancelled_caller_waits_for_its_thread() -> None:
@@ -542,12 +641,27 @@ def offer(*platforms: str) -> manifest.Index:
         ("linux/arm/v7", ["linux/arm/v6", "linux/arm"], 1),
         ("linux/arm64/v8", ["linux/arm64"], 0),
         ("linux/amd64", ["linux/amd64", "linux/amd64"], 0),
+        ("linux/amd64", ["linux/arm64", "", "unknown/unknown", ""], 1),
+        ("linux/amd64", ["", "linux/amd64"], 1),
     ],
 )
 def test_the_best_platform_is_chosen(wanted: str, offers: list[str], best: int) -> None:
     os_, architecture, variant = (wanted + "//").split("/")[:3]
     here = manifest.Platform(os=os_, architecture=architecture, variant=variant)
     assert manifest.choose(offer(*offers), here).digest == f"sha256:{best:064x}"
+
+
+def test_an_entry_may_say_nothing_of_its_platform() -> None:
+    """`platform` is optional (OCI image-spec, image-index.md); a signature is still no image."""
+    here = manifest.host_platform()
+    kinds = ("application/vnd.example.signature", manifest.OCI_INDEX, manifest.OCI_MANIFEST)
+    entries = [
+        manifest.Descriptor(digest=f"sha256:{n:064x}", size=1, media_type=kind)
+        for n, kind in enumerate(kinds)
+    ]
+    assert manifest.choose(manifest.Index(manifests=tuple(entries)), here) == entries[2]
+    with pytest.raises(errors.NotFound):
+        manifest.choose(manifest.Index(manifests=tuple(entries[:2])), here)
 
 
 def test_chain_ids() -> None:
@@ -587,6 +701,13 @@ def test_malformed_manifests(body: bytes) -> None:
 def test_malformed_diff_ids(value: str) -> None:
     with pytest.raises(errors.InvalidArgument):
         manifest.parse_config(b'{"rootfs":{"diff_ids":%s}}' % value.encode(), 1)
+
+
+def test_a_user_has_a_bound() -> None:
+    body = b'{"config":{"User":"%s"},"rootfs":{"diff_ids":[]}}'
+    assert manifest.parse_config(body % (b"9" * 256), 0).process.user == "9" * 256
+    with pytest.raises(errors.InvalidArgument, match="User has 5000 characters"):
+        manifest.parse_config(body % (b"9" * 5000), 0)
 
 
 def test_nulls_in_a_config_are_nothing() -> None:

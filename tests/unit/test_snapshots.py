@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer folders and writable layers: stacking, removing, counting, on full disks too."""
 
+import concurrent.futures
+import contextlib
 import os
 import stat
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -143,6 +146,26 @@ def test_a_layer_is_committed_once(host: snapshots.Snapshots, tmp_path: Path) ->
     commit(host, "one", a="second")
     assert (host.fs("one") / "a").read_text() == "first"
     assert os.listdir(tmp_path / "root/tmp") == []
+
+
+def test_two_who_commit_one_layer_at_once_keep_the_first(
+    host: snapshots.Snapshots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container may stand on the first one already."""
+    both, rename, inodes = threading.Barrier(2), Path.rename, []
+
+    def late(self: Path, target: Path) -> Path:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.5)  # together, if nothing keeps one of them from coming
+        moved = rename(self, target)
+        inodes.append((target / "fs").stat().st_ino)
+        return moved
+
+    monkeypatch.setattr(Path, "rename", late)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda text: commit(host, "one", a=text), "12")) == ["one"] * 2
+    assert len(inodes) == 1
+    assert host.fs("one").stat().st_ino == inodes[0]
 
 
 def test_half_a_layer_is_no_layer(host: snapshots.Snapshots, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 
 import concurrent.futures
 import dataclasses
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -189,6 +191,61 @@ def test_sync_comes_before_the_name(images: store.Store, tmp_path: Path) -> None
     seen: list[list[Path]] = []
     images.put(image(A, TAG), sync=lambda: seen.append(list((tmp_path / "images").iterdir())))
     assert seen == [[]]
+
+
+def test_a_record_and_its_name_are_on_the_disk_after_a_sync(
+    images: store.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    images.put(image(A, TAG), sync=lambda: None)
+    folder = tmp_path / "images"
+    assert synced == [str(folder / f"{A}.json"), str(folder)]
+    images.put(image(A, "b.io/x:1"))
+    assert len(synced) == 2
+
+
+def test_nobody_waits_for_a_sync(images: store.Store) -> None:
+    images.put(image(A, TAG))
+    syncing, go_on = threading.Event(), threading.Event()
+
+    def slow() -> None:
+        syncing.set()
+        assert go_on.wait(20)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        putting = pool.submit(images.put, image(B, TAG), sync=slow)
+        assert syncing.wait(20)
+        assert pool.submit(images.remove, A).result(timeout=10) is not None
+        go_on.set()
+        assert putting.result(timeout=20).repo_tags == (TAG,)
+    assert [i.id for i in images.list()] == [f"sha256:{B}"]
+
+
+def test_a_tag_is_on_one_image_even_when_a_record_cannot_be_written(
+    images: store.Store, tmp_path: Path
+) -> None:
+    images.put(image(A, TAG, "b.io/x:1"))
+    old = tmp_path / "images" / f"{A}.json"
+    kept = old.read_bytes()
+    old.unlink()
+    old.mkdir()  # no file can be renamed to this
+    assert images.put(image(B, TAG, digest="sha256:" + "e" * 64)).repo_tags == (TAG,)
+    assert {i.id: i.repo_tags for i in images.list()} == {
+        f"sha256:{A}": ("b.io/x:1",),
+        f"sha256:{B}": (TAG,),
+    }
+    old.rmdir()
+    old.write_bytes(kept)
+    again = store.Store(tmp_path)
+    assert all(again.find(i.id) == i for i in images.list())
+
+
+def test_a_document_that_is_damaged_is_replaced(images: store.Store) -> None:
+    images.write_blob(DIGEST, b"{}")
+    images.blob_path(DIGEST).write_bytes(b"{")
+    images.write_blob(DIGEST, b"{}")
+    assert images.read_blob(DIGEST) == b"{}"
 
 
 def test_a_failure_leaves_no_image_and_no_file(images: store.Store, tmp_path: Path) -> None:

@@ -158,6 +158,32 @@ def test_attributes_are_kept_but_not_labels_and_not_those_of_overlayfs(layer: La
     assert not layer.is_opaque("d")
 
 
+def test_attributes_that_cannot_be_set_are_told(layer: Layer) -> None:
+    broken = {"SCHILY.xattr.security.capability": b"none", "SCHILY.xattr.user.note": b"kept"}
+    outcome = layer.apply(
+        tars.pax(broken, tars.file("a", b"x")),
+        tars.pax({"SCHILY.xattr.nowhere.at.all": b""}, tars.folder("d")),
+        tars.pax({"SCHILY.xattr.user.note": b""}, tars.symlink("s", "a")),
+        tars.pax({"SCHILY.xattr.security.selinux": b"x"}, tars.file("b")),  # never wanted
+    )
+    assert outcome.dropped == {"security.capability", "nowhere.at.all", "user.note"}
+    assert os.listxattr(layer.fs / "a") == ["user.note"]
+
+
+def test_what_is_replaced_is_not_counted_twice(layer: Layer) -> None:
+    outcome = layer.apply(
+        tars.file("f", b"x" * 5000),
+        tars.file("f", b"y" * 9000),
+        tars.folder("d"),
+        tars.file("d/x", b"x" * 5000),
+        tars.symlink("d/s", "nowhere"),
+        tars.whiteout("d/gone"),
+        tars.link("d/f", "f"),
+        tars.file("d", b"now a file"),
+    )
+    assert outcome.usage == trees.Usage(bytes=(3 + 1 + 1) * 4096, inodes=3)  # f, d, the root
+
+
 def test_long_names_of_pax_and_gnu(layer: Layer) -> None:
     long, longer = "n" * 200, "g" * 250
     body = f"d/{longer}\0".encode()
@@ -376,6 +402,32 @@ HOSTILE: dict[str, tuple[bytes, ...]] = {
 def test_refused(name: str, layer: Layer) -> None:
     with pytest.raises(tar.Malformed):
         layer.apply(*HOSTILE[name])
+
+
+INSIDE = tars.file("smuggled", b"x" * 600)
+
+
+@pytest.mark.parametrize(
+    ("archive", "size"),
+    [
+        (tars.pax({"size": f"{len(INSIDE)}"}, tars.header("outer")) + INSIDE, len(INSIDE)),
+        (tars.pax({"size": "0"}, tars.header("outer", size=len(INSIDE))) + INSIDE, 0),
+    ],
+    ids=["more than the header says", "less"],
+)
+def test_v75_a_pax_size_wins_over_the_headers(layer: Layer, archive: bytes, size: int) -> None:
+    """Naive: the header's size counts, and what a scanner took for data becomes a file."""
+    layer.apply(archive)
+    assert (layer.fs / "outer").read_bytes() == INSIDE[:size]
+    assert (layer.fs / "smuggled").exists() is (size == 0)
+
+
+@pytest.mark.parametrize("kind", [b"1", b"2", b"3", b"5", b"6"])
+def test_v75_what_is_no_file_has_no_data(layer: Layer, kind: bytes) -> None:
+    """Naive: data is passed over that Go's reader takes for the next entries."""
+    entry = tars.header("outer", kind, size=len(INSIDE), target="first", device=(1, 3))
+    layer.apply(tars.file("first"), entry, INSIDE)
+    assert sorted(os.listdir(layer.fs)) == ["first", "outer", "smuggled"]
 
 
 def test_absolute_names_stay_in_the_layer(layer: Layer) -> None:
@@ -625,7 +677,7 @@ def test_the_worker_unpacks_hashes_and_settles_later(tmp_path: Path) -> None:
     (low / "a").chmod(0o700)
     (low / "low").write_text("lower")
     asked = {"verb": "settle", "into": asked["into"], "lowers": [str(low)]}
-    assert run_worker(asked) == {}
+    assert run_worker(asked) == {"bytes": 4096, "inodes": 1}  # the copy of "low"
     assert (tmp_path / "into/fs/c").read_text() == "lower"
     assert stat.S_IMODE((tmp_path / "into/fs/a").stat().st_mode) == 0o700
 

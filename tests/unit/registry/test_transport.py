@@ -2,8 +2,11 @@
 """Proxies, TLS, and what HTTP does not allow."""
 
 import asyncio
+import socket
+import threading
 import time
 from collections.abc import Callable
+from concurrent import futures
 from pathlib import Path
 
 import pytest
@@ -65,6 +68,78 @@ async def test_a_proxy_that_fails_is_named(
     with pytest.raises(errors.RegistryUnavailable, match=r"proxy 127\.0\.0\.1") as caught:
         await client.resolve(reference.parse("far.test/a"))
     assert SECRET not in caught.value.message
+
+
+async def test_a_proxy_that_cannot_be_one_is_refused_without_its_secret(
+    client: registry.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", f"http://me:{SECRET}#x@proxy.test:3128")
+    with pytest.raises(errors.Unknown, match="URL of the proxy") as caught:
+        await client.resolve(reference.parse("far.test/a"))
+    assert all(SECRET not in str(each) for each in causes(caught.value))
+
+
+# ---- names
+
+
+Found = list[tuple[int, int, int, str, tuple[str, int]]]
+
+
+def lead(monkeypatch: pytest.MonkeyPatch, look_up: Callable[[], Found]) -> None:
+    """Have every name looked up by this."""
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: look_up())
+
+
+def at(host: str, port: int) -> Found:
+    return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port))]
+
+
+async def test_a_silent_resolver_holds_up_no_other_thread(
+    there: fake.Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, go_on, loop = asyncio.Event(), threading.Event(), asyncio.get_running_loop()
+    loop.set_default_executor(futures.ThreadPoolExecutor(1))
+
+    def silent() -> Found:
+        loop.call_soon_threadsafe(asked.set)
+        go_on.wait(20)
+        return at("127.0.0.1", int(there.address.rpartition(":")[2]))
+
+    lead(monkeypatch, silent)
+    http = transport.Transport()
+    request = transport.Request(url="http://far.test/v2/")
+    asking = [asyncio.create_task(http.send(request)) for _ in range(3)]
+    async with asyncio.timeout(10):
+        await asked.wait()
+        await asyncio.to_thread(bool)
+    asking.pop().cancel()
+    go_on.set()
+    for response in await asyncio.gather(*asking):
+        assert response.status == 200
+        response.close()
+    http.close()
+
+
+async def test_the_next_address_is_tried_when_one_refuses(
+    there: fake.Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = int(there.address.rpartition(":")[2])
+    lead(monkeypatch, lambda: at("127.0.0.1", 1) + at("127.0.0.1", port))
+    http = transport.Transport()
+    response = await http.send(transport.Request(url="http://far.test/v2/"))
+    assert response.status == 200
+    response.close()
+    lead(monkeypatch, lambda: at("127.0.0.1", 1) + at("127.0.0.1", 2))
+    with pytest.raises(wire.Unreachable, match="refused"):
+        await http.send(transport.Request(url="http://other.test/v2/"))
+    http.close()
+
+
+def test_families_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    six = [(socket.AF_INET6, socket.SOCK_STREAM, 6, "", (f"::{n}", 1)) for n in range(3)]
+    lead(monkeypatch, lambda: six + at("127.0.0.1", 1))
+    found = [address[0] for _, address in wire._look_up("a.test", 1)]
+    assert found == ["::0", "127.0.0.1", "::1", "::2"]
 
 
 # ---- TLS
