@@ -262,7 +262,7 @@ async def _shim(binary: str, handler: config.Handler) -> RuntimeFacts:
         features = await _said(runc, "features")
     return RuntimeFacts(
         path=binary,
-        program=os.path.basename(binary),
+        program="kata" if handler.dialect == "kata" else os.path.basename(binary),
         version=_version((await _said(binary, "-v")).decode(errors="replace")),
         features=_features(features),
     )
