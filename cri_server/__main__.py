@@ -131,14 +131,14 @@ def _settings(arguments: argparse.Namespace) -> config.Config:
     return dataclasses.replace(settings, server=dataclasses.replace(settings.server, **given))
 
 
-def _serve(settings: config.Config, _: argparse.Namespace) -> int:
+def _serve(settings: config.Config, arguments: argparse.Namespace) -> int:
     from cri_server import server  # grpc takes 70 ms to import; --help and check do not need it
 
     logs.configure(settings.server.log_level, settings.server.log_format)
     os.umask(0o022)
     process.keep_descriptors()
     _raise_file_limit()
-    asyncio.run(server.serve(settings))
+    asyncio.run(server.serve(settings, lambda: _settings(arguments)))
     return 0
 
 

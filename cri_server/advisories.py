@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published vulnerabilities of OCI runtimes, and which versions have them.
+"""Published vulnerabilities of OCI runtimes and of kata's shim, and which versions have them.
 
 Pure data and arithmetic: a version string in, advisories out. It warns and never refuses: what a
 runtime calls itself is its upstream version, and a distribution may have put the fix into an older
@@ -66,11 +66,18 @@ TABLE = (
     _of("youki", "CVE-2025-54867", "0.5.5"),
     _of("youki", "CVE-2025-62161 CVE-2025-62596", "0.5.7"),
     _of("runsc", "CVE-2025-2713", "20250328.0"),  # releases are dates: the advisory's own
+    _of("kata", "CVE-2020-2024 CVE-2020-2025", "1.11.0"),
+    _of("kata", "CVE-2020-2023 CVE-2020-2026", "1.10.5", "1.11.1"),
+    _of("kata", "CVE-2020-27151", "1.11.4", "1.12.0", "2.0.0"),
+    _of("kata", "CVE-2020-28914", "1.11.5", "1.12.0"),
+    _of("kata", "CVE-2026-24054", "3.26.0"),
+    _of("kata", "CVE-2026-24834", "3.27.0"),
+    _of("kata", "CVE-2026-44210 CVE-2026-47243", "3.31.0"),
 )
 
 
 def known(program: str, version: str) -> tuple[Advisory, ...]:
-    """Return what is known of a version of "runc", "crun", "runsc" or "youki".
+    """Return what is known of a version of "runc", "crun", "runsc", "youki" or "kata".
 
     Nothing for another program, and for a version that does not begin with a number.
     """

@@ -147,19 +147,18 @@ def limit(
     bundle: Path,
     resources: spec.Resources,
     *,
-    oom_score_adj: int | None,
+    oom_score_adj: int,
     found: why.Origins,
 ) -> None:
     """Write other limits into the document, by rename; blocks. The rest of it stays.
 
-    `found` says where they came from; an `oom_score_adj` of None leaves it as it is.
+    `found` says where they came from.
     """
     document = read(bundle)
     earlier = document["linux"]["resources"]
     kept = {k: v for k, v in earlier.items() if k not in spec.LIMITS}
     document["linux"]["resources"] = {**kept, **resources}
-    if oom_score_adj is not None:
-        document["process"]["oomScoreAdj"] = oom_score_adj
+    document["process"]["oomScoreAdj"] = oom_score_adj
     temporary = (bundle / NAME).with_suffix(".tmp")
     temporary.write_bytes(msgspec.json.encode(document))
     temporary.replace(bundle / NAME)

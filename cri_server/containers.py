@@ -442,11 +442,14 @@ class Containers:
 def log_path(pod: api.PodSandboxConfig, wanted: api.ContainerConfig) -> str:
     """Return the absolute log path, "" when output is discarded.
 
-    Raises InvalidArgument for a path that leaves the pod's log directory (hazards V25) or holds a
-    control character.
+    Raises InvalidArgument for a path that leaves the pod's log directory (hazards V25), or is below
+    none, or holds a control character.
     """
-    if not wanted.log_path or not pod.log_directory:
+    if not wanted.log_path:
         return ""
+    if not pod.log_directory:
+        where = "the pod has no log_directory that it could be below"
+        raise errors.InvalidArgument(f"log_path {wanted.log_path[:200]!r}: {where}")
     path = posixpath.normpath(posixpath.join(pod.log_directory, wanted.log_path.lstrip("/")))
     inside = posixpath.normpath(pod.log_directory).rstrip("/") + "/"
     if not path.startswith(inside):

@@ -48,17 +48,12 @@ class Events:
         self._latest = 0
         self._closed = False
 
-    def publish(
-        self, kind: Kind, of: str, *, pod: str, status: api.PodSandboxStatus | None = None
-    ) -> None:
-        """Tell every reader what happened to the container or sandbox `of` in `pod`.
-
-        `status` is the last one of a pod that has no record any more.
-        """
+    def publish(self, kind: Kind, of: str, *, pod: str) -> None:
+        """Tell every reader what happened to the container or sandbox `of` in `pod`."""
         if not self._readers:
             return
         try:
-            of_pod, of_containers = (status, ()) if status else self._describe(pod)
+            of_pod, of_containers = self._describe(pod)
         except errors.NotFound:  # a pod that is not listed; its events would not be understood
             return
         self._latest = max(time.time_ns(), self._latest + 1)

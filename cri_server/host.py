@@ -37,7 +37,8 @@ from shim import linux
 _SHIM_SECONDS = 5.0
 _COMPLAINT = 200  # characters
 _PATIENCE = 5.0  # seconds for an answer: all handlers wait at start for one that gives none
-_SIZES = {"kB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
+_HUGEPAGES = Path("/sys/kernel/mm/hugepages")
+_SIZES = {"KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,7 +211,7 @@ def probe(
         known=frozenset(known),
         oom_score_adj=int(_first_line("/proc/self/oom_score_adj") or 0),
         swap_accounting=_swap_accounting(hierarchy),
-        hugepage_sizes=_hugepage_sizes() if "hugetlb" in controllers else frozenset(),
+        hugepage_sizes=hugepage_sizes(_HUGEPAGES) if "hugetlb" in controllers else frozenset(),
         overlayfs="overlay" in Path("/proc/filesystems").read_text(),
         runtimes=found,
         no_user_namespaces=userns.why_not(places.root, places.state) if places else "",
@@ -261,7 +262,7 @@ async def _shim(binary: str, handler: config.Handler) -> RuntimeFacts:
         features = await _said(runc, "features")
     return RuntimeFacts(
         path=binary,
-        program=os.path.basename(binary),
+        program="kata" if handler.dialect == "kata" else os.path.basename(binary),
         version=_version((await _said(binary, "-v")).decode(errors="replace")),
         features=_features(features),
     )
@@ -326,16 +327,14 @@ def _swap_accounting(hierarchy: cgroups.Hierarchy) -> bool:
     return memory is not None and (memory / "memory.memsw.limit_in_bytes").exists()
 
 
-def _hugepage_sizes() -> frozenset[str]:
-    sizes = (
-        int(p.name.split("-")[1][:-2])
-        for p in Path("/sys/kernel/mm/hugepages").glob("hugepages-*kB")
-    )
+def hugepage_sizes(folder: Path) -> frozenset[str]:
+    """Return the sizes that the kernel lists, as CRI and the files of cgroups name them."""
+    sizes = (int(p.name.split("-")[1][:-2]) for p in folder.glob("hugepages-*kB"))
     return frozenset(_size_name(kilobytes << 10) for kilobytes in sizes)
 
 
 def _size_name(size: int) -> str:
-    unit = next(u for u in ("GB", "MB", "kB") if size >= _SIZES[u])
+    unit = next(u for u in ("GB", "MB", "KB") if size >= _SIZES[u])
     return f"{size // _SIZES[unit]}{unit}"
 
 

@@ -203,7 +203,7 @@ class Info:
     def _pod_info(self, pod_id: str) -> dict[str, Any]:
         pod = self._pods.record(pod_id)
         return {
-            "pid": pod.pid,
+            "pid": pod.pid if pod.state is state.PodState.READY else 0,
             "shimPid": pod.shim_pid,
             "state": pod.state,
             "runtimeHandler": revisions.name_of(pod.handler),
@@ -226,12 +226,12 @@ class Info:
         container = self._containers.record(container_id)
         return {
             "sandboxID": container.pod_id,
-            "pid": container.pid,
+            "pid": 0 if container.finished_at else container.pid,
             "bundle": str(self._bundles.directory(container.id)),
             "cgroupsPath": container.cgroups_path,
             "snapshotter": "overlayfs",
             "snapshotKey": container.id,
-            "config": _message(container.config),
+            "config": container_config(container.config),
             "runtimeSpec": self._spec(container.id),
         }
 
@@ -240,6 +240,14 @@ class Info:
             return configjson.read(self._bundles.directory(container_id))
         except FileNotFoundError:
             return None
+
+
+def container_config(config: api.ContainerConfig) -> dict[str, Any]:
+    """Return a config for people: environment values as text, where JSON from proto has base64."""
+    shown = _message(config)
+    for env, entry in zip(config.envs, shown.get("envs", ()), strict=True):
+        entry["value"] = env.value.decode(errors="replace")
+    return shown
 
 
 def _message(value: message.Message) -> dict[str, Any]:

@@ -7,10 +7,16 @@ from typing import Literal
 
 import structlog
 
+_METHODS = ("debug", "info", "warning", "error", "exception")
+
+
+class _Logger(structlog.make_filtering_bound_logger(0)):  # type: ignore[misc]
+    """The class of every logger; `set_level` gives it the methods of its level."""
+
 
 def configure(level: str, style: Literal["console", "json"]) -> None:
-    """Set up structlog for the process. Below `level` a line costs nothing."""
-    number = logging.getLevelNamesMapping()[level.upper()]
+    """Set up structlog for the process."""
+    set_level(level)
     render: structlog.typing.Processor = (
         structlog.processors.JSONRenderer()
         if style == "json"
@@ -24,7 +30,15 @@ def configure(level: str, style: Literal["console", "json"]) -> None:
             *([structlog.processors.format_exc_info] if style == "json" else []),
             render,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(number),
+        wrapper_class=_Logger,
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
+
+
+def set_level(level: str) -> None:
+    """Log from now on what is at `level` or above; a line below it costs nothing."""
+    number = logging.getLevelNamesMapping()[level.upper()]
+    filtering = structlog.make_filtering_bound_logger(number)
+    for name in _METHODS:
+        setattr(_Logger, name, getattr(filtering, name))

@@ -242,20 +242,26 @@ class Pods:
 
     async def stop(self, wanted: str) -> None:
         """End every container and give back the network (CRI StopPodSandbox). OK when unknown or
-        stopped.
+        stopped, and when all is ended but CNI's DEL failed: no namespace refers to it any more.
         """
         with contextlib.suppress(errors.NotFound):
             pod = self._listed(wanted)
             async with self._locks.held(pod.id):
                 await self._stop(self._store.pod(pod.id))
 
-    async def _stop(self, pod: state.Pod) -> None:
+    async def _stop(self, pod: state.Pod) -> errors.CriError | None:
+        """End what runs; return why the network could not be given back, None when it was.
+
+        Then the record keeps it, and `settle_networks` tries again.
+        """
         if pod.state is state.PodState.STOPPED and pod.network is None and not pod.shim_pid:
-            return
+            return None
         if pod.state is state.PodState.READY:
             pod = await self._note_stopped(pod)
-        await self._halt(pod)
-        await self._store.note_pod(dataclasses.replace(pod, network=None, shim_pid=0, pid=0))
+        owed = await self._halt(pod)
+        network = pod.network if owed else None
+        await self._store.note_pod(dataclasses.replace(pod, network=network, shim_pid=0, pid=0))
+        return owed
 
     async def _note_stopped(self, pod: state.Pod) -> state.Pod:
         noted = await self._store.note_pod(
@@ -265,36 +271,50 @@ class Pods:
         return noted
 
     async def remove(self, wanted: str) -> None:
-        """Stop the pod and remove all that is its own (CRI RemovePodSandbox). OK when unknown."""
+        """Stop the pod and remove all that is its own (CRI RemovePodSandbox). OK when unknown.
+
+        Raises what the CNI plugins said while they do not give the network back; until then the pod
+        is listed.
+        """
         with contextlib.suppress(errors.NotFound):
             pod = self._listed(wanted)
             async with self._locks.held(pod.id):
-                pod = self._store.pod(pod.id)
-                await self._stop(pod)
-                last = self.status(pod.id)
-                await self.release(self._store.pod(pod.id))
-                self._events.publish(events.DELETED, pod.id, pod=pod.id, status=last)
+                if owed := await self._stop(self._store.pod(pod.id)):
+                    raise owed
+                await self._free(self._store.pod(pod.id))
+                self._events.publish(events.DELETED, pod.id, pod=pod.id)
+                await self._store.forget_pod(pod.id)
 
-    async def _halt(self, pod: state.Pod) -> None:
-        """End what runs; containers first, then the network, then the shim with the namespaces."""
+    async def _halt(self, pod: state.Pod) -> errors.CriError | None:
+        """End what runs; containers first, then the network, then the shim with the namespaces.
+
+        What the CNI plugins did not give back is no failure: its reason is returned.
+        """
         async with contextlib.AsyncExitStack() as each:  # pushed last, run first; all are run
             each.push_async_callback(self._volumes.remove, pod.id)
             each.push_async_callback(asyncio.to_thread, netns.remove, pod.netns)
             each.push_async_callback(asyncio.to_thread, self._unmark, pod)
             each.push_async_callback(self._stop_shim, pod)
-            each.push_async_callback(self._detach, pod)
-            each.push_async_callback(self._containers.stop_all, pod.id)
+            try:
+                await self._containers.stop_all(pod.id)
+            finally:
+                owed = await self._detach(pod)
+        return owed
 
     async def release(self, pod: state.Pod) -> None:
-        """Remove whatever of a pod exists; the undo of `run`, RemovePodSandbox and recovery end
-        here.
-        """
+        """Remove whatever of a pod exists; the undo of `run` and recovery end here."""
+        await self._free(pod)
+        await self._store.forget_pod(pod.id)
+
+    async def _free(self, pod: state.Pod) -> None:
+        """Remove whatever of a pod exists but its record. Raises also when a CNI DEL is owed."""
         async with contextlib.AsyncExitStack() as each:
             each.push_async_callback(self._groups.remove, pod.cgroups_made)
             each.push_async_callback(asyncio.to_thread, self._files.remove, pod.id)
             each.push_async_callback(self._containers.remove_all, pod.id)
-            each.push_async_callback(self._halt, pod)
-        await self._store.forget_pod(pod.id)
+            owed = await self._halt(pod)
+        if owed:
+            raise owed
 
     def _unmark(self, pod: state.Pod) -> None:
         """Remove the empty cgroup that stood for the pod, where there is one."""
@@ -306,9 +326,27 @@ class Pods:
         if not stopped and (self._inits.needed(pod) or self._remains.has_home(pod.handler)):
             await self._remains.destroy(pod.handler, pod.id, self._inits.cgroup(pod))
 
-    async def _detach(self, pod: state.Pod) -> None:
-        if pod.network is not None:
+    async def _detach(self, pod: state.Pod) -> errors.CriError | None:
+        """Give the network back; return why that failed."""
+        if pod.network is None:
+            return None
+        try:
             await self._network.detach(self._attachment(pod))
+        except errors.CriError as e:
+            log.warning("network not given back: owed", pod=pod.id, error=e.message)
+            return e
+        return None
+
+    async def settle_networks(self) -> bool:
+        """Try again to give back the networks of pods that were stopped without; say whether all
+        are. One pod after the other, for a plugin may take its time to fail.
+        """
+        for pod in filter(_owes, self._store.pods()):
+            try:
+                await self.stop(pod.id)
+            except Exception as e:
+                log.error("pod sandbox not stopped", pod=pod.id, error=repr(e))
+        return not any(map(_owes, self._store.pods()))
 
     # -- update -----------------------------------------------------------------------------------
 
@@ -316,9 +354,13 @@ class Pods:
         """Remember the pod's overhead and resources (CRI UpdatePodSandboxResources).
 
         What is not in the request stays. The pod's cgroup is the kubelet's, which writes it itself.
-        Raises NotFound, InvalidArgument that names the field.
+        Raises NotFound, InvalidArgument that names the field, Unimplemented for a pod with a kernel
+        of its own: its size is that of its start, which its runtime changes with the containers'.
         """
         pod = self._listed(request.pod_sandbox_id)
+        if self._handlers.of(pod.handler).has_kernel:
+            name = revisions.name_of(pod.handler)
+            raise errors.Unimplemented(f"handler {name}: a pod's resources are those of its start")
         spec.check_pod_update(request, self._handlers.facts(pod.handler))
         async with self._locks.held(pod.id):
             pod = self._store.pod(pod.id)
@@ -451,6 +493,12 @@ class Pods:
             annotations=dict(pod.config.annotations),
             cgroup_parent=pod.config.linux.cgroup_parent,
         )
+
+
+def _owes(pod: state.Pod) -> bool:
+    """Say whether nothing of a pod runs any more but its network was never given back."""
+    ended = pod.state in (state.PodState.STOPPED, state.PodState.FAILED)
+    return ended and pod.network is not None and not pod.shim_pid
 
 
 def _sysctls(pod: state.Pod, *, network: bool) -> dict[str, str]:

@@ -8,8 +8,7 @@ mutations finish for a while and leaves every pod running: its shim is its own p
 import asyncio
 import contextlib
 import os
-import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import grpc
@@ -29,6 +28,7 @@ from cri_server import (
     reloading,
     revisions,
     roster,
+    signals,
     snapshots,
 )
 from cri_server.network import cni, conf
@@ -38,17 +38,16 @@ from cri_server.services import interceptors
 log = structlog.get_logger()
 MESSAGE_LIMIT = 32 << 20  # peers accept 16 and 80 MiB; a kubelet receives 16
 NETWORK_CHECK = 2.0  # seconds between looks at the pinned network namespaces
+SETTLE_FIRST, SETTLE_MOST = 2.0, 60.0  # seconds between attempts at CNI DELs that failed
 STOP_GRACE = 10.0
 STREAM_GRACE = 1.0
 MEASURE_EVERY = 10.0
 
 
-async def serve(settings: config.Config) -> None:
-    """Serve until SIGTERM or SIGINT."""
+async def serve(settings: config.Config, reread: Callable[[], config.Config]) -> None:
+    """Serve until SIGTERM or SIGINT; `reread` reads the settings anew (SIGHUP)."""
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    signals.handle(stop, settings, reread)
     async with running(settings):
         await stop.wait()
         log.info("stopping: pods keep running")
@@ -86,8 +85,13 @@ async def running(settings: config.Config) -> AsyncIterator[None]:
         await _open_crio(settings, objects.crio)
         log.info("ready", network=objects.network.status().ready, handlers=list(live.names))
         reloader = reloading.Reloader(settings, live)
-        for work in (_check_networks(objects.pods), _measure(objects.layers), reloader.run()):
-            stack.callback(asyncio.create_task(work).cancel)
+        for name, work in (
+            ("check networks", _check_networks(objects.pods)),
+            ("settle networks", _settle_networks(objects.pods)),
+            ("measure", _measure(objects.layers)),
+            ("reload", reloader.run()),
+        ):
+            stack.callback(asyncio.create_task(work, name=name).cancel)
         yield
 
 
@@ -179,6 +183,15 @@ async def _check_networks(pod_host: pods.Pods) -> None:
     while True:
         await asyncio.sleep(NETWORK_CHECK)
         await pod_host.check_networks()
+
+
+async def _settle_networks(pod_host: pods.Pods) -> None:
+    """Repeat CNI DELs that failed, less and less often while they go on to."""
+    pause = SETTLE_FIRST
+    while True:
+        await asyncio.sleep(pause)
+        settled = await pod_host.settle_networks()
+        pause = SETTLE_FIRST if settled else min(pause * 2, SETTLE_MOST)
 
 
 async def _measure(layers: snapshots.Snapshots) -> None:

@@ -264,8 +264,13 @@ def new_pod(config: api.PodSandboxConfig, *, runtime_handler: str, handler: str,
 
 
 def raw_config(config: "api.PodSandboxConfig | api.ContainerConfig") -> bytes:
-    """Return the JSON under which a config is stored; environment values are base64 (bytes)."""
-    return msgspec.json.encode(json_format.MessageToDict(config, preserving_proto_field_name=True))
+    """Return the JSON under which a config is stored; environment values are base64 (bytes), enums
+    their numbers: CRI 0.37 gives the signals other names.
+    """
+    document = json_format.MessageToDict(
+        config, preserving_proto_field_name=True, use_integers_for_enums=True
+    )
+    return msgspec.json.encode(document)
 
 
 def limits(stored: str, config: api.LinuxContainerResources) -> api.LinuxContainerResources:

@@ -7,8 +7,8 @@ reason: the record is what the next request is compared with, and one that chang
 process and no write.
 
 The OCI runtime writes the limits, so that systemd's units and the runtime's own state agree; what
-it leaves out is written here. Nothing is locked here: `containers` sees
-to it that one operation at a time works on a container.
+it leaves out is written here, and oom_score_adj, which is the processes' own. Nothing is locked
+here: `containers` sees to it that one operation at a time works on a container.
 """
 
 import asyncio
@@ -35,6 +35,7 @@ from cri_server import (
 )
 from cri_server.pb import api_pb2 as api
 from cri_server.spec import why
+from shim import cgroup
 from shim.pb import shim_pb2
 
 log = structlog.get_logger()
@@ -47,6 +48,7 @@ class _Change:
     container: state.Container
     before: spec.Resources
     after: spec.Resources
+    scores: tuple[int, int]  # oom_score_adj before and after
     wanted: api.LinuxContainerResources
 
     @property
@@ -92,7 +94,7 @@ class Updates:
         change = self._change(container, asked)
         if change.wanted == in_force(container):
             return
-        if container.started_at and change.before != change.after:
+        if container.started_at:
             await self._set(change)
         await asyncio.to_thread(self._write, change)
         async with self._store.changing(container.id) as current:
@@ -104,29 +106,35 @@ class Updates:
         facts = self._handlers.facts(container.handler)
         now = in_force(container)
         wanted = spec.merged(now, asked)
-        spec.oom_score_adj(wanted, facts)
         return _Change(
             container=container,
             before=spec.resources(now, facts),
             after=spec.resources(wanted, facts),
+            scores=(spec.oom_score_adj(now, facts), spec.oom_score_adj(wanted, facts)),
             wanted=wanted,
         )
 
     def _write(self, change: _Change) -> None:
-        """Bring config.json up to date; oom_score_adj only counts before the start."""
+        """Bring config.json up to date, from which a start and an exec take what they need."""
         container = change.container
         facts = self._handlers.facts(container.handler)
-        score: int | None = None
         with why.recorded() as found:
             spec.resources(change.wanted, facts)
-            if not container.started_at:
-                score = spec.oom_score_adj(change.wanted, facts)
+            score = spec.oom_score_adj(change.wanted, facts)
         bundle = self._bundles.directory(container.id)
         configjson.limit(bundle, change.after, oom_score_adj=score, found=found)
 
     # -- in a running container -------------------------------------------------------------------
 
     async def _set(self, change: _Change) -> None:
+        if change.before != change.after:
+            await self._limit(change)
+        before, after = change.scores
+        if before != after:
+            directories = self._groups.directories(change.container.cgroups_path)
+            await asyncio.to_thread(_rescore, directories, before, after)
+
+    async def _limit(self, change: _Change) -> None:
         await asyncio.to_thread(self._check_memory, change)
         try:
             await self._run(change.container, change.after)
@@ -178,6 +186,22 @@ def _without_quota(limits: spec.Resources, directory: str) -> tuple[spec.Resourc
     rest: spec.Resources = {**limits, "cpu": {**cpu}}
     del rest["cpu"]["quota"]
     return rest, {f"{directory}/cpu.cfs_quota_us": "-1"}
+
+
+def _rescore(directories: Mapping[str, str], before: int, after: int) -> None:
+    """Give the processes that still have the oom_score_adj of before another; some have set their
+    own. Twice, for a child that is born meanwhile has its parent's. Raises Unknown.
+    """
+    for _ in range(2):
+        for pid in cgroup.Cgroup(directories).processes():
+            path = Path(f"/proc/{pid}/oom_score_adj")
+            try:
+                if int(path.read_text()) == before:
+                    path.write_text(str(after))
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            except OSError as e:
+                raise errors.Unknown(f"oom_score_adj: {after}: {e.strerror}") from e
 
 
 def _write_all(files: Mapping[str, str]) -> None:

@@ -18,6 +18,8 @@ from cri_server.pb import api_pb2 as api
 INGRESS = "kubernetes.io/ingress-bandwidth"
 EGRESS = "kubernetes.io/egress-bandwidth"
 LEAST_RATE, GREATEST_RATE = 1000, 10**15  # bits/s; what the kubelet accepts
+# What a capability argument is made of, for those without which the pod is not as it was asked for.
+ASKED_BY = {"portMappings": "port_mappings", "bandwidth": f"annotation {INGRESS} or {EGRESS}"}
 BURST = 2**32 - 1  # bits; the most that the bandwidth plugin takes: not limited
 
 _QUANTITY = re.compile(r"\+?(\d+\.?\d*|\.\d+)(?:([numkMGTPE]?|[KMGTPE]i)|[eE]([+-]?\d{1,2}))")

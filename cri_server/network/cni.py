@@ -22,7 +22,10 @@ import structlog
 
 from cri_server import config, errors, locks
 from cri_server.network import cache, conf, netns, plugin, poller, result, verbs
-from cri_server.network.attachment import Attachment  # callers know it as cni.Attachment
+from cri_server.network.attachment import (  # callers know it as cni.Attachment
+    ASKED_BY,
+    Attachment,
+)
 
 __all__ = ["IFNAME", "Attachment", "Network", "NetworkStatus", "Result"]
 
@@ -130,9 +133,9 @@ class Network:
         behind.
 
         Raises Unavailable when there is no usable network, InvalidArgument for what cannot be
-        passed to plugins, DeadlineExceeded when they take too long, Internal when they fail; the
-        message says so if undoing failed too, and then a `detach` is owed. When cancelled, the undo
-        goes on by itself.
+        passed to plugins or none of them takes, DeadlineExceeded when they take too long, Internal
+        when they fail; the message says so if undoing failed too, and then a `detach` is owed. When
+        cancelled, the undo goes on by itself.
         """
         return await self._own(self._attach(attachment, place), cancel=True)
 
@@ -176,6 +179,7 @@ class Network:
             args=attachment.args(),
             capabilities=attachment.capabilities(),
         )
+        _check_heard(chain, entry)
         self._record(entry)
         return chain, entry
 
@@ -278,6 +282,21 @@ def _call(entry: cache.Entry) -> plugin.Call:
         args=entry.args,
         capabilities=entry.capabilities,
     )
+
+
+def _check_heard(chain: conf.Chain, entry: cache.Entry) -> None:
+    """Refuse host ports and bandwidths that no plugin takes.
+
+    Plugins that are not of the CNI project are given the benefit of the doubt: agents such as
+    Cilium's and OVN-Kubernetes' read both from the API server.
+    """
+    for name in ASKED_BY.keys() & entry.capabilities:
+        if chain.accepts(name):
+            continue
+        message = f"{ASKED_BY[name]}: no plugin of {chain.path} has the capability {name}"
+        if chain.standard:
+            raise errors.InvalidArgument(message)
+        log.warning("left to the network's own agent", pod=entry.container_id, reason=message)
 
 
 def _addresses(

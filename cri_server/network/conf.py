@@ -22,6 +22,11 @@ import msgspec
 VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")  # oldest first
 SUFFIXES = (".conf", ".conflist", ".json")
 MAX_SIZE = 1 << 20
+# Those of the CNI project, behind which stands no agent that does more than their configuration.
+STANDARD = frozenset(
+    {"bandwidth", "bridge", "dummy", "firewall", "host-device", "ipvlan", "loopback", "macvlan"}
+    | {"portmap", "ptp", "sbr", "tuning", "vlan", "vrf"}
+)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
 Document = Mapping[str, object]
@@ -60,6 +65,15 @@ class Chain:
     def speaks(self, version: str) -> bool:
         """Say whether the plugins are spoken to in this version of CNI or a later one."""
         return VERSIONS.index(self.version) >= VERSIONS.index(version)
+
+    def accepts(self, capability: str) -> bool:
+        """Say whether a plugin declares a capability."""
+        return any(p.accepts(capability) for p in self.plugins)
+
+    @property
+    def standard(self) -> bool:
+        """Whether there are only plugins that do what their configuration says and no more."""
+        return all(p.type in STANDARD for p in self.plugins)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,8 @@
 
 Whoever writes a pod writes these, so they count only where the handler's `pod_annotations` or
 `container_annotations` lets them through (hazards V24). With our own prefix nothing is skipped in
-silence: what is not let through, or not known, is refused.
+silence: what is not let through, or not known, is refused. So are classes of block I/O and of
+caches (RDT), which other runtimes have in files of their own and we have not.
 """
 
 from collections.abc import Container, Iterator, Mapping
@@ -20,6 +21,12 @@ PREFIX = "cri-server.io/"
 RLIMITS = f"{PREFIX}rlimits"
 SHM_SIZE = f"{PREFIX}shm-size"
 _PAGE = 4096
+_CLASSES = (  # goresctrl's keys: of a pod, and of a container
+    "blockio.resources.beta.kubernetes.io/",
+    "io.kubernetes.cri.blockio-class",
+    "rdt.resources.beta.kubernetes.io/",
+    "io.kubernetes.cri.rdt-class",
+)
 
 
 def check_pod(config: api.PodSandboxConfig, allowed: Container[str], host: types.HostFacts) -> None:
@@ -27,6 +34,7 @@ def check_pod(config: api.PodSandboxConfig, allowed: Container[str], host: types
 
     `allowed` are the keys that the handler lets through.
     """
+    _check_classes(config.annotations, allowed)
     for key, value in _ours(config.annotations, allowed, "pod_annotations"):
         if key == SHM_SIZE:
             _check_size(value, host)
@@ -40,8 +48,16 @@ def check_container(
     config: api.ContainerConfig, allowed: Container[str], host: types.HostFacts
 ) -> None:
     """Do as `check_pod` for a container's own annotations."""
+    _check_classes(config.annotations, allowed)
     for key, value in _ours(config.annotations, allowed, "container_annotations"):
         _check_rlimits(key, value, host)
+
+
+def _check_classes(annotations: Mapping[str, str], allowed: Container[str]) -> None:
+    """Refuse classes, unless the handler lets them through to an OCI runtime that knows them."""
+    for key in annotations:
+        if key.startswith(_CLASSES) and key not in allowed:
+            raise _refused(key, "there are no classes of block I/O or RDT in this runtime")
 
 
 def _ours(

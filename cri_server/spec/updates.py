@@ -39,12 +39,12 @@ def merged(
 ) -> api.LinuxContainerResources:
     """Return `now` with what is set in `asked`; `unified` by key, hugepage limits by page size.
 
-    A memory limit that comes without a swap limit takes the earlier swap limit away: unset means
-    "as much as memory", and the two of different requests need not fit each other.
+    A memory limit that comes without a swap limit takes away an earlier one that it leaves no room
+    to, and one that allowed no swap: unset means "as much as memory".
     """
     result = api.LinuxContainerResources()
     result.CopyFrom(now)
-    if asked.memory_limit_in_bytes:
+    if asked.memory_limit_in_bytes and not _swaps_still(now, asked.memory_limit_in_bytes):
         result.ClearField("memory_swap_limit_in_bytes")
     for field, value in asked.ListFields():
         if field.name not in _BY_KEY:
@@ -52,6 +52,12 @@ def merged(
     result.unified.update(asked.unified)
     _merge_pages(result, asked)
     return result
+
+
+def _swaps_still(now: api.LinuxContainerResources, limit: int) -> bool:
+    """Say whether the swap limit, which is of memory and swap together, goes with a new `limit`."""
+    swap = now.memory_swap_limit_in_bytes
+    return swap == -1 or (swap > now.memory_limit_in_bytes and 0 < limit < swap)
 
 
 def _merge_pages(result: api.LinuxContainerResources, asked: api.LinuxContainerResources) -> None:

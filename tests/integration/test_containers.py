@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The life of a container: create, start, stop, remove, status, list, stats (CRI)."""
 
+import json
 import time
 from pathlib import Path
 
@@ -389,3 +390,15 @@ def test_the_streamed_lists_are_the_lists(kubelet: Kubelet, container: str) -> N
 def test_a_verbose_status_tells_the_pid(kubelet: Kubelet, container: str) -> None:
     info = kubelet.status_response(container, verbose=True).info["info"]
     assert '"pid"' in info
+
+
+@pytest.mark.ours
+def test_a_verbose_status_is_for_people(kubelet: Kubelet, pod: Pod, pulled: str) -> None:
+    envs = [api.KeyValue(key="A", value=b"text"), api.KeyValue(key="B")]
+    container = kubelet.run(pod, pulled, SLEEP, envs=envs)
+    info = json.loads(kubelet.status_response(container, verbose=True).info["info"])
+    assert info["config"]["envs"] == [{"key": "A", "value": "text"}, {"key": "B", "value": ""}]
+    assert Path("/proc", str(info["pid"])).exists()
+    kubelet.stop(container)
+    info = json.loads(kubelet.status_response(container, verbose=True).info["info"])
+    assert info["pid"] == 0

@@ -172,6 +172,15 @@ def test_what_a_machine_uses_is_what_its_shim_counts(lab: Lab) -> None:
     assert (stats.attributes.id, stats.HasField("cpu")) == (container, False)
 
 
+def test_a_machines_size_is_not_changed_for_the_pod(lab: Lab) -> None:
+    pod = lab.pod("machine")
+    request = api.UpdatePodSandboxResourcesRequest(pod_sandbox_id=pod.id)
+    request.resources.cpu_shares = 200
+    code, text = kubelets.refusal(lambda: lab.kubelet.runtime.UpdatePodSandboxResources(request))
+    assert code is grpc.StatusCode.UNIMPLEMENTED  # which the kubelet tolerates
+    assert "handler machine" in text
+
+
 # -- at a verb -------------------------------------------------------------------------------------
 
 

@@ -241,8 +241,9 @@ def test_a_pod_that_cannot_be_undone_is_listed_until_it_can(
     [left] = node.pods()
     assert (left.state, left.metadata) == (NOTREADY, config.metadata)
     assert "first DEL" in plugins.verbs()
-    refusal(lambda: node.stop_pod(left.id))
-    refusal(lambda: node.remove_pod(left.id))
+    _, text = refusal(lambda: node.remove_pod(left.id))
+    assert "none at all" in text
+    assert [p.id for p in node.pods()] == [left.id]
     plugins.install("second", ADD=ADDRESS, DEL="true")
     pod = node.run_pod(config)
     assert [p.id for p in node.pods()] == [pod.id]
@@ -251,14 +252,38 @@ def test_a_pod_that_cannot_be_undone_is_listed_until_it_can(
     assert plugins.cached() == []
 
 
-def test_a_failing_del_is_tried_again(node: Kubelet, plugins: cni.Fakes) -> None:
+def test_a_failing_del_stops_no_pod_but_its_removal(node: Kubelet, plugins: cni.Fakes) -> None:
     pod = node.run_pod()
-    plugins.install("second", DEL=cni.once(cni.fail("busy")))
-    refusal(lambda: node.stop_pod(pod.id))
-    assert state_of(node, pod) == NOTREADY
+    plugins.install("second", DEL=cni.fail("busy"))
     node.stop_pod(pod.id)
+    assert state_of(node, pod) == NOTREADY
+    assert not Path("/run/netns", pod.id).exists()
+    _, text = refusal(lambda: remove_pod(node, pod))
+    assert "busy" in text
+    assert state_of(node, pod) == NOTREADY
+    plugins.install("second", DEL="true")
     remove_pod(node, pod)
     assert plugins.cached() == []
+
+
+def test_a_failing_del_is_tried_again_by_itself(
+    make_site: MakeSite, client_of: ClientOf, plugins: cni.Fakes
+) -> None:
+    site = make_site(network=faults.network(plugins))
+    client = client_of(site)
+    stopped, stopped_before = client.run_pod(), client.run_pod()
+    plugins.install("second", DEL=cni.fail("busy"))
+    client.stop_pod(stopped_before.id)
+    site.kill()
+    site.start()
+    client = client_of(site)
+    client.stop_pod(stopped.id)
+    assert len(plugins.cached()) == 2
+    plugins.install("second", DEL="true")
+    waiting.until(lambda: not plugins.cached(), "both networks are given back", seconds=30)
+    for pod in (stopped, stopped_before):
+        assert state_of(client, pod) == NOTREADY
+        remove_pod(client, pod)
 
 
 def test_a_pod_stops_without_any_configuration(node: Kubelet, plugins: cni.Fakes) -> None:

@@ -127,6 +127,18 @@ def test_a_log_path_does_not_escape(kubelet: Kubelet, pod: Pod, pulled: str, pat
     assert not kubelet.containers(pod_sandbox_id=pod.id)
 
 
+@pytest.mark.ours
+def test_a_log_path_needs_a_log_directory(kubelet: Kubelet, pulled: str) -> None:
+    config = kubelet.pod_config()
+    config.log_directory = ""
+    pod = kubelet.run_pod(config)
+    code, text = refusal(lambda: kubelet.create(pod, kubelet.container_config(pulled, SLEEP)))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "log_path" in text
+    assert "log_directory" in text
+    kubelet.create(pod, kubelet.container_config(pulled, SLEEP, log_path=""))
+
+
 def test_an_absolute_log_path_is_below_the_log_folder(
     kubelet: Kubelet, pod: Pod, pulled: str
 ) -> None:

@@ -15,7 +15,7 @@ from cri_server.pb import api_pb2 as api
 from tests import probes
 from tests.fakes.kubelet import Kubelet, Pod, refusal
 from tests.integration.conftest import DRIVER, SLEEP
-from tests.lab import cgroups, server, waiting
+from tests.lab import cgroups, faults, server, waiting
 
 pytestmark = pytest.mark.needs("root", "netns", "overlay", "cni", "runc", "docker-registry")
 MIB = 1 << 20
@@ -121,6 +121,8 @@ def test_the_swap_limit_follows_the_memory_limit(
     for asked, memory, swap in (
         ({"memory_limit_in_bytes": 64 * MIB}, 64, 64),
         ({"memory_swap_limit_in_bytes": 80 * MIB}, 64, 80),
+        ({"memory_limit_in_bytes": 48 * MIB}, 48, 80),
+        ({"memory_limit_in_bytes": 96 * MIB}, 96, 96),
         ({"memory_limit_in_bytes": 48 * MIB}, 48, 48),
     ):
         update(kubelet, container, **asked)
@@ -164,14 +166,19 @@ def test_unified_is_refused_where_there_is_no_cgroup_v2(
         assert message == "unified: this host has no cgroup v2"
 
 
-def test_the_oom_score_is_recorded_and_not_set_in_what_runs(
+def test_the_oom_score_is_set_in_what_runs_but_not_where_it_has_set_its_own(
     kubelet: Kubelet, pod: Pod, pulled: str
 ) -> None:
-    container = kubelet.run(pod, pulled, SLEEP, linux=limited(oom_score_adj=100))
+    own = "sleep 86400 & echo 700 >/proc/$!/oom_score_adj; sleep 86400 & echo ready; wait"
+    linux = limited(oom_score_adj=100)
+    container = kubelet.run(pod, pulled, ["sh", "-c", own], linux=linux)
+    kubelet.wait_log(container, "ready")
     update(kubelet, container, oom_score_adj=200)
     assert resources(kubelet, container).oom_score_adj == 200
-    read = kubelet.exec_sync(container, ["cat", "/proc/1/oom_score_adj"])
-    assert read.stdout == b"100\n"
+    init = faults.pid_of(kubelet, container)
+    pids = [init, *faults.children(init)]
+    found = [Path(f"/proc/{pid}/oom_score_adj").read_text().strip() for pid in pids]
+    assert sorted(found) == ["200", "200", "700"]
 
 
 # -- refusals --------------------------------------------------------------------------------------

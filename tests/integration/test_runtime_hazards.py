@@ -19,6 +19,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from cri_server import advisories
 from cri_server.pb import api_pb2 as api
 from tests.lab import server, tars
 from tests.lab.hostile import Attack
@@ -38,12 +39,16 @@ def test_the_start_and_check_name_what_is_known_of_the_installed_version(
     site: server.Site,
 ) -> None:
     """A warning with the CVE and what to do, and never more than a warning."""
+    said = subprocess.run(["runc", "--version"], capture_output=True, text=True, check=True).stdout
+    known = advisories.names(advisories.known("runc", said.split()[2]))
     lines = [json.loads(line) for line in site.log.read_text().splitlines()]
     warned = {e["runtime"]: e for e in lines if "known vulnerabilities" in e["event"]}
     done = subprocess.run(
         [server.command(), "check", "--json"], capture_output=True, text=True, check=False
     )
     found = {f["name"]: f for f in json.loads(done.stdout)}
+    assert (warned["runc"]["vulnerabilities"] if known else []) == known
+    assert ("runc" in warned, "security of runc" in found) == (bool(known), bool(known))
     for name, entry in warned.items():
         assert entry["level"] == "warning"
         assert "distribution" in entry["remedy"]

@@ -2,16 +2,20 @@
 """The server as a process: what it says about itself, and that pods outlive it."""
 
 import json
+import os
 import re
+import signal
 import socket
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from cri_server.pb import api_pb2 as api
+from tests.fakes import kubelet as kubelets
 from tests.fakes.kubelet import Kubelet, conditions
 from tests.integration.conftest import DRIVER, SLEEP
-from tests.lab import server
+from tests.lab import server, waiting
 
 pytestmark = pytest.mark.needs("root", "netns", "overlay", "cni", "runc", "docker-registry")
 
@@ -100,3 +104,37 @@ def test_noise_on_the_socket_disturbs_nobody(site: server.Site, kubelet: Kubelet
             connection.connect(site.endpoint.removeprefix("unix://"))
             connection.sendall(noise)
     assert kubelet.runtime.Version(api.VersionRequest()).version == "0.1.0"
+
+
+@pytest.mark.ours
+def test_a_server_that_runs_obeys_signals(make_site: Callable[..., server.Site]) -> None:
+    site = make_site(server={"log_level": "warning"})
+    assert b'"event": "rpc"' not in poked(site)
+    settings = site.home / "config.toml"
+    text = settings.read_text().replace('"warning"', '"debug"')
+    settings.write_text(f'{text}[metrics]\ngroups = ["cpu"]\n')
+    os.kill(site.pid, signal.SIGHUP)
+    said(site, {"log_level": "debug", "needs_a_restart": ["metrics.groups"]})
+    waiting.until(lambda: b'"event": "rpc"' in poked(site), "calls are logged")
+    settings.write_text("[nonsense]")
+    os.kill(site.pid, signal.SIGHUP)
+    said(site, {"event": "configuration not read again"})
+    os.kill(site.pid, signal.SIGUSR1)
+    places = said(site, {"event": "task", "name": "reload"})["at"]
+    assert any("Reloader.run" in place for place in places)
+
+
+def said(site: server.Site, wanted: dict[str, object]) -> dict[str, Any]:
+    """Return the line of the server's log that has these fields, when there is one."""
+    return waiting.until(lambda: _line(site, wanted), f"the server says {wanted}")
+
+
+def _line(site: server.Site, wanted: dict[str, object]) -> dict[str, Any]:
+    lines = (json.loads(line) for line in site.log.read_text().splitlines() if line[0] == "{")
+    return next((line for line in lines if wanted.items() <= line.items()), {})
+
+
+def poked(site: server.Site) -> bytes:
+    """Return the server's log after a call."""
+    kubelets.is_ready(site.endpoint)
+    return site.log.read_bytes()

@@ -70,7 +70,14 @@ def test_youki() -> None:
     assert ids("youki", "0.5.7") == set()
 
 
-@pytest.mark.parametrize(("program", "version"), [("kata", "1.0"), ("runc", ""), ("runc", "HEAD")])
+def test_kata() -> None:
+    assert ids("kata", "3.27.0") == {"CVE-2026-44210", "CVE-2026-47243"}
+    assert ids("kata", "3.31.0") == set()
+    assert "CVE-2020-2026" in ids("kata", "1.10.4")
+    assert "CVE-2020-2026" not in ids("kata", "1.10.5")
+
+
+@pytest.mark.parametrize(("program", "version"), [("other", "1.0"), ("runc", ""), ("runc", "HEAD")])
 def test_what_nobody_knows_is_not_accused(program: str, version: str) -> None:
     assert advisories.known(program, version) == ()
 

@@ -111,6 +111,37 @@ async def test_each_plugin_gets_only_the_capabilities_that_it_declares(
     assert extra["runtimeConfig"] == undone["runtimeConfig"] == {"portMappings": [wanted]}
 
 
+HOST_PORT = {"port_mappings": [api.PortMapping(container_port=80, host_port=8080)]}
+EGRESS = {"annotations": {"kubernetes.io/egress-bandwidth": "10M"}}
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [(HOST_PORT, "port_mappings: "), (EGRESS, "annotation kubernetes.io/")],
+)
+async def test_what_no_plugin_takes_is_refused_unless_an_agent_may_see_to_it(
+    host: fakes.Fakes, network: cni.Network, asked: dict[str, Any], name: str
+) -> None:
+    host.install("bridge", ADD=result("10.0.0.2/24"))
+    host.configure("bridge")
+    with pytest.raises(errors.InvalidArgument) as caught:
+        await network.attach(attachment(**asked))
+    assert caught.value.message.startswith(name)
+    assert "10-fake.conflist" in caught.value.message
+    assert host.calls() == []
+    assert host.cached() == []
+    host.configure("bridge", "extra")  # which might be Cilium's
+    await network.attach(attachment(**asked))
+
+
+async def test_a_port_without_a_host_port_asks_plugins_for_nothing(
+    host: fakes.Fakes, network: cni.Network
+) -> None:
+    host.install("bridge", ADD=result("10.0.0.2/24"))
+    host.configure("bridge")
+    await network.attach(attachment(port_mappings=[api.PortMapping(container_port=80)]))
+
+
 async def test_detach_uses_the_configuration_of_the_attach(
     host: fakes.Fakes, network: cni.Network
 ) -> None:

@@ -62,6 +62,25 @@ def test_what_is_let_through_and_what_is_not_ours_passes() -> None:
     spec.check_container_annotations(wishes.container(annotations={RLIMITS: "core=0"}), ALL, HOST)
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "blockio.resources.beta.kubernetes.io/pod",
+        "rdt.resources.beta.kubernetes.io/container.web",
+        "io.kubernetes.cri.rdt-class",
+    ],
+)
+def test_classes_that_nobody_keeps_are_refused_by_name(key: str) -> None:
+    pod = wishes.pod(annotations={key: "gold"})
+    container = wishes.container(annotations={key: "gold"})
+    with pytest.raises(errors.InvalidArgument) as refused:
+        spec.check_pod_annotations(pod, (), HOST)
+    assert refused.value.message.startswith(f"annotations[{key}]: ")
+    with pytest.raises(errors.InvalidArgument):
+        spec.check_container_annotations(container, (), HOST)
+    spec.check_pod_annotations(pod, {key}, HOST)  # the handler's runtime may know them
+
+
 def test_a_container_has_no_shm_of_its_own() -> None:
     config = wishes.container(annotations={SHM: "1Mi"})
     with pytest.raises(errors.InvalidArgument, match=r"shm-size.*no such annotation"):

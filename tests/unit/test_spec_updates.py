@@ -42,15 +42,27 @@ def changed(**fields: object) -> Resources:
             Resources(memory_limit_in_bytes=2000),
             changed(memory_limit_in_bytes=2000, memory_swap_limit_in_bytes=0),
         ),
+        (Resources(memory_limit_in_bytes=1200), changed(memory_limit_in_bytes=1200)),
+        (
+            Resources(memory_limit_in_bytes=-1),
+            changed(memory_limit_in_bytes=-1, memory_swap_limit_in_bytes=0),
+        ),
         (
             Resources(memory_swap_limit_in_bytes=1200),
             changed(memory_swap_limit_in_bytes=1200),
         ),
     ],
-    ids=["nothing", "same", "cpuset", "quota", "oom", "memory", "swap"],
+    ids=["nothing", "same", "cpuset", "quota", "oom", "memory", "room", "no limit", "swap"],
 )
 def test_what_is_set_replaces_and_zero_is_unchanged(asked: Resources, expected: Resources) -> None:
     assert spec.merged(FULL, asked) == expected
+
+
+@pytest.mark.parametrize(("swap", "expected"), [(1000, 0), (-1, -1), (0, 0)])
+def test_without_swap_there_is_none_after_a_change_of_memory(swap: int, expected: int) -> None:
+    now = changed(memory_swap_limit_in_bytes=swap)
+    found = spec.merged(now, Resources(memory_limit_in_bytes=500))
+    assert found.memory_swap_limit_in_bytes == expected
 
 
 def test_unified_is_merged_by_key_and_hugepages_by_size() -> None:

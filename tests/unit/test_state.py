@@ -2,10 +2,12 @@
 """Records: what is written is what is read, and a broken file harms nobody."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+from google.protobuf import json_format
 
 from cri_server import errors, state
 from cri_server.pb import api_pb2 as api
@@ -67,6 +69,14 @@ async def test_environment_keeps_any_bytes(store: state.Store, tmp_path: Path) -
     again = state.Store(tmp_path)
     again.load()
     assert again.containers()[0].config.envs[0].value == b"\xff\x00"
+
+
+def test_enums_are_stored_as_numbers_and_read_as_either() -> None:
+    config = api.ContainerConfig(stop_signal=api.Signal.SIGUSR1)
+    stored = state.raw_config(config)
+    assert json.loads(stored) == {"stop_signal": api.Signal.SIGUSR1}
+    for text in (stored, b'{"stop_signal": "SIGUSR1"}'):  # as earlier versions wrote it
+        assert json_format.Parse(text, api.ContainerConfig()) == config
 
 
 async def test_a_broken_record_is_set_aside(store: state.Store, tmp_path: Path) -> None:
