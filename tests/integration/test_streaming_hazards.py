@@ -173,7 +173,7 @@ WEBSOCKET_FRAMES = {
     "reserved opcode": b"\x83\x81aaaa\x00",
     "long ping": b"\x89\xfe\x10\x00aaaa",
     "fragmented ping": b"\x09\x81aaaaa",
-    "text": b"\x81\x82aaaaQR",
+    "text that is none": b"\x81\x82aaaa\x9e\x9e",
     "continuation of nothing": b"\x80\x81aaaaa",
     "close code 1": b"\x88\x82aaaa" + bytes((0x61, 0x60)),
 }
