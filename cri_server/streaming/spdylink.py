@@ -106,7 +106,7 @@ class Link:
             self._end()
 
     async def _handle(self, data: bytes) -> None:
-        for event in self.frames.receive(data):
+        async for event in wire.in_turns(self.frames.receive(data)):
             match event:
                 case spdy.Opened():
                     await self._open(event)

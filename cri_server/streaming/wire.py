@@ -13,12 +13,16 @@ import socket
 import struct
 import sys
 import termios
-from typing import Protocol
+from collections.abc import AsyncIterator, Iterable
+from typing import Protocol, TypeVar
 
 from cri_server.streaming import peer
 
+E = TypeVar("E")
+
 READ = 256 << 10  # bytes that are read at once
 LINGER = 5.0  # seconds for a client to leave that has all that we sent
+_TURN = 64  # frames of a client that are handled until others have their turn
 _PROBES = 4  # of keepalive, tcp(7)
 _INFO = struct.Struct("=8x16xI28xI")  # linux/tcp.h: tcpi_unacked, tcpi_last_ack_recv
 _GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
@@ -142,6 +146,14 @@ class Socket:
         self._timer.cancel()
         self._pulse.cancel()
         self._writer.transport.abort()
+
+
+async def in_turns(events: Iterable[E]) -> AsyncIterator[E]:
+    """Yield events, and let others run between: one read may hold thousands of small frames."""
+    for number, event in enumerate(events, start=1):
+        yield event
+        if number % _TURN == 0:
+            await asyncio.sleep(0)
 
 
 async def linger(below: Wire, reading: "asyncio.Task[None]") -> None:

@@ -74,7 +74,7 @@ class Link:
             self._wire.abort()
 
     async def _handle(self, data: bytes) -> None:
-        for event in self.frames.receive(data):
+        async for event in wire.in_turns(self.frames.receive(data)):
             match event:
                 case websocket.Data():
                     if mailbox := self.mailboxes.get(event.channel):

@@ -153,3 +153,20 @@ async def test_what_is_opened_after_the_goodbye_is_refused() -> None:
             client.shutdown(socket.SHUT_WR)
             frames = list(spdy.parse(await read(client)))
     assert [(f.kind, f.number) for f in frames] == [(spdy.SYN_REPLY, 1), (spdy.RST_STREAM, 3)]
+
+
+async def test_others_have_their_turn_while_a_crowd_of_small_frames_is_read() -> None:
+    async def work(below: wire.Socket) -> None:
+        link = spdylink.Link(below, received=spdy.Client().open(1) + spdy.data(1, b"x") * 3000)
+        stream = await link.accept()
+        assert stream is not None
+        while sum(parts) < 3000:
+            parts.append(len(await stream.read()))
+        await link.abort()
+
+    parts: list[int] = []
+    server, client = await connected(work)
+    async with server, asyncio.timeout(20):
+        with client:
+            await read(client)
+    assert max(parts) < 300
