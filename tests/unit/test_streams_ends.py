@@ -2,16 +2,20 @@
 """How a session ends: nothing that was sent is lost, however long the client takes to read it."""
 
 import asyncio
+import contextlib
 import socket
+import ssl
 import struct
+import threading
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 import wsproto
 from wsproto import events
 
 from cri_server.streaming import peer, spdylink, websocket, wire, wspeer
-from tests.fakes import spdy
+from tests.fakes import certificates, spdy
 from tests.unit.test_websocket import head
 
 LINGER = 0.2
@@ -25,7 +29,9 @@ def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peer, "LOOK_EVERY", LINGER / 10)
 
 
-async def connected(work: Work) -> tuple[asyncio.Server, socket.socket]:
+async def connected(
+    work: Work, tls: ssl.SSLContext | None = None
+) -> tuple[asyncio.Server, socket.socket]:
     """Have `work` done for a client; return that client. The kernels of both hold little."""
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -33,7 +39,7 @@ async def connected(work: Work) -> tuple[asyncio.Server, socket.socket]:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         await work(wire.Socket(reader, writer, seconds=60, vanished=60))
 
-    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    server = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=tls)
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.setblocking(False)
@@ -100,6 +106,37 @@ async def test_a_websocket_client_that_pauses_gets_the_last_of_it() -> None:
     message = b"".join(bytes(e.data) for e in found if isinstance(e, events.BytesMessage))
     assert message == b"\1" + TAIL
     assert isinstance(found[-1], events.CloseConnection)
+
+
+async def test_a_client_that_pauses_gets_the_last_of_it_over_tls(tmp_path: Path) -> None:
+    """Where some of it waits below asyncio's TLS, which does not tell."""
+
+    async def work(below: wire.Socket) -> None:
+        link = spdylink.Link(below)
+        stream = await link.accept()
+        assert stream is not None
+        await stream.write(TAIL)
+        await link.close()
+
+    def pausing() -> bytes:
+        client.settimeout(20)
+        with trusting.wrap_socket(client, server_hostname="127.0.0.1") as tls:
+            tls.sendall(spdy.Client().open(1))
+            threading.Event().wait(LINGER * 4)
+            received = b""
+            with contextlib.suppress(ConnectionResetError, ssl.SSLError):  # TLS knows no half close
+                while data := tls.recv(4096):
+                    received += data
+            return received
+
+    shown = certificates.make(tmp_path, "server", "IP:127.0.0.1")
+    trusting = ssl.create_default_context(cafile=shown.certificate)
+    server, client = await connected(work, shown.server())
+    async with server, asyncio.timeout(20):
+        received = await asyncio.to_thread(pausing)
+    frames = list(spdy.parse(received))
+    assert b"".join(frame.payload for frame in frames if frame.kind == 0) == TAIL
+    assert frames[-1].kind == spdy.GOAWAY
 
 
 async def test_a_client_that_has_all_and_stays_is_ended() -> None:
