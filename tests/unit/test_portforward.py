@@ -37,21 +37,17 @@ async def serving(
         await made.close()
 
 
-def one_connection(kind: Kind, url: str, port: int, said: bytes = b"hello") -> bytes:
-    """Send something to a port; return what is received until either stream has something."""
-    with kind(url, [port]) as session:
-        session.send("data0", said)
-        while not (session.received["data0"] or session.received["error0"]):
-            assert session.step()
-        return bytes(session.received["data0"] or session.received["error0"])
-
-
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_network_stack_of_its_own_is_reached_at_its_address(kind: Kind) -> None:
+    def session(url: str, port: int) -> None:
+        with kind(url, [port]) as client:
+            client.send("data0", b"hello")
+            streams.until(client, "data0", b"hello")
+
     place = portforward.Place(netns="", addresses=("127.0.0.3", "127.0.0.2"))
     with listening("", echo, address="127.0.0.2") as port:
         async with serving(port, find=lambda: place) as url:
-            assert await asyncio.to_thread(one_connection, kind, url, port) == b"hello"
+            await asyncio.to_thread(session, url, port)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -59,10 +55,12 @@ async def test_a_pod_that_is_not_ready_any_more(kind: Kind) -> None:
     def find() -> portforward.Place:
         raise errors.FailedPrecondition("pod sandbox x is not ready")
 
-    with listening("", echo) as port:
-        async with serving(port, find=find) as url:
-            said = await asyncio.to_thread(one_connection, kind, url, port)
-            assert said == b"pod sandbox x is not ready"
+    def session(url: str) -> None:
+        with kind(url, [80]) as client:
+            streams.until(client, "error0", b"pod sandbox x is not ready")
+
+    async with serving(80, find=find) as url:
+        await asyncio.to_thread(session, url)
 
 
 async def test_a_pod_that_ends_during_a_session() -> None:

@@ -193,23 +193,25 @@ def test_no_order_of_frames_is_a_surprise(
     """
     connection, talk, whims = spdy.Connection(), Talk(), itertools.cycle(reactions)
     frames = [talk.frame(step) for step in steps]
-    ended: set[tuple[str, int]] = set()
+    opened, unheard, unsaid = set[int](), set[int](), set[int]()
     for first in range(0, len(frames), at_once):
         for event in connection.receive(b"".join(frames[first : first + at_once])):
-            if isinstance(event, spdy.Data):
-                assert ("heard", event.stream) not in ended
-            if isinstance(event, spdy.Finished | spdy.Reset):
-                ended.add(("heard", event.stream))
-            if isinstance(event, spdy.Reset):
-                ended.add(("said", event.stream))
+            match event:
+                case spdy.Opened():
+                    opened.add(event.stream)
+                case spdy.Data():
+                    assert event.stream not in unheard
+                case spdy.Finished() | spdy.Reset():
+                    unheard.add(event.stream)
+                    unsaid |= {event.stream} if isinstance(event, spdy.Reset) else set()
             how, number = next(whims)
-            said = react(connection, how, 2 * number + 1)
-            if how in ("send", "finish") and said:
-                assert ("said", 2 * number + 1) not in ended
-            if how in ("finish", "reset"):
-                ended.add(("said", 2 * number + 1))
-            if how == "reset":
-                ended.add(("heard", 2 * number + 1))
+            if (stream := 2 * number + 1) not in opened:
+                continue
+            said = react(connection, how, stream)
+            if how in ("send", "finish"):
+                assert not (said and stream in unsaid)
+            unsaid |= {stream} if how in ("finish", "reset") else set()
+            unheard |= {stream} if how == "reset" else set()
 
 
 BOMB = fake.Client().block({"a": "0" * (1 << 20)})
