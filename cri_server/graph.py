@@ -234,6 +234,7 @@ class Graph:
         self.streaming = streaming.Server(self._settings.server, shim_host=self._shims)
         self._stack.push_async_callback(self.streaming.close)
         return requests.Requests(
+            live=self._live,
             pod_host=self.pods,
             container_host=self._containers,
             exec_host=exec_host,

@@ -84,8 +84,8 @@ async def _listen(owner: container.Container, start: pb.AttachStart, client: Cli
                     await owner.streams.write_stdin(message.stdin)
                 case "resize":
                     owner.streams.resize(message.resize.width, message.resize.height)
-                case "close_stdin":
-                    break
+                case "close_stdin":  # sizes of the terminal may still come
+                    await _leave_stdin(owner, start)
         await _leave_stdin(owner, start)
 
 

@@ -60,9 +60,13 @@ class _Halves:
         return other
 
     async def _expire(self, name: str, stream: spdylink.Stream) -> None:
-        await asyncio.sleep(peer.CREATION_TIMEOUT)
+        """Forget the stream when its time is over, or the client gives it up."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(peer.CREATION_TIMEOUT):
+                await stream.closed.wait()
         del self._waiting[name]
-        await _reset(stream)
+        if not stream.closed.is_set():
+            await _reset(stream)
 
     def close(self) -> None:
         for _, expiry in self._waiting.values():
@@ -82,6 +86,8 @@ async def of_spdy(link: spdylink.Link) -> AsyncIterator[portforward.Pair]:
 
 async def _matched(halves: _Halves, stream: spdylink.Stream) -> SpdyPair | None:
     """Return the pair that this stream completes, if it does."""
+    if stream.closed.is_set():
+        return None
     kind, port = stream.headers.get("streamtype", ""), _port(stream.headers.get("port", ""))
     if kind not in _HALVES or port is None:
         await _reset(stream)

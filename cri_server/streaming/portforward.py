@@ -5,7 +5,12 @@
            ◄──error── what went wrong, as text; nothing when all went well
 
 No program of the image takes part. Each connection is a pair of streams and a task of its own; one
-that fails leaves the others alone. Everything ends with the client.
+that fails leaves the others alone. Everything ends with the client. Where the pod is, and whether
+it is ready, is asked for each connection.
+
+A client that ends its half waits for the answer as long as the pod takes: the peers give it a
+second, which cuts off whoever sends a request with `nc` and is answered later. When the pod has
+ended its half, the client may go on for a second, as with the peers.
 """
 
 import asyncio
@@ -13,7 +18,8 @@ import contextlib
 import functools
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 from cri_server import errors
@@ -22,8 +28,29 @@ from cri_server.streaming import peer
 
 CONNECT_TIMEOUT = 10.0  # seconds
 _CHUNK = 256 << 10  # bytes
-_LINGER = 1.0  # seconds that the client may go on when the pod's side has ended, as with the peers
-_LOOPBACKS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
+_LINGER = 1.0  # seconds that the client may go on when the pod's side has ended
+_LOOPBACKS = ("127.0.0.1", "::1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where a pod listens: on the loopback of the network that is pinned at `netns`, "" for the
+    host's. A pod with a network stack of its own, as VMs and gVisor have, listens where no
+    namespace leads; `addresses` are what the host, which must reach every pod, knows it by.
+    """
+
+    netns: str
+    addresses: tuple[str, ...] = ()
+
+    def ways(self) -> Iterator[tuple[str, str]]:
+        """Yield the network to connect from, as `netns`, and the address; in order."""
+        for address in _LOOPBACKS:
+            yield self.netns, address
+        for address in self.addresses:
+            yield "", address
+
+
+Find = Callable[[], Place]  # raises CriError when there is no such pod or it is not ready
 
 
 class Pair(Protocol):
@@ -45,15 +72,12 @@ class Pair(Protocol):
         """Tell what went wrong, "" for nothing, and end both streams. Raises Gone."""
 
 
-async def serve(pairs: AsyncIterator[Pair], netns: str) -> None:
-    """Forward every pair that comes, until no more come and all have ended.
-
-    `netns` is where the pod's network is pinned, "" for the host's.
-    """
+async def serve(pairs: AsyncIterator[Pair], find: Find) -> None:
+    """Forward every pair that comes, until no more come and all have ended."""
     running: set[asyncio.Task[None]] = set()
     try:
         async for pair in pairs:
-            task = asyncio.create_task(forward(pair, netns), name=f"port-forward {pair.port}")
+            task = asyncio.create_task(forward(pair, find), name=f"port-forward {pair.port}")
             running.add(task)
             task.add_done_callback(running.discard)
         if running:
@@ -63,9 +87,9 @@ async def serve(pairs: AsyncIterator[Pair], netns: str) -> None:
             task.cancel()
 
 
-async def forward(pair: Pair, netns: str) -> None:
+async def forward(pair: Pair, find: Find) -> None:
     """Connect to the pair's port and copy both ways, to the end or until the client gives it up."""
-    copying = asyncio.create_task(_forward(pair, netns))
+    copying = asyncio.create_task(_forward(pair, find))
     leaving = asyncio.create_task(pair.closed.wait())
     try:
         await asyncio.wait({copying, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -79,10 +103,10 @@ async def forward(pair: Pair, netns: str) -> None:
         leaving.cancel()
 
 
-async def _forward(pair: Pair, netns: str) -> str:
+async def _forward(pair: Pair, find: Find) -> str:
     """Return what went wrong, "" for nothing."""
     try:
-        sock = await _connect(pair.port, netns)
+        sock = await _connect(pair.port, find())
     except errors.CriError as e:
         return e.message
     with sock, contextlib.suppress(peer.Gone):
@@ -90,13 +114,13 @@ async def _forward(pair: Pair, netns: str) -> str:
     return ""
 
 
-async def _connect(port: int, netns: str) -> socket.socket:
-    """Return a connection to a port of the pod's loopback. Raises Unavailable, DeadlineExceeded."""
+async def _connect(port: int, place: Place) -> socket.socket:
+    """Return a connection to a port of the pod. Raises Unavailable, DeadlineExceeded."""
     refusals = []
-    for family, address in _LOOPBACKS:
+    for netns, address in place.ways():
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                return await _dial(family, address, port, netns)
+                return await _dial(address, port, netns)
         except TimeoutError as e:
             raise errors.DeadlineExceeded(f"{address}:{port}: no answer") from e
         except OSError as e:
@@ -104,7 +128,8 @@ async def _connect(port: int, netns: str) -> socket.socket:
     raise errors.Unavailable(f"cannot connect to port {port} in the pod: {', '.join(refusals)}")
 
 
-async def _dial(family: int, address: str, port: int, netns: str) -> socket.socket:
+async def _dial(address: str, port: int, netns: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     make = functools.partial(socket.socket, family, socket.SOCK_STREAM)
     sock = await asyncio.to_thread(inside.run, netns, make) if netns else make()
     try:

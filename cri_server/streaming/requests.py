@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Exec, Attach and PortForward ask for, checked before a client is given a URL."""
 
-from cri_server import containers, errors, exec, pods, state
+import functools
+
+from cri_server import containers, errors, exec, handlers, pods, state
 from cri_server.pb import api_pb2 as api
-from cri_server.streaming import remotecommand, server
+from cri_server.streaming import portforward, remotecommand, server
 from shim.pb import shim_pb2
 
 
@@ -13,12 +15,14 @@ class Requests:
     def __init__(
         self,
         *,
+        live: handlers.Handlers,
         pod_host: pods.Pods,
         container_host: containers.Containers,
         exec_host: exec.Exec,
         streaming: server.Server,
     ) -> None:
-        self._pods, self._containers, self._exec = pod_host, container_host, exec_host
+        self._handlers, self._pods = live, pod_host
+        self._containers, self._exec = container_host, exec_host
         self._streaming = streaming
 
     def exec(self, wanted: api.ExecRequest) -> str:
@@ -58,15 +62,21 @@ class Requests:
         """Return the URL of a port-forward. Raises InvalidArgument, NotFound, FailedPrecondition
         when the pod is not ready, ResourceExhausted.
         """
-        pod = self._pods.record(wanted.pod_sandbox_id)
-        if pod.state is not state.PodState.READY:
-            raise errors.FailedPrecondition(f"pod sandbox {pod.id[:13]} is not ready")
+        find = functools.partial(self._place, wanted.pod_sandbox_id)
+        find()
         for port in wanted.port:
             if not 0 < port < 65536:
                 raise errors.InvalidArgument(f"port: {port} is not a port")
-        return self._streaming.url(
-            server.Forward(pod_id=pod.id, netns=pod.netns, ports=tuple(wanted.port))
-        )
+        return self._streaming.url(server.Forward(find=find, ports=tuple(wanted.port)))
+
+    def _place(self, pod_id: str) -> portforward.Place:
+        """Return where a pod listens. Raises NotFound, FailedPrecondition when it is not ready."""
+        pod = self._pods.record(pod_id)
+        if pod.state is not state.PodState.READY:
+            raise errors.FailedPrecondition(f"pod sandbox {pod.id[:13]} is not ready")
+        found = self._handlers.find(pod.handler)
+        has_stack = pod.own_network and found is not None and found.handler.has_kernel
+        return portforward.Place(netns=pod.netns, addresses=pod.ips if has_stack else ())
 
 
 def _streams(wanted: api.ExecRequest | api.AttachRequest) -> frozenset[str]:

@@ -44,10 +44,11 @@ _CHOSEN = "X-Stream-Protocol-Version"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Forward:
-    """A port-forward as a client was promised it. `ports` are for WebSocket, which needs them."""
+    """A port-forward as a client was promised it. `find` tells where the pod is, while it is ready;
+    `ports` are for WebSocket, which needs them.
+    """
 
-    pod_id: str
-    netns: str  # "" for the host's network
+    find: portforward.Find
     ports: tuple[int, ...]
 
 
@@ -193,7 +194,8 @@ class Server:
         link = spdylink.Link(socket, received=asked.rest)
         try:
             if isinstance(request, Forward):
-                await portforward.serve(pairs.of_spdy(link), request.netns)
+                await portforward.serve(pairs.of_spdy(link), request.find)
+                await link.close()
                 return
             version = spdypeer.PROTOCOLS[chosen]
             names = _names(request, version)
@@ -229,12 +231,13 @@ class Server:
     async def _forward(self, request: Forward, link: wspeer.Link) -> None:
         """Forward over a WebSocket: in its channels, or in the SPDY that it carries."""
         if not link.frames.protocol.tunnel:
-            await portforward.serve(pairs.of_websocket(link, request.ports), request.netns)
+            await portforward.serve(pairs.of_websocket(link, request.ports), request.find)
             await link.close()
             return
         inner = spdylink.Link(wspeer.Tunnel(link))
         try:
-            await portforward.serve(pairs.of_spdy(inner), request.netns)
+            await portforward.serve(pairs.of_spdy(inner), request.find)
+            await inner.close()
         finally:
             await inner.abort()
 

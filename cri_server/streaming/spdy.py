@@ -252,7 +252,9 @@ class Connection:
         return dict(_pairs(text))
 
     def _end(self, stream: int, *, theirs: bool) -> None:
-        known = self._streams[stream]
+        known = self._streams.get(stream)
+        if known is None:  # given up by whoever was told of it
+            return
         if theirs:
             known.theirs = False
         else:

@@ -12,9 +12,6 @@ from collections.abc import Mapping
 
 from cri_server.streaming import peer, spdy, wire
 
-_LINGER = 5.0  # seconds for the client to read the last that we sent
-_UNACCEPTED = 256  # streams that nobody has accepted yet
-
 
 class Stream:
     """One stream, in both directions. `closed` is set when the client has given it up."""
@@ -58,7 +55,7 @@ class Link:
         self._wire, self._received = below, received
         self._complete = False
         self._streams: dict[int, Stream] = {}
-        self._opened: asyncio.Queue[Stream | None] = asyncio.Queue(_UNACCEPTED)
+        self._opened: asyncio.Queue[Stream | None] = asyncio.Queue()
         self._task = asyncio.create_task(self._run(), name="spdy")
 
     async def accept(self) -> Stream | None:
@@ -81,13 +78,15 @@ class Link:
         self._streams.pop(stream.number, None)
 
     async def close(self) -> None:
-        """End the connection, after what was sent has been read or some seconds are over."""
+        """End the connection, once the client has what was sent and leaves or some seconds are
+        over.
+        """
         with contextlib.suppress(peer.Gone):
             await self.send(self.frames.go_away())
             await self._wire.finish()
         for stream in self._streams.values():
             stream.mailbox.drop()
-        await asyncio.wait([self._task], timeout=_LINGER)
+        await wire.linger(self._wire, self._task)
         await self.abort()
 
     async def abort(self) -> None:
@@ -107,7 +106,7 @@ class Link:
             self._end()
 
     async def _handle(self, data: bytes) -> None:
-        for event in self.frames.receive(data):
+        async for event in wire.in_turns(self.frames.receive(data)):
             match event:
                 case spdy.Opened():
                     await self._open(event)
@@ -125,22 +124,19 @@ class Link:
                     await self._answer(self.frames.pong(event.number))
                 case spdy.Refused():
                     await self._answer(self.frames.reset(event.stream, event.status))
-                case spdy.GoneAway():
-                    self._offer(None)
+                case spdy.GoneAway() if not self._complete:
+                    self.refuse()
+                    self._opened.put_nowait(None)
 
     async def _open(self, event: spdy.Opened) -> None:
         stream = Stream(self, event.stream, event.headers)
         self._streams[event.stream] = stream
-        if self._complete or self._opened.full():
+        if self._complete or self._opened.qsize() >= spdy.MAX_STREAMS:
             await self._answer(self.frames.reset(event.stream, spdy.Status.REFUSED_STREAM))
             self.forget(stream)
             return
         await self._answer(self.frames.reply(event.stream))
-        self._offer(stream)
-
-    def _offer(self, stream: Stream | None) -> None:
-        with contextlib.suppress(asyncio.QueueFull):
-            self._opened.put_nowait(stream)
+        self._opened.put_nowait(stream)
 
     async def _answer(self, frames: bytes) -> None:
         with contextlib.suppress(peer.Gone):
@@ -151,5 +147,5 @@ class Link:
         for stream in self._streams.values():
             stream.mailbox.end()
             stream.closed.set()
-        self._offer(None)
+        self._opened.put_nowait(None)
         self._wire.abort()

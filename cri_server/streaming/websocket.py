@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Channels over WebSocket messages, as Kubernetes numbers them. No I/O; the frames are wsproto's.
 
-    channel.k8s.io           a binary message: one byte that names the channel, then data
-    base64.channel.k8s.io    a text message: one character that names the channel ("0" and what
-                             comes after it in ASCII), then data in base64
+    channel.k8s.io           a message: one byte that names the channel, then data
+    base64.channel.k8s.io    a message: one character that names the channel ("0" and what comes
+                             after it in ASCII), then data in base64
     v5.channel.k8s.io        as the first; byte 255 and a channel end that channel (half close)
-    SPDY/3.1+portforward…    a binary message: bytes of a SPDY connection (KEP-4006)
+    SPDY/3.1+portforward…    a message: bytes of a SPDY connection (KEP-4006)
 
-What a client sends is passed on as it arrives, so a message may be of any length.
+What a client sends is passed on as it arrives, so a message may be of any length. Whether it is a
+text or a binary message says nothing: the peers do not look, and clients send either (that for
+Python sends every `str` as text). We send base64 as text, all else as binary.
 """
 
 import base64
@@ -104,7 +106,7 @@ class Connection:
         try:
             self._frames.receive_data(head)
             request = next(iter(self._frames.events()))
-        except (utilities.RemoteProtocolError, StopIteration) as e:
+        except (utilities.RemoteProtocolError, UnicodeDecodeError, StopIteration) as e:
             raise ProtocolError(f"not a WebSocket request: {e}") from e
         if not isinstance(request, events.Request):
             raise ProtocolError("not a WebSocket request")
@@ -125,18 +127,23 @@ class Connection:
 
     def _event(self, event: events.Event) -> Iterator[Event]:
         match event:
-            case events.BytesMessage():
-                yield from self._binary(bytes(event.data))
-                self._end_message(finished=event.message_finished)
-            case events.TextMessage():
-                yield from self._base64(event.data, finished=event.message_finished)
-                self._end_message(finished=event.message_finished)
-            case events.Ping():
+            case events.BytesMessage() | events.TextMessage():
+                yield from self._message(event.data, finished=event.message_finished)
+            case events.Ping() if self._open:
                 yield Answer(data=self._frames.send(event.response()))
             case events.CloseConnection():
                 if self._frames.state is wsproto.connection.ConnectionState.REMOTE_CLOSING:
                     yield Answer(data=self._frames.send(event.response()))
                 yield Closed()
+
+    def _message(self, data: bytes | bytearray | str, *, finished: bool) -> Iterator[Event]:
+        """Take a part of a message, which the subprotocol says how to read."""
+        if self.protocol.base64:
+            yield from self._base64(_ascii(data), finished=finished)
+        else:
+            yield from self._binary(data.encode() if isinstance(data, str) else bytes(data))
+        if finished:
+            self._channel, self._text = None, ""
 
     def _binary(self, data: bytes) -> Iterator[Event]:
         if self.protocol.tunnel:
@@ -152,8 +159,6 @@ class Connection:
             yield Data(channel=self._channel, data=data)
 
     def _base64(self, text: str, *, finished: bool) -> Iterator[Event]:
-        if not self.protocol.base64:
-            raise ProtocolError("a text message where binary ones were agreed on")
         self._text += text
         if self._channel is None and self._text:
             self._channel, self._text = _named(self._text[0]), self._text[1:]
@@ -162,12 +167,15 @@ class Connection:
         if part and self._channel is not None:
             yield Data(channel=self._channel, data=_decoded(part))
 
-    def _end_message(self, *, finished: bool) -> None:
-        if finished:
-            self._channel, self._text = None, ""
+    @property
+    def _open(self) -> bool:
+        """Whether neither side has said goodbye."""
+        return self._frames.state is wsproto.connection.ConnectionState.OPEN
 
     def send(self, channel: int, data: bytes) -> bytes:
-        """Return the message that sends data on a channel."""
+        """Return the message that sends data on a channel, nothing after a goodbye."""
+        if not self._open:
+            return b""
         if self.protocol.tunnel:
             return self._frames.send(events.BytesMessage(data=data))
         if self.protocol.base64:
@@ -177,15 +185,20 @@ class Connection:
 
     def close(self) -> bytes:
         """Return our goodbye, nothing when it was said already."""
-        if self._frames.state is not wsproto.connection.ConnectionState.OPEN:
-            return b""
-        return self._frames.send(events.CloseConnection(code=1000))
+        return self._frames.send(events.CloseConnection(code=1000)) if self._open else b""
 
 
 def _named(letter: str) -> int:
     if not (letter.isascii() and letter >= "0"):
         raise ProtocolError(f"{letter!r} names no channel")
     return ord(letter) - _ZERO
+
+
+def _ascii(data: bytes | bytearray | str) -> str:
+    try:
+        return data if isinstance(data, str) else data.decode("ascii")
+    except UnicodeDecodeError as e:
+        raise ProtocolError(f"not base64: {e}") from e
 
 
 def _decoded(text: str) -> bytes:

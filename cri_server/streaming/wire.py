@@ -7,14 +7,22 @@ takes what it is sent; a reader that waits too long, while nothing is sent eithe
 
 import asyncio
 import contextlib
+import fcntl
 import select
 import socket
 import struct
-from typing import Protocol
+import sys
+import termios
+from collections.abc import AsyncIterator, Iterable
+from typing import Protocol, TypeVar
 
 from cri_server.streaming import peer
 
+E = TypeVar("E")
+
 READ = 256 << 10  # bytes that are read at once
+LINGER = 5.0  # seconds for a client to leave that has all that we sent
+_TURN = 64  # frames of a client that are handled until others have their turn
 _PROBES = 4  # of keepalive, tcp(7)
 _INFO = struct.Struct("=8x16xI28xI")  # linux/tcp.h: tcpi_unacked, tcpi_last_ack_recv
 _GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
@@ -31,6 +39,9 @@ class Wire(Protocol):
 
     async def finish(self) -> None:
         """Say that nothing more will be sent, where that can be said."""
+
+    def pending(self) -> bool:
+        """Say whether the client's machine has not yet taken all that was written."""
 
     def look(self) -> None:
         """See whether the client is still there, while nothing is read. Raises Gone,
@@ -57,6 +68,7 @@ class Socket:
         self._reader, self._writer = reader, writer
         self._seconds, self._vanished = seconds, vanished
         self._writing = asyncio.Lock()
+        self._finished = False
         self._loop = asyncio.get_running_loop()
         self._active = self._loop.time()
         self._timer = self._loop.call_later(seconds, self._watch)
@@ -98,6 +110,8 @@ class Socket:
 
     async def write(self, data: bytes) -> None:
         async with self._writing:
+            if self._finished:
+                raise peer.Gone
             self._active = self._loop.time()
             self._writer.write(data)
             try:
@@ -109,9 +123,13 @@ class Socket:
         """Half-close: closing a socket with unread input would reset it, and the client could lose
         the last of our output.
         """
+        self._finished = True
         with contextlib.suppress(OSError):
             if self._writer.can_write_eof():  # TLS cannot
                 self._writer.write_eof()
+
+    def pending(self) -> bool:
+        return self._writer.transport.get_write_buffer_size() > 0 or _unsent(self._socket) > 0
 
     def look(self) -> None:
         """Ask the kernel: a transport that does not read does not see the end either."""
@@ -128,6 +146,26 @@ class Socket:
         self._timer.cancel()
         self._pulse.cancel()
         self._writer.transport.abort()
+
+
+async def in_turns(events: Iterable[E]) -> AsyncIterator[E]:
+    """Yield events, and let others run between: one read may hold thousands of small frames."""
+    for number, event in enumerate(events, start=1):
+        yield event
+        if number % _TURN == 0:
+            await asyncio.sleep(0)
+
+
+async def linger(below: Wire, reading: "asyncio.Task[None]") -> None:
+    """Wait for the client to leave, which ends `reading`: as long as it has not yet taken all that
+    was sent, and then a few seconds. What was not taken would be lost with the connection.
+    """
+    loop = asyncio.get_running_loop()
+    until = loop.time() + LINGER
+    while not reading.done() and (now := loop.time()) < until:
+        if below.pending():
+            until = now + LINGER
+        await asyncio.wait([reading], timeout=min(peer.LOOK_EVERY, until - now))
 
 
 def _keep_alive(connection: socket.socket, seconds: float) -> None:
@@ -152,3 +190,14 @@ def _acknowledgement(connection: socket.socket) -> tuple[int, float]:
         return 0, 0.0
     unacknowledged, milliseconds = _INFO.unpack(info)
     return unacknowledged, milliseconds / 1000
+
+
+def _unsent(connection: socket.socket) -> int:
+    """Return how many bytes the peer's kernel has not acknowledged: SIOCOUTQ, tcp(7). 0 for a
+    connection that is closed.
+    """
+    try:
+        left = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4))
+    except (OSError, ValueError):
+        return 0
+    return int.from_bytes(left, sys.byteorder)

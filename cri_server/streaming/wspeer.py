@@ -8,7 +8,6 @@ from collections.abc import Collection, Mapping
 from cri_server.streaming import peer, websocket, wire
 
 CHANNELS = {"stdin": 0, "stdout": 1, "stderr": 2, "error": 3, "resize": 4}
-_LINGER = 5.0  # seconds for the client to answer our goodbye
 
 
 class Link:
@@ -38,12 +37,14 @@ class Link:
         await self._wire.write(data)
 
     async def close(self) -> None:
-        """Say goodbye and wait a while for the answer, so that nothing that was sent is lost."""
+        """Say goodbye and wait for the answer, so that nothing that was sent is lost; some seconds
+        where the client has it all and does not answer.
+        """
         with contextlib.suppress(peer.Gone):
             await self.send(self.frames.close())
         for mailbox in self.mailboxes.values():
             mailbox.drop()
-        await asyncio.wait([self._task], timeout=_LINGER)
+        await wire.linger(self._wire, self._task)
         await self.abort()
 
     async def abort(self) -> None:
@@ -51,6 +52,10 @@ class Link:
         self._task.cancel()
         await asyncio.wait([self._task])
         self._wire.abort()
+
+    def pending(self) -> bool:
+        """Say whether the client's machine has not yet taken all that was sent."""
+        return self._wire.pending()
 
     def cut(self) -> None:
         """End the connection now, without waiting for the task that reads it."""
@@ -69,7 +74,7 @@ class Link:
             self._wire.abort()
 
     async def _handle(self, data: bytes) -> None:
-        for event in self.frames.receive(data):
+        async for event in wire.in_turns(self.frames.receive(data)):
             match event:
                 case websocket.Data():
                     if mailbox := self.mailboxes.get(event.channel):
@@ -119,6 +124,9 @@ class Tunnel:
     async def finish(self) -> None:
         with contextlib.suppress(peer.Gone):
             await self._link.send(self._link.frames.close())
+
+    def pending(self) -> bool:
+        return self._link.pending()
 
     def look(self) -> None:
         if self._link.closed.is_set():

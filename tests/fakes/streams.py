@@ -41,6 +41,7 @@ class Session(Protocol):
 
     def send(self, stream: str, data: bytes) -> None: ...
     def finish(self, stream: str) -> None: ...
+    def say_goodbye(self) -> None: ...
     def step(self) -> bool: ...
     def close(self) -> None: ...
 
@@ -48,7 +49,8 @@ class Session(Protocol):
 def until(session: Session, stream: str, wanted: bytes) -> None:
     """Read until `wanted` was received on `stream`; AssertionError when the session ends before."""
     while wanted not in session.received[stream]:
-        assert session.step(), f"the session ended with {session.received}"
+        going = session.step()  # the last that comes may come with the end
+        assert going or wanted in session.received[stream], f"it ended with {session.received}"
 
 
 def ending(session: Session) -> dict[str, Any]:
@@ -153,6 +155,9 @@ class Spdy:
     def ping(self, number: int) -> None:
         self.connection.sendall(spdy.control(spdy.PING, struct.pack(">I", number)))
 
+    def say_goodbye(self) -> None:
+        self.connection.sendall(spdy.control(spdy.GOAWAY, bytes(8)))
+
     def reset(self, stream: str) -> None:
         payload = struct.pack(">II", self.streams[stream], 5)
         self.connection.sendall(spdy.control(spdy.RST_STREAM, payload))
@@ -199,7 +204,7 @@ def _length(frame: bytes) -> int:
 
 class WebSocket:
     """A client over WebSocket; the streams are those of the request, `names` their names by
-    channel.
+    channel. `as_text` is how messages are sent, by default as the protocol says.
     """
 
     def __init__(
@@ -219,6 +224,7 @@ class WebSocket:
         headers += [f"Sec-WebSocket-Protocol: {protocol}"] if protocol else []
         self.connection, self.head, rest = request(url, *headers, method=method, tls=tls)
         self.protocol = protocol
+        self.as_text = "base64" in protocol
         self._frames = wsproto.connection.Connection(wsproto.ConnectionType.CLIENT)
         self._frames.receive_data(rest)
         self._events = self._frames.events()
@@ -234,10 +240,14 @@ class WebSocket:
 
     def _send(self, message: bytes) -> None:
         if "base64" in self.protocol:
-            text = chr(48 + message[0]) + base64.b64encode(message[1:]).decode()
-            self.connection.sendall(self._frames.send(events.TextMessage(data=text)))
-        else:
-            self.connection.sendall(self._frames.send(events.BytesMessage(data=message)))
+            message = bytes((48 + message[0],)) + base64.b64encode(message[1:])
+        kind = (
+            events.TextMessage(message.decode()) if self.as_text else events.BytesMessage(message)
+        )
+        self.connection.sendall(self._frames.send(kind))
+
+    def say_goodbye(self) -> None:
+        self.connection.sendall(self._frames.send(events.CloseConnection(code=1000)))
 
     def step(self) -> bool:
         """Take what comes next; False at the end of the connection."""

@@ -8,13 +8,14 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
 from cri_server.pb import api_pb2 as api
-from tests.fakes import forwards, spdy, streams
+from tests.fakes import forwards, shim, spdy, streams
 from tests.fakes.kubelet import Kubelet, Pod, refusal
 from tests.lab import server, waiting
 from tests.lab.listening import echo, endless, listening, silent
@@ -309,6 +310,47 @@ def test_what_cannot_be_forwarded_is_refused(kubelet: Kubelet, pod: Pod) -> None
     assert refusal(lambda: url(kubelet, pod, 80))[0] is grpc.StatusCode.FAILED_PRECONDITION
     missing = Pod(id="0" * 64, config=pod.config)
     assert refusal(lambda: url(kubelet, missing, 80))[0] is grpc.StatusCode.NOT_FOUND
+
+
+def test_a_pod_that_is_stopped_is_not_forwarded_to(kubelet: Kubelet, pulled: str) -> None:
+    """On the host's network, where the port would still be there."""
+    config = kubelet.pod_config()
+    config.linux.security_context.namespace_options.network = api.NODE
+    pod = kubelet.run_pod(config)
+    with listening("", echo) as port:
+        late = url(kubelet, pod, port)
+        with forwards.Spdy(url(kubelet, pod, port), [port]) as session:
+            session.send("data0", b"hello")
+            streams.until(session, "data0", b"hello")
+            kubelet.stop_pod(pod.id)
+            session.pair(1, port)
+            streams.until(session, "error1", b"is not ready")
+        with forwards.Spdy(late, [port]) as session:
+            streams.until(session, "error0", b"is not ready")
+
+
+@pytest.mark.needs("catatonit")
+@pytest.mark.parametrize("address", ["127.0.0.1", ""])
+def test_a_pod_with_a_kernel_is_reached_at_its_own_address_too(
+    make_site: Callable[..., server.Site],
+    client_of: Callable[[server.Site], Kubelet],
+    home: Path,
+    pulled: str,
+    address: str,
+) -> None:
+    """Called a VM, whose kernel has the pod's address and does not have our loopback."""
+    folder = home / f"machine{len(address)}"
+    folder.mkdir()
+    handler = {"kind": "shim", "path": os.fspath(shim.install(folder)), "dialect": "kata"}
+    kubelet = client_of(make_site(**{"runtimes.machine": handler}))
+    pod = kubelet.run_pod(kubelet.pod_config(), handler="machine")
+    own = address or kubelet.pod_status(pod.id).status.network.ip
+    with (
+        listening(netns(kubelet, pod), echo, address=own) as port,
+        forwards.Spdy(url(kubelet, pod, port), [port]) as session,
+    ):
+        session.send("data0", b"hello")
+        streams.until(session, "data0", b"hello")
 
 
 def test_the_clients_goodbye_lets_its_connections_go_on(kubelet: Kubelet, pod: Pod) -> None:

@@ -102,17 +102,22 @@ def test_older_spdy_clients_get_a_line_of_text_for_a_failure(
     assert session.received["error"] == b"command terminated with non-zero exit code: 4"
 
 
+@pytest.mark.parametrize("as_text", [False, True])
 @pytest.mark.parametrize(
     "protocol", ["", "channel.k8s.io", "base64.channel.k8s.io", "v4.base64.channel.k8s.io",
                  "v5.channel.k8s.io"],
 )  # fmt: skip
-def test_every_websocket_protocol(kubelet: Kubelet, container: str, protocol: str) -> None:
+def test_every_websocket_protocol_in_text_and_in_binary_messages(
+    kubelet: Kubelet, container: str, protocol: str, as_text: bool
+) -> None:
+    """The peers do not look at it, and the Python client of Kubernetes sends every str as text."""
     url = exec_url(kubelet, container, "sh", "-c", "read x; echo got $x", stdin=True)
     with streams.WebSocket(url, ("stdin", *BOTH, "error"), protocol) as session:
-        session.send("stdin", b"word\n")
+        session.as_text = as_text
+        session.send("stdin", "wörd\n".encode())
         while session.step():
             pass
-    assert session.received["stdout"] == b"got word\n"
+    assert session.received["stdout"] == "got wörd\n".encode()
 
 
 def test_no_common_protocol_is_forbidden_and_says_which_there_are(
@@ -145,13 +150,16 @@ def test_a_token_is_good_once_and_for_its_kind(
         assert refused.value.status == 404
 
 
+@pytest.mark.parametrize("politely", [False, True])
 def test_a_client_that_leaves_does_not_end_the_process(
-    kubelet: Kubelet, container: str, connect: Open
+    kubelet: Kubelet, container: str, connect: Open, politely: bool
 ) -> None:
     wait = "until [ -e /go ]; do sleep 0.05; done"
     script = f"echo here; {wait}; head -c 200000 /dev/zero; touch /done"
     with connect(exec_url(kubelet, container, "sh", "-c", script), (*BOTH, "error")) as session:
         streams.until(session, "stdout", b"here\n")  # who leaves before has started nothing
+        if politely:
+            session.say_goodbye()
     kubelet.exec_sync(container, ["touch", "/go"])
     waiting.until(
         lambda: kubelet.exec_sync(container, ["test", "-e", "/done"]).exit_code == 0,
@@ -202,3 +210,45 @@ def test_stdin_once_ends_with_the_first_client(
         streams.until(session, "stdout", b"word\n")
     kubelet.wait_exit(container)
     assert [line.text for line in kubelet.log(container)] == ["word", "ended"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "protocol"), [(streams.Spdy, streams.V4), (streams.WebSocket, "v5.channel.k8s.io")]
+)
+def test_stdin_once_ends_with_the_clients_half(
+    kubelet: Kubelet, pod: Pod, pulled: str, kind: Open, protocol: str
+) -> None:
+    script = ("sh", "-c", "cat; echo ended")
+    container = kubelet.run(pod, pulled, script, stdin=True, stdin_once=True)
+    url = attach_url(kubelet, container, stdin=True)
+    with kind(url, ("stdin", *BOTH, "error"), protocol) as session:
+        session.send("stdin", b"word\n")
+        session.finish("stdin")
+        assert streams.exit_code(streams.ending(session)) == 0
+    assert session.received["stdout"] == b"word\nended\n"
+
+
+SIZES = "while :; do stty size; sleep 0.05; done"
+
+
+def test_an_attached_terminal_has_a_size_without_stdin(
+    kubelet: Kubelet, pod: Pod, pulled: str, connect: Open
+) -> None:
+    container = kubelet.run(pod, pulled, ("sh", "-c", SIZES), tty=True)
+    with connect(
+        attach_url(kubelet, container, tty=True), ("stdout", "error", "resize")
+    ) as session:
+        session.send("resize", b'{"Width":120,"Height":33}')
+        streams.until(session, "stdout", b"33 120")
+
+
+def test_an_attached_terminal_has_a_size_after_the_end_of_stdin(
+    kubelet: Kubelet, pod: Pod, pulled: str
+) -> None:
+    container = kubelet.run(pod, pulled, ("sh", "-c", SIZES), tty=True, stdin=True)
+    url = attach_url(kubelet, container, tty=True, stdin=True)
+    with streams.Spdy(url, ("stdin", "stdout", "error", "resize")) as session:
+        session.finish("stdin")
+        for width, height in ((120, 33), (81, 25)):
+            session.send("resize", b'{"Width":%d,"Height":%d}' % (width, height))
+            streams.until(session, "stdout", b"%d %d" % (height, width))

@@ -5,6 +5,7 @@ import concurrent.futures
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import ssl
@@ -166,6 +167,14 @@ def test_a_websocket_is_asked_for_with_get(kubelet: Kubelet, container: str) -> 
     assert refused.value.status == 400
 
 
+def test_a_websocket_whose_protocol_is_not_ascii_is_a_bad_request(
+    kubelet: Kubelet, container: str
+) -> None:
+    with pytest.raises(streams.Refused) as refused:
+        streams.WebSocket(exec_url(kubelet, container, "true"), BOTH, "v4.channel.k8s.i\u00f6")
+    assert refused.value.status == 400
+
+
 # -- streams ---------------------------------------------------------------------------------------
 
 
@@ -180,6 +189,20 @@ def test_streams_that_were_not_asked_for_end_the_session(
         while session.step():
             continue
     assert kubelet.exec_sync(container, ["test", "-e", "/ran"]).exit_code == 1
+
+
+@pytest.mark.parametrize(("wanted", "first"), [({}, b"\x82\1\1"), ({"stdout": False}, b"\x82\1\2")])
+def test_a_websocket_begins_with_an_empty_message_on_its_first_channel(
+    kubelet: Kubelet, container: str, wanted: dict[str, bool], first: bytes
+) -> None:
+    url = exec_url(kubelet, container, "sh", "-c", "exec sleep 600", **wanted)
+    key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
+    upgrade = ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13", key]
+    connection, _, received = streams.request(url, *upgrade, method="GET")
+    with connection:
+        while len(received) < len(first):
+            received += connection.recv(100)
+    assert received == first
 
 
 def test_streams_that_come_later_are_refused(kubelet: Kubelet, container: str) -> None:
@@ -243,13 +266,17 @@ def test_output_waits_for_a_client_that_is_slow(
 
 def test_silence_ends_a_session(make_site: MakeSite, client_of: ClientOf, reference: str) -> None:
     _, kubelet, container = own(make_site, client_of, reference, stream_idle_timeout=1.0)
-    url = exec_url(kubelet, container, "sh", "-c", "sleep 2.5; touch /went-on")
-    began = time.monotonic()
-    with streams.Spdy(url, (*BOTH, "error")) as session:
-        assert not session.received["error"]
-        while session.step():
-            continue
-    assert 0.9 < time.monotonic() - began < waiting.patient(5)
+    for kind in (streams.Spdy, streams.WebSocket):
+        for url in (
+            exec_url(kubelet, container, "sh", "-c", "sleep 2.5; touch /went-on"),
+            attach_url(kubelet, container),
+        ):
+            began = time.monotonic()
+            with kind(url, (*BOTH, "error")) as session:
+                while session.step():
+                    continue
+            assert not session.received["error"]
+            assert 0.9 < time.monotonic() - began < waiting.patient(5)
     waiting.until(
         lambda: kubelet.exec_sync(container, ["test", "-e", "/went-on"]).exit_code == 0,
         "the process goes on",
@@ -433,8 +460,14 @@ def test_tls_with_client_certificates_and_renewal(
         if name == "again":
             os.replace(made.key, ours.key)
             assert handshake(url, trusted) == first
-    assert handshake(url, trusting(ours.certificate, client)) != first
     renewed = trusting(made.certificate, client)
+    assert handshake(url, renewed) != first
+    os.replace(client.certificate, tmp_path / "spare.pem")
+    shutil.copy(stranger.certificate, client.certificate)  # what the CA's file is called
+    assert handshake(url, trusting(made.certificate, stranger)) != first
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        handshake(url, renewed)
+    os.replace(tmp_path / "spare.pem", client.certificate)
     for kind in (streams.Spdy, streams.WebSocket):
         url = exec_url(kubelet, container, "head", "-c", str(1 << 20), stdin=True)
         with kind(url, ("stdin", *BOTH, "error"), tls=renewed) as session:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A client that has joined a container: dropped with an error when it takes nothing."""
 
+import contextlib
 from typing import Any, cast
 
 import pytest
@@ -21,11 +22,21 @@ class Stuck:
         await loop.Event().wait()
 
 
+class Sending(Stuck):
+    """A client that sends these."""
+
+    def __init__(self, *messages: pb.AttachInput) -> None:
+        self._messages = list(messages)
+
+    async def recv(self) -> pb.AttachInput | None:
+        return self._messages.pop(0) if self._messages else await super().recv()
+
+
 class Running:
     """As much of a container as an attach asks for; it never ends."""
 
-    def __init__(self) -> None:
-        self.streams = stdio.Streams(terminal=False, stdin=False)
+    def __init__(self, *, terminal: bool = False) -> None:
+        self.streams = stdio.Streams(terminal=terminal, stdin=False)
 
     def require(self, *_: Any, **__: Any) -> None:
         return
@@ -47,6 +58,23 @@ def test_a_client_that_takes_nothing_is_detached_with_an_error(
         await loop.sleep(0.01)
         await owner.streams._deliver("stdout", b"output")
         with pytest.raises(errors.DeadlineExceeded, match="detached"):
+            await joined.join()
+
+    driving.drive(work())
+
+
+def test_sizes_of_the_terminal_come_after_the_end_of_stdin() -> None:
+    running = Running(terminal=True)
+    owner = cast("container.Container", running)
+    size = pb.Resize(width=120, height=33)
+    client = Sending(pb.AttachInput(close_stdin=True), pb.AttachInput(resize=size))
+
+    async def work() -> None:
+        joined = loop.spawn(attach.attach(owner, pb.AttachStart(stdout=True), client))
+        while running.streams._size != (120, 33):
+            await loop.sleep(0.001)
+        joined.cancel()
+        with contextlib.suppress(loop.Cancelled):
             await joined.join()
 
     driving.drive(work())

@@ -2,8 +2,10 @@
 """SPDY/3.1 frames: what clients send is understood however it is cut, and bounded."""
 
 import hashlib
+import itertools
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -122,6 +124,94 @@ def test_too_many_streams_are_refused_and_the_rest_goes_on() -> None:
     [reset] = fake.parse(connection.reset(1, spdy.Status.CANCEL))
     assert (reset.kind, reset.payload) == (fake.RST_STREAM, struct.pack(">II", 1, 5))
     assert spdy.Opened(stream=last + 2, headers={}) in connection.receive(client.open(last + 2))
+
+
+def test_a_stream_that_begins_with_its_end_may_be_given_up_at_once() -> None:
+    connection = spdy.Connection()
+    found = []
+    for event in connection.receive(fake.Client().open(1, flags=fake.FIN) + fake.data(1, b"x")):
+        found.append(event)
+        connection.reset(1, spdy.Status.REFUSED_STREAM)
+    assert found == [spdy.Opened(stream=1, headers={}), spdy.Finished(stream=1)]
+
+
+STREAM = st.integers(0, 3)
+FLAGS = st.sampled_from([0, fake.FIN])
+STEP = st.one_of(
+    st.tuples(st.just("open"), st.integers(0, 3)),
+    st.tuples(st.just("data"), STREAM, st.binary(max_size=9), FLAGS),
+    st.tuples(st.just("reset"), STREAM),
+    st.tuples(st.just("ping"), STREAM),
+    st.tuples(st.just("goodbye")),
+)
+REACTIONS = ("", "reply", "send", "finish", "reset")
+
+
+class Talk:
+    """A client's frames, in any order that the format allows."""
+
+    def __init__(self) -> None:
+        self.client, self.last = fake.Client(), -1
+
+    def frame(self, step: tuple[Any, ...]) -> bytes:
+        match step:
+            case "open", flags:
+                self.last += 2
+                return self.client.open(self.last, HEADERS, flags)
+            case "data", number, payload, flags if 2 * number + 1 <= self.last:
+                return fake.data(2 * number + 1, payload, flags)
+            case "reset", number:
+                return fake.control(fake.RST_STREAM, struct.pack(">II", 2 * number + 1, 5))
+            case "ping", number:
+                return fake.control(fake.PING, struct.pack(">I", number))
+            case "goodbye":
+                return fake.control(fake.GOAWAY, struct.pack(">II", 0, 0))
+        return b""
+
+
+def react(connection: spdy.Connection, how: str, stream: int) -> bytes:
+    match how:
+        case "reply":
+            return connection.reply(stream)
+        case "send" | "finish":
+            return connection.send(stream, b"out", fin=how == "finish")
+        case "reset":
+            return connection.reset(stream, spdy.Status.CANCEL)
+    return b""
+
+
+@given(
+    steps=st.lists(STEP, max_size=30),
+    reactions=st.lists(st.tuples(st.sampled_from(REACTIONS), STREAM), min_size=1, max_size=20),
+    at_once=st.integers(1, 8),
+)
+def test_no_order_of_frames_is_a_surprise(
+    steps: list[tuple[Any, ...]], reactions: list[tuple[str, int]], at_once: int
+) -> None:
+    """Whatever we do while frames come, nothing is raised, and what has ended is not heard again
+    in either direction.
+    """
+    connection, talk, whims = spdy.Connection(), Talk(), itertools.cycle(reactions)
+    frames = [talk.frame(step) for step in steps]
+    opened, unheard, unsaid = set[int](), set[int](), set[int]()
+    for first in range(0, len(frames), at_once):
+        for event in connection.receive(b"".join(frames[first : first + at_once])):
+            match event:
+                case spdy.Opened():
+                    opened.add(event.stream)
+                case spdy.Data():
+                    assert event.stream not in unheard
+                case spdy.Finished() | spdy.Reset():
+                    unheard.add(event.stream)
+                    unsaid |= {event.stream} if isinstance(event, spdy.Reset) else set()
+            how, number = next(whims)
+            if (stream := 2 * number + 1) not in opened:
+                continue
+            said = react(connection, how, stream)
+            if how in ("send", "finish"):
+                assert not (said and stream in unsaid)
+            unsaid |= {stream} if how in ("finish", "reset") else set()
+            unheard |= {stream} if how == "reset" else set()
 
 
 BOMB = fake.Client().block({"a": "0" * (1 << 20)})

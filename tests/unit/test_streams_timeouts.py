@@ -78,6 +78,30 @@ async def test_half_a_pair_is_reset_and_a_whole_one_lives(
         writer.close()
 
 
+async def test_half_a_pair_that_is_given_up_is_forgotten(outcome: "asyncio.Future[str]") -> None:
+    async def work(link: spdylink.Link) -> None:
+        async for pair in pairs.of_spdy(link):
+            outcome.set_result(f"{pair.port}, {len(asyncio.all_tasks()) - before}")
+            return
+
+    before = len(asyncio.all_tasks())
+    reader, writer, server = await serving(work)
+    async with server, asyncio.timeout(5):
+        client = spdy.Client()
+        for number in range(1, 1000, 2):
+            headers = {"streamtype": "data", "requestid": str(number), "port": "80"}
+            writer.write(client.open(number, headers))
+            reset = bytes((0, 0, *number.to_bytes(2, "big"), 0, 0, 0, 5))
+            writer.write(spdy.control(spdy.RST_STREAM, reset))
+        for number, kind in ((1001, "data"), (1003, "error")):
+            headers = {"streamtype": kind, "requestid": "x", "port": "80"}
+            writer.write(client.open(number, headers))
+        port, tasks = (await outcome).split(", ")
+        assert (port, int(tasks) < 100) == ("80", True)  # those of the last turn, at most
+        await reader.read()
+        writer.close()
+
+
 async def test_streams_together_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peer, "ROOM", 1000)
     room = peer.Room()

@@ -2,6 +2,7 @@
 """Channels in WebSocket messages: understood however they are cut, and bounded."""
 
 import base64
+import contextlib
 from collections.abc import Sequence
 
 import pytest
@@ -25,7 +26,8 @@ def head(*protocols: str) -> bytes:
 
 def opened(protocol: str) -> websocket.Connection:
     connection = websocket.Connection()
-    answer = connection.accept(head(protocol), (*websocket.EXEC, *websocket.FORWARD))
+    wanted = [protocol] if protocol else []
+    answer = connection.accept(head(*wanted), (*websocket.EXEC, *websocket.FORWARD))
     assert answer is not None
     assert answer.startswith(b"HTTP/1.1 101")
     return connection
@@ -111,16 +113,81 @@ def test_pings_are_answered_and_goodbyes_returned() -> None:
     found = list(connection.receive(sent(events.CloseConnection(code=1000))))
     assert isinstance(found[-1], websocket.Closed)
     assert connection.close() == b""
+    assert connection.send(1, b"late") == b""
 
 
-def test_text_where_bytes_were_agreed_on_ends_the_connection() -> None:
+def test_pings_after_our_goodbye_are_let_be() -> None:
     connection = opened("v4.channel.k8s.io")
+    assert connection.close()
+    assert list(connection.receive(sent(events.Ping(payload=b"p")))) == []
+    found = list(connection.receive(sent(events.CloseConnection(code=1000))))
+    assert found == [websocket.Closed()]
+
+
+@pytest.mark.parametrize(
+    "protocol", ["", "channel.k8s.io", "v4.channel.k8s.io", "v5.channel.k8s.io"]
+)
+@given(text=st.text(max_size=60), cut=st.integers(0, 300))
+def test_a_text_message_is_its_bytes(protocol: str, text: str, cut: int) -> None:
+    message = sent(events.TextMessage(data="\0" + text))
+    connection = opened(protocol)
+    found = [*connection.receive(message[:cut]), *connection.receive(message[cut:])]
+    assert joined(found) == ([(0, text.encode())] if text else [])
+
+
+def test_text_goes_through_a_tunnel() -> None:
+    connection = opened("SPDY/3.1+portforward.k8s.io")
+    found = list(connection.receive(sent(events.TextMessage(data="\0\1"))))
+    assert joined(found) == [(0, b"\0\1")]
+
+
+def test_base64_comes_in_binary_messages_too() -> None:
+    connection = opened("v4.base64.channel.k8s.io")
+    assert joined(list(connection.receive(sent(events.BytesMessage(data=b"0aGk="))))) == [
+        (0, b"hi")
+    ]
     with pytest.raises(websocket.ProtocolError):
-        list(connection.receive(sent(events.TextMessage(data="0aGk="))))
+        list(connection.receive(sent(events.BytesMessage(data=b"0\xff\xff\xff\xff"))))
 
 
-def test_noise_ends_the_connection() -> None:
-    assert list(opened("v4.channel.k8s.io").receive(b"\xff" * 20))[-1] == websocket.Closed()
+PROTOCOLS = [p.name for p in (websocket.NONE, *websocket.EXEC, *websocket.FORWARD)]
+
+
+@given(protocol=st.sampled_from(PROTOCOLS), noise=st.binary(max_size=200))
+def test_noise_ends_the_connection_or_is_nothing(protocol: str, noise: bytes) -> None:
+    connection = opened(protocol)
+    with contextlib.suppress(websocket.ProtocolError):
+        for _ in range(20):
+            if websocket.Closed() in connection.receive(noise):
+                return
+
+
+# What a client may send, and what we may do meanwhile: None is to send, b"" to say goodbye.
+STEP = st.one_of(
+    st.binary(max_size=30).map(lambda data: sent(events.BytesMessage(data=data))),
+    st.text(max_size=30).map(lambda text: sent(events.TextMessage(data=text))),
+    st.binary(max_size=99).map(lambda data: sent(events.Ping(payload=data))),
+    st.just(sent(events.CloseConnection(code=1000))),
+    st.sampled_from([None, b""]),
+)
+
+
+@given(protocol=st.sampled_from(PROTOCOLS), steps=st.lists(STEP, max_size=30))
+def test_no_order_of_frames_is_a_surprise(protocol: str, steps: list[bytes | None]) -> None:
+    connection, silent = opened(protocol), False
+    for step in steps:
+        if not step:
+            said = connection.send(1, b"out") if step is None else connection.close()
+            assert bool(said) != silent
+            silent |= step == b""
+            continue
+        try:
+            found = list(connection.receive(step))
+        except websocket.ProtocolError:
+            return
+        if websocket.Closed() in found:
+            assert not connection.send(1, b"late")
+            return
 
 
 @pytest.mark.parametrize("text", ["/aGk=", "0not base64!", "²aGk="])
@@ -128,6 +195,11 @@ def test_bad_base64_ends_the_connection(text: str) -> None:
     connection = opened("base64.channel.k8s.io")
     with pytest.raises(websocket.ProtocolError):
         list(connection.receive(sent(events.TextMessage(data=text))))
+
+
+def test_a_protocol_that_is_not_ascii() -> None:
+    with pytest.raises(websocket.ProtocolError):
+        websocket.Connection().accept(head("v4.channel.k8s.io", "v\u00e9"), websocket.EXEC)
 
 
 def test_a_request_that_is_no_websockets() -> None:
