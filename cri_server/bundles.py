@@ -17,7 +17,6 @@ the kernel have of a container is `remains`.
 import asyncio
 import dataclasses
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ from cri_server import (
     spec,
     state,
     steps,
+    trees,
     volumes,
 )
 from cri_server.spec import why
@@ -202,11 +202,14 @@ class Bundles:
         await asyncio.to_thread(self.sweep, container.id)
 
     def sweep(self, container_id: str) -> None:
-        """Delete bundle and writable layer; blocks. Needs no free space."""
+        """Delete bundle and writable layer; blocks. Needs no free space.
+
+        A link in the bundle's place is not ours: what it leads to stays as it is.
+        """
         directory = self.directory(container_id)
-        idmap.remove(directory / "mounts")  # nothing may be deleted while a volume is there
-        for target in mounts.mounts_below(os.path.realpath(directory)):
-            mounts.unmount(target)
-        if directory.exists():
-            shutil.rmtree(directory)
+        if not directory.is_symlink():
+            idmap.remove(directory / "mounts")  # nothing may be deleted while a volume is there
+            for target in mounts.mounts_below(os.path.realpath(directory)):
+                mounts.unmount(target)
+        trees.remove(directory)
         self._snapshots.remove(container_id)

@@ -49,7 +49,6 @@ CREATED, RUNNING, EXITED = (
     api.ContainerState.CONTAINER_RUNNING,
     api.ContainerState.CONTAINER_EXITED,
 )
-RECOVERY_PATIENCE = 15.0  # seconds that a start of ours waits for the death of one container
 
 
 class Containers:
@@ -98,7 +97,8 @@ class Containers:
         self._check_annotations(pod, wanted)
         log_path(pod.config, wanted)
         wanted, volumes = imagevolumes.resolve(wanted, self._images)
-        container = _new(pod, wanted, image)
+        now = self._store.container_time(pod.id, wanted.metadata.name)
+        container = _new(pod, wanted, image, now=now)
         order = orders.Order(
             pod=pod, container=container, image=image, facts=facts, volumes=volumes
         )
@@ -265,7 +265,7 @@ class Containers:
         async with self._store.changing(container_id) as container:
             ended = dataclasses.replace(
                 container,
-                finished_at=record.finished_at or time.time_ns(),
+                finished_at=state.end(container, record.finished_at),
                 exit_code=record.exit_code,
                 reason=reason,
                 message=record.message,
@@ -282,23 +282,33 @@ class Containers:
         self._running.pop(container_id).set()
 
     async def recover(self, container: state.Container, seen: shim_pb2.Container | None) -> None:
-        """Bring a record of an earlier server to what its shim says now; `seen` is None when no
-        shim knows it.
+        """Bring a record of an earlier server to what its shim says now, and wait for its end if
+        that has come; `seen` is None when no shim knows it. Calls for this container wait, for it
+        may take until after the server is ready.
         """
+        async with self._locks.held(container.id):
+            following = await self._recover(container, seen)
+        if following is not None and (seen is None or seen.state != shim_pb2.RUNNING):
+            await asyncio.wait([following])
+
+    async def _recover(
+        self, container: state.Container, seen: shim_pb2.Container | None
+    ) -> "asyncio.Task[None] | None":
+        """Return what follows the container, None where there is nothing to follow."""
         if not container.complete:
             await self._undo(container, "the server was killed while it made this container")
         elif container.finished_at:
             await self._bundles.let_go(container.id)
         elif seen is not None and seen.state in (shim_pb2.RUNNING, shim_pb2.STOPPED):
             noted = await self._store.note_container(_started(container, seen))
-            await self._bundles.let_go(container.id)
             following = self.follow(noted)
-            if seen.state == shim_pb2.STOPPED:
-                await asyncio.wait([following], timeout=RECOVERY_PATIENCE)
+            await self._bundles.let_go(container.id)
+            return following
         elif container.started_at:
-            await asyncio.wait([self.follow(container)], timeout=RECOVERY_PATIENCE)
+            return self.follow(container)
         elif seen is not None:  # the start had not come far: the next one begins anew
             await self._forget_in_shim(container)
+        return None
 
     # -- update -----------------------------------------------------------------------------------
 
@@ -459,14 +469,16 @@ def log_path(pod: api.PodSandboxConfig, wanted: api.ContainerConfig) -> str:
     return path
 
 
-def _new(pod: state.Pod, wanted: api.ContainerConfig, image: images.Image) -> state.Container:
+def _new(
+    pod: state.Pod, wanted: api.ContainerConfig, image: images.Image, *, now: int
+) -> state.Container:
     return state.Container(
         id=names.new_id(),
         pod_id=pod.id,
         handler=pod.handler,
         config=wanted,
         raw=state.raw_config(wanted),
-        created_at=time.time_ns(),
+        created_at=now,
         boot_id=state.boot_id(),
         image_id=image.id,
         image_ref=next(iter(image.repo_digests), image.id),
@@ -490,7 +502,11 @@ def _started(
 
 def _ended(container: state.Container, code: int, reason: str, message: str) -> state.Container:
     return dataclasses.replace(
-        container, finished_at=time.time_ns(), exit_code=code, reason=reason, message=message
+        container,
+        finished_at=state.end(container, 0),
+        exit_code=code,
+        reason=reason,
+        message=message,
     )
 
 

@@ -30,7 +30,8 @@ from cri_server import (
     sources,
     spec,
 )
-from cri_server.spec import why
+from cri_server.pb import api_pb2 as api
+from cri_server.spec import devices, why
 
 LOOK_TIMEOUT = (
     30.0  # seconds to look at host paths: they may lie on dead storage (containerd#10828)
@@ -124,7 +125,7 @@ class Giver:
         """Look at what the host is to give; load the AppArmor profile and label the volumes.
 
         Raises InvalidArgument, FailedPrecondition for what is not there, DeadlineExceeded when a
-        host path does not answer.
+        host path does not answer, Unavailable when it did not before and still hangs.
         """
         found = await self._looked(order)
         await self._profiles.provide_for(order.security, order.facts)
@@ -144,10 +145,10 @@ class Giver:
         wanted, bound = order.config, order.ids is not None
         profile, names = spec.seccomp_path(order.security), spec.cdi_requests(wanted)
         return Givens(
-            mounts={m.host_path: sources.check_source(m) for m in wanted.mounts if m.host_path},
-            devices=sources.device_nodes(spec.device_requests(wanted)),
+            mounts={m.host_path: _source(m) for m in wanted.mounts if m.host_path},
+            devices=tuple(node for r in spec.device_requests(wanted) for node in _devices(r)),
             host_devices=sources.host_devices() if order.security.privileged else (),
-            seccomp=sources.seccomp_profile(profile) if profile else None,
+            seccomp=_seccomp(profile) if profile else None,
             cdi=self._devices.resolve(names, bound=bound) if names else None,
         )
 
@@ -164,7 +165,8 @@ class Giver:
                 self._files.relabel(order.pod.id, of_pod.shared)
             for mount in order.config.mounts:
                 if mount.selinux_relabel and mount.host_path:
-                    relabel.relabel(found.mounts[spec.source_key(mount)].path, own.mount)
+                    with apart.at(mount.host_path):
+                        relabel.relabel(found.mounts[spec.source_key(mount)].path, own.mount)
 
         await apart.call(label, within=LABEL_TIMEOUT, what="labelling the container's volumes")
 
@@ -218,3 +220,18 @@ class Giver:
             return dataclasses.replace(whole, locked=locked, shortfalls=shortfalls)
 
         return await apart.call(work, within=LOOK_TIMEOUT, what="a mount source")
+
+
+def _source(mount: api.Mount) -> sources.Source:
+    with apart.at(mount.host_path):
+        return sources.check_source(mount)
+
+
+def _devices(request: devices.Request) -> Sequence[spec.DeviceNode]:
+    with apart.at(request.host_path):
+        return sources.device_nodes([request])
+
+
+def _seccomp(path: str) -> Mapping[str, object]:
+    with apart.at(path):
+        return sources.seccomp_profile(path)

@@ -32,6 +32,7 @@ from cri_server import (
     kernelstats,
     metrics,
     moves,
+    orphans,
     podfiles,
     pods,
     recovery,
@@ -92,7 +93,8 @@ class Graph:
         self._profiles = apparmor.AppArmor()
         self._moves = moves.Moves(self._groups.hierarchy.mounts)
         self._stack.push_async_callback(self._moves.close)
-        self._remains = remains.Remains(settings, self._live, self._groups)
+        self._orphans = orphans.Orphans()
+        self._remains = remains.Remains(settings, self._live, self._groups, self._orphans)
         self._kernels = kernelstats.KernelStats(settings, self._live, self._shims)
         devices = cdi.Registry(settings.runtime.cdi_spec_dirs)
         self._bundles = bundles.Bundles(
@@ -181,9 +183,11 @@ class Graph:
             shim_host=self._shims,
             bundle_host=self._bundles,
             remains_host=self._remains,
+            orphan_host=self._orphans,
             files=self._files,
             layers=self.layers,
         )
+        self._stack.push_async_callback(self.recovery.close)
 
     def _inits(self) -> inits.Inits:
         return inits.Inits(

@@ -253,11 +253,11 @@ def attach(copies: Mapping[str, Copy], folder: Path) -> dict[str, list[Shortfall
 
 
 def remove(folder: Path) -> None:
-    """Unmount all below a folder and delete the mount points; nothing there is fine.
+    """Unmount all below a folder and delete the mount points; nothing there, or no folder, is fine.
 
     Raises OSError rather than delete anything that is not an empty mount point.
     """
-    if not folder.exists():
+    if folder.is_symlink() or not folder.is_dir():
         return
     for point in mounts.mounts_below(os.path.realpath(folder)):
         mounts.unmount(point)

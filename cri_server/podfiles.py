@@ -17,12 +17,11 @@ runtime is when it looks for the sandbox container's root.
 """
 
 import os
-import shutil
 import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from cri_server import relabel, spec, state
+from cri_server import relabel, spec, state, trees
 from cri_server.pb import api_pb2 as api
 from cri_server.spec import why
 from shim import mounts
@@ -113,7 +112,7 @@ class PodFiles:
         directory = self.directory(pod_id)
         for target in mounts.mounts_below(os.fspath(directory)):
             mounts.unmount(target)
-        shutil.rmtree(directory, ignore_errors=False) if directory.exists() else None
+        trees.remove(directory)
 
 
 def _note_namespaces(pod: state.Pod) -> None:

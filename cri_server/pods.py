@@ -142,7 +142,7 @@ class Pods:
             wanted,
             runtime_handler=handler,
             handler=key,
-            now=time.time_ns(),
+            now=self._store.pod_time(wanted.metadata),
         )
         made = self._groups.missing(self._groups.pod_parent(pod.id, wanted.linux.cgroup_parent))
         network: Mapping[str, object] | None = {} if pod.own_network else None
@@ -403,6 +403,10 @@ class Pods:
             await self._store.note_pod(
                 dataclasses.replace(pod, state=now, stopped_at=time.time_ns())
             )
+
+    def held(self, pod_id: str) -> contextlib.AbstractAsyncContextManager[None]:
+        """Keep stops and removals of a pod waiting for a block; for recovery."""
+        return self._locks.held(pod_id)
 
     def unrecorded(self, pod_id: str) -> state.Pod:
         """Return a record to release a pod by, when its own is lost."""

@@ -13,15 +13,18 @@
     none          ended and forgotten
 
 A dead container has the exit record that its shim left on disk, else 255 with reason Unknown.
-Afterwards what is on no record, or on one that cannot be read, is ended and swept away: the kubelet
-cannot see it, so it will make another. One pod that cannot be recovered does not stop another: it
-stays listed NOTREADY. The server answers UNAVAILABLE until `run` is done.
+What is on no record, or on one that cannot be read, is ended and swept away: the kubelet cannot see
+it, so it will make another. One pod that cannot be recovered does not stop another: it stays listed
+NOTREADY. The server answers UNAVAILABLE until `run` is done. That waits for nothing but our own
+shims: a hung runtime or plugin is left to tasks behind it (`close` ends them). Until those are
+through, calls for the same pod or container wait for them, by its lock.
 """
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import structlog
 
@@ -30,6 +33,7 @@ from cri_server import (
     containers,
     errors,
     names,
+    orphans,
     podfiles,
     pods,
     remains,
@@ -37,12 +41,13 @@ from cri_server import (
     snapshots,
     state,
 )
-from shim import process
 from shim.pb import shim_pb2
 
 log = structlog.get_logger()
 AT_ONCE = 16
 POD_TIMEOUT = 60.0
+PATIENCE = 5.0  # seconds that runtimes and plugins have before the server serves without them
+KILL_PAUSE = 0.02
 
 
 class Recovery:
@@ -57,6 +62,7 @@ class Recovery:
         shim_host: shims.Shims,
         bundle_host: bundles.Bundles,
         remains_host: remains.Remains,
+        orphan_host: orphans.Orphans,
         files: podfiles.PodFiles,
         layers: snapshots.Snapshots,
     ) -> None:
@@ -67,45 +73,108 @@ class Recovery:
             shim_host,
         )
         self._bundles, self._remains = bundle_host, remains_host
-        self._files, self._snapshots = files, layers
+        self._files, self._snapshots, self._orphans = files, layers, orphan_host
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
-        """Bring memory, disk and processes to one state."""
-        began = time.perf_counter()
-        limit = asyncio.Semaphore(AT_ONCE)
-        every = self._store.pods()
-        await asyncio.gather(*(self._one(pod, limit) for pod in every))
-        await asyncio.gather(*(self._stray(pod_id, limit) for pod_id in self._unrecorded()))
-        await self._sweep()
-        log.info("recovered", pods=len(every), ms=round((time.perf_counter() - began) * 1000))
+        """Bring memory, disk and processes to one state.
 
-    async def _one(self, pod: state.Pod, limit: asyncio.Semaphore) -> None:
+        Returns when every record is true and what runs is followed. The rest needs runtimes and
+        plugins, which may hang: it has PATIENCE, then it goes on behind the server's first calls.
+        """
+        began = time.perf_counter()
+        every, rubbish = self._store.pods(), self._rubbish()
+        limit = asyncio.Semaphore(AT_ONCE)
+        seen = await asyncio.gather(*(self._settle(pod, limit) for pod in every))
+        await self._end_plugins(every)
+        for pod, of_shim in zip(every, seen, strict=True):
+            self._restore(pod, of_shim, limit)
+        self._begin(self._clean(rubbish, limit))
+        late = set(self._tasks)
+        if late:
+            _, late = await asyncio.wait(late, timeout=PATIENCE)
+        ms = round((time.perf_counter() - began) * 1000)
+        log.info("recovered", pods=len(every), still_cleaning=len(late), ms=ms)
+
+    async def close(self) -> None:
+        """Leave what is not cleaned up yet to the next start."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _begin(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work, name="recovery")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # -- pods on record ---------------------------------------------------------------------------
+
+    async def _settle(
+        self, pod: state.Pod, limit: asyncio.Semaphore
+    ) -> dict[str, shim_pb2.Container] | None:
+        """Have the record say how it is with a pod; return what its shim knows, None without one.
+
+        What was half made is listed NOTREADY from now on: nobody may take it for the whole.
+        """
+        seen = None
         async with limit:
             try:
                 async with asyncio.timeout(POD_TIMEOUT):
-                    await self._recover(pod)
+                    seen = await self._adopt(pod)
             except Exception as e:
                 log.error("pod sandbox not recovered", pod=pod.id, error=repr(e))
-                await self._pods.give_up(pod.id)
-
-    async def _recover(self, pod: state.Pod) -> None:
-        if pod.state is not state.PodState.READY:  # a plugin may be at work, and outlive its DEL
-            await asyncio.to_thread(process.kill_orphans, f"CNI_CONTAINERID={pod.id}")
-        if pod.state in (state.PodState.CREATING, state.PodState.FAILED):
-            log.info("pod sandbox was half made: released", pod=pod.id)
-            await self._adopt(pod)
-            await self._pods.release(pod)
-            return
-        seen = await self._adopt(pod)
-        known = self._store.containers(pod.id)
-        await asyncio.gather(*(self._container(c, (seen or {}).get(c.id)) for c in known))
-        if seen is not None:
-            await self._forget_strays(pod, seen.keys() - {c.id for c in known} - {pod.id})
-        if pod.state is state.PodState.READY and seen is None:
-            log.warning("pod sandbox did not survive", pod=pod.id)
-            await self._pods.give_up(pod.id)
-        elif pod.state is state.PodState.READY:
+        if pod.state is state.PodState.READY and seen is not None:
             self._pods.watch(pod)
+        elif pod.state in (state.PodState.READY, state.PodState.CREATING):
+            log.warning("pod sandbox did not survive", pod=pod.id, was=pod.state)
+            await self._pods.give_up(pod.id)
+        return seen
+
+    async def _end_plugins(self, every: Iterable[state.Pod]) -> None:
+        """Kill the plugins of an earlier server that are at work for a pod: they would outlive the
+        DEL that comes next.
+        """
+        boot = state.boot_id()
+        found = [p for p in every if p.state is not state.PodState.READY and p.boot_id == boot]
+        try:
+            async with asyncio.timeout(PATIENCE):
+                await asyncio.gather(*(self._end_plugin(pod.id) for pod in found))
+        except TimeoutError:
+            log.error("plugins of an earlier server not ended")
+
+    async def _end_plugin(self, pod_id: str) -> None:
+        while True:
+            if not await self._orphans.kill(f"CNI_CONTAINERID={pod_id}"):
+                return
+            await asyncio.sleep(KILL_PAUSE)
+
+    def _restore(
+        self,
+        pod: state.Pod,
+        seen: dict[str, shim_pb2.Container] | None,
+        limit: asyncio.Semaphore,
+    ) -> None:
+        """Begin to bring all that is in a pod to what its record says."""
+        if pod.state in (state.PodState.CREATING, state.PodState.FAILED):
+            self._begin(self._release(pod.id, limit))
+            return
+        known = self._store.containers(pod.id)
+        for container in known:
+            self._begin(self._container(container, (seen or {}).get(container.id)))
+        for stray in (seen or {}).keys() - {c.id for c in known} - {pod.id}:
+            self._begin(self._forget_stray(pod, stray))
+
+    async def _release(self, pod_id: str, limit: asyncio.Semaphore) -> None:
+        """Take back what was half made; who wants to remove it too, waits."""
+        try:
+            async with limit, asyncio.timeout(POD_TIMEOUT), self._pods.held(pod_id):
+                pod = self._store.pod(pod_id)
+                log.info("pod sandbox was half made: released", pod=pod_id)
+                await self._pods.release(pod)
+        except errors.NotFound:  # somebody was quicker
+            return
+        except Exception as e:
+            log.error("pod sandbox not released", pod=pod_id, error=repr(e))
 
     async def _container(self, container: state.Container, seen: shim_pb2.Container | None) -> None:
         try:
@@ -113,12 +182,14 @@ class Recovery:
         except Exception as e:
             log.error("container not recovered", container=container.id, error=repr(e))
 
-    async def _forget_strays(self, pod: state.Pod, strays: Iterable[str]) -> None:
-        """End the containers of a pod whose records cannot be read."""
-        for container_id in strays:
-            log.warning("container without a record: ended", pod=pod.id, container=container_id)
-            async with self._shims.asked(pod.id) as shim:
+    async def _forget_stray(self, pod: state.Pod, container_id: str) -> None:
+        """End a container of a pod whose record cannot be read."""
+        log.warning("container without a record: ended", pod=pod.id, container=container_id)
+        try:
+            async with asyncio.timeout(POD_TIMEOUT), self._shims.asked(pod.id) as shim:
                 await shim.delete(shim_pb2.DeleteRequest(id=container_id))
+        except Exception as e:
+            log.error("container not ended", container=container_id, error=repr(e))
 
     async def _adopt(self, pod: state.Pod) -> dict[str, shim_pb2.Container] | None:
         """Return what the pod's shim knows of its containers, None when there is no shim."""
@@ -137,14 +208,35 @@ class Recovery:
 
     # -- what is on no record ---------------------------------------------------------------------
 
-    def _unrecorded(self) -> set[str]:
-        """Return the ids of pods that left something but no record which can be read."""
+    def _rubbish(self) -> "_Rubbish":
+        """Return what no record names. Found before anything is served, so nothing of it is new."""
+        pod_ids = {p.id for p in self._store.pods()}
+        container_ids = {c.id for c in self._store.containers()}
+        known = pod_ids | container_ids
         of_containers = {c.pod_id for c in self._store.containers()}
         left = _names(self._files.root) | of_containers | self._store.unreadable
-        return {i for i in left if names.is_id(i)} - {p.id for p in self._store.pods()}
+        return _Rubbish(
+            pods=tuple({i for i in left if names.is_id(i)} - pod_ids),
+            in_runtimes=tuple(x for x in self._remains.in_runtimes() if x[1] not in known),
+            folders=tuple(_names(self._files.root) - pod_ids),
+            bundles=tuple(
+                (_names(self._bundles.root) | self._snapshots.writables()) - container_ids
+            ),
+        )
+
+    async def _clean(self, found: "_Rubbish", limit: asyncio.Semaphore) -> None:
+        """Remove it; one thing that cannot be removed keeps no other."""
+        await asyncio.gather(*(self._stray(pod_id, limit) for pod_id in found.pods))
+        await asyncio.gather(*(self._end(*one, limit) for one in found.in_runtimes))
+        for name in found.folders:
+            await self._swept(self._files.remove, name)
+        for name in found.bundles:
+            await self._swept(self._bundles.sweep, name)
 
     async def _stray(self, pod_id: str, limit: asyncio.Semaphore) -> None:
-        """Release such a pod, as if all that a record may tell were in it."""
+        """Release a pod that left something but no record which can be read, as if all that a
+        record may tell were in it.
+        """
         async with limit:
             log.warning("pod sandbox without a record: released", pod=pod_id)
             pod = self._pods.unrecorded(pod_id)
@@ -155,28 +247,30 @@ class Recovery:
             except Exception as e:
                 log.error("pod sandbox not released", pod=pod_id, error=repr(e))
 
-    async def _sweep(self) -> None:
-        """Remove what a killed server left of containers and no record names."""
-        pod_ids = {p.id for p in self._store.pods()}
-        container_ids = {c.id for c in self._store.containers()}
-        for handler, container_id in self._remains.in_runtimes():
-            if container_id not in pod_ids | container_ids:
-                log.warning("swept from runtime", handler=handler, container=container_id)
-                await self._end(handler, container_id)
-        for name in _names(self._files.root) - pod_ids:
-            log.info("swept pod directory", pod=name)
-            await asyncio.to_thread(self._files.remove, name)
-        for name in _names(self._bundles.root) - container_ids:
-            log.info("swept bundle", container=name)
-            await asyncio.to_thread(self._bundles.sweep, name)
-        await asyncio.to_thread(self._snapshots.sweep, container_ids)
-
-    async def _end(self, handler: str, container_id: str) -> None:
-        try:
+    async def _end(self, handler: str, container_id: str, limit: asyncio.Semaphore) -> None:
+        async with limit:
+            log.warning("swept from runtime", handler=handler, container=container_id)
             bundle = self._bundles.directory(container_id)
-            await self._remains.destroy_unrecorded(handler, container_id, bundle)
-        except errors.CriError as e:
-            log.error("container not ended", container=container_id, error=e.message)
+            try:
+                await self._remains.destroy_unrecorded(handler, container_id, bundle)
+            except Exception as e:
+                log.error("container not ended", container=container_id, error=repr(e))
+
+    async def _swept(self, remove: Callable[[str], None], name: str) -> None:
+        log.info("swept", name=name)
+        try:
+            await asyncio.to_thread(remove, name)
+        except Exception as e:
+            log.error("not swept", name=name, error=repr(e))
+
+
+class _Rubbish(NamedTuple):
+    """What a killed server has left: ids of pods and containers, names of folders."""
+
+    pods: tuple[str, ...]
+    in_runtimes: tuple[tuple[str, str], ...]  # handler and id
+    folders: tuple[str, ...]
+    bundles: tuple[str, ...]
 
 
 def _names(directory: Path) -> set[str]:

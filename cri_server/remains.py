@@ -22,11 +22,11 @@ from cri_server import (
     errors,
     handlers,
     names,
+    orphans,
     revisions,
     shimremains,
     state,
 )
-from shim import process
 from shim.pb import shim_pb2
 
 log = structlog.get_logger()
@@ -37,9 +37,14 @@ class Remains:
     """What is left of containers, by handler, container id and cgroup path."""
 
     def __init__(
-        self, settings: config.Config, live: handlers.Handlers, groups: cgroups.Cgroups
+        self,
+        settings: config.Config,
+        live: handlers.Handlers,
+        groups: cgroups.Cgroups,
+        orphan_host: orphans.Orphans,
     ) -> None:
         self._settings, self._handlers, self._groups = settings, live, groups
+        self._orphans = orphan_host
 
     async def bury(self, container: state.Container, bundle: Path) -> shim_pb2.ExitRecord:
         """End a container whose shim is gone; return the shim's exit record or the lost one's.
@@ -98,8 +103,8 @@ class Remains:
         words = self._runtime_root(handler), container_id
         if shims := self._shims(handler):
             await shims.clear(container_id)
-        while await asyncio.to_thread(
-            lambda: process.kill_orphans(*words) or self._groups.kill(cgroups_path)
+        while await self._orphans.kill(*words) or await asyncio.to_thread(
+            self._groups.kill, cgroups_path
         ):
             if time.monotonic() > deadline:
                 raise errors.DeadlineExceeded(f"container {container_id[:13]} cannot be killed")
@@ -130,7 +135,8 @@ class Remains:
         found = self._handlers.find(handler)
         if found is None or found.handler.kind != "shim":
             return None
-        return shimremains.ShimRemains(found.handler, Path(self._runtime_root(handler)))
+        root = Path(self._runtime_root(handler))
+        return shimremains.ShimRemains(found.handler, root, self._orphans)
 
     def _runtime_root(self, handler: str) -> str:
         return str(self._settings.server.state / "runtimes" / revisions.name_of(handler))

@@ -8,7 +8,8 @@ mutations finish for a while and leaves every pod running: its shim is its own p
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent import futures
 from pathlib import Path
 
 import grpc
@@ -29,9 +30,9 @@ from cri_server import (
     revisions,
     roster,
     signals,
-    snapshots,
+    state,
 )
-from cri_server.network import cni, conf
+from cri_server.network import leaks
 from cri_server.pb import api_pb2_grpc
 from cri_server.services import interceptors
 
@@ -42,6 +43,8 @@ SETTLE_FIRST, SETTLE_MOST = 2.0, 60.0  # seconds between attempts at CNI DELs th
 STOP_GRACE = 10.0
 STREAM_GRACE = 1.0
 MEASURE_EVERY = 10.0
+LEAKS = 10.0  # seconds between looks whether there is a network, or a day is over
+THREADS = 32  # for what blocks: with asyncio's own, 6 on two CPUs, a few slow disks stop everything
 
 
 async def serve(settings: config.Config, reread: Callable[[], config.Config]) -> None:
@@ -56,6 +59,8 @@ async def serve(settings: config.Config, reread: Callable[[], config.Config]) ->
 @contextlib.asynccontextmanager
 async def running(settings: config.Config) -> AsyncIterator[None]:
     """Have a server running for the block."""
+    workers = futures.ThreadPoolExecutor(THREADS, thread_name_prefix="work")
+    asyncio.get_running_loop().set_default_executor(workers)
     _make_directories(settings)
     groups = _cgroups(settings)
     now = await roster.look(settings)
@@ -67,7 +72,10 @@ async def running(settings: config.Config) -> AsyncIterator[None]:
     await live.recall()
     _warn_of_old_runtimes(now)
     async with contextlib.AsyncExitStack() as stack:
-        objects = graph.Graph(settings, groups, live, stack)
+        try:
+            objects = graph.Graph(settings, groups, live, stack)
+        except state.Newer as e:
+            raise config.ConfigError(str(e)) from e
         edge = interceptors.Edge()
         server = _listen(settings.server.listen, edge, objects)
         await server.start()
@@ -77,21 +85,19 @@ async def running(settings: config.Config) -> AsyncIterator[None]:
         await objects.zygote.start()
         await objects.streaming.start()
         await objects.recovery.run()
-        await live.sweep(objects.handlers_in_use())
-        await objects.collector.start()
-        for place in live.places():
-            await _collect_addresses(objects.network, place)
+        await _tried("handlers of earlier pods", live.sweep(objects.handlers_in_use()))
+        await _tried("rubbish of images", objects.collector.start())
         edge.ready = True
         await _open_crio(settings, objects.crio)
         log.info("ready", network=objects.network.status().ready, handlers=list(live.names))
-        reloader = reloading.Reloader(settings, live)
-        for name, work in (
-            ("check networks", _check_networks(objects.pods)),
-            ("settle networks", _settle_networks(objects.pods)),
-            ("measure", _measure(objects.layers)),
-            ("reload", reloader.run()),
+        for work in (
+            _repeated("network namespaces", objects.pods.check_networks, NETWORK_CHECK),
+            _settle_networks(objects.pods),
+            _repeated("sizes of writable layers", objects.layers.refresh, MEASURE_EVERY),
+            _repeated("leaked addresses", leaks.Leaks(objects.network, live.places).look, LEAKS),
+            reloading.Reloader(settings, live).run(),
         ):
-            stack.callback(asyncio.create_task(work, name=name).cancel)
+            stack.callback(asyncio.create_task(work).cancel)
         yield
 
 
@@ -171,18 +177,12 @@ async def _end(server: grpc.aio.Server, edge: interceptors.Edge) -> None:
     await stopping
 
 
-async def _collect_addresses(network: cni.Network, place: conf.Place | None) -> None:
-    """Have the plugins free what a crash leaked (CNI GC), where there is a network that can."""
+async def _tried(what: str, work: Awaitable[None]) -> None:
+    """Do what tidies up; that it fails keeps nobody from being served."""
     try:
-        await network.collect(place)
-    except errors.CriError as e:
-        log.info("no CNI garbage collection", reason=e.message)
-
-
-async def _check_networks(pod_host: pods.Pods) -> None:
-    while True:
-        await asyncio.sleep(NETWORK_CHECK)
-        await pod_host.check_networks()
+        await work
+    except Exception as e:
+        log.error("not tidied up", what=what, error=repr(e))
 
 
 async def _settle_networks(pod_host: pods.Pods) -> None:
@@ -194,11 +194,11 @@ async def _settle_networks(pod_host: pods.Pods) -> None:
         pause = SETTLE_FIRST if settled else min(pause * 2, SETTLE_MOST)
 
 
-async def _measure(layers: snapshots.Snapshots) -> None:
-    """Keep the sizes of writable layers fresh, so that no request has to look."""
+async def _repeated(what: str, work: Callable[[], Awaitable[None]], pause: float) -> None:
+    """Do it again and again. When it fails the next time may go well."""
     while True:
         try:
-            await layers.refresh()
-        except OSError as e:  # the next look may go well; the old sizes stand until then
-            log.warning("sizes of writable layers not measured", error=str(e))
-        await asyncio.sleep(MEASURE_EVERY)
+            await work()
+        except Exception as e:
+            log.warning("background work failed", what=what, error=repr(e))
+        await asyncio.sleep(pause)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import structlog
 
-from cri_server import commands, config, errors
-from shim import binary, process
+from cri_server import commands, config, errors, orphans
+from shim import binary
 
 log = structlog.get_logger()
 _KILL_TIMEOUT, _KILL_PAUSE = 10.0, 0.02  # seconds
@@ -24,8 +24,8 @@ _DELETE_TIMEOUT = 10.0
 class ShimRemains:
     """What is left of the pods of one handler, whose homes are below `root`."""
 
-    def __init__(self, handler: config.Handler, root: Path) -> None:
-        self._handler, self._root = handler, root
+    def __init__(self, handler: config.Handler, root: Path, orphan_host: orphans.Orphans) -> None:
+        self._handler, self._root, self._orphans = handler, root, orphan_host
 
     def known(self, container_id: str) -> bool:
         """Say whether there is something of a container, or of the pod of this id, that nobody
@@ -58,8 +58,8 @@ class ShimRemains:
     async def _kill(self, home: Path) -> None:
         """Kill all that has the home in its environment, once its owner has let go of it."""
         deadline = time.monotonic() + _KILL_TIMEOUT
-        while await asyncio.to_thread(
-            lambda: binary.is_held(str(home)) or process.kill_orphans(binary.mark(str(home)))
+        while await asyncio.to_thread(binary.is_held, str(home)) or await self._orphans.kill(
+            binary.mark(str(home))
         ):
             if time.monotonic() > deadline:
                 raise errors.DeadlineExceeded(f"what was started for {home} cannot be killed")

@@ -288,13 +288,9 @@ class Snapshots:
         self._usage.pop(key, None)
         trees.remove(self._writable / key)
 
-    def sweep(self, keys: Collection[str]) -> None:
-        """Remove the writable layers of all others; what cannot be removed is logged and stays."""
-        for name in set(os.listdir(self._writable)) - set(keys):
-            try:
-                self.remove(name)
-            except OSError as e:
-                log.warning("writable layer not removed", container=name, error=str(e))
+    def writables(self) -> set[str]:
+        """Return the keys of all writable layers."""
+        return set(os.listdir(self._writable))
 
     # ---- sizes
 

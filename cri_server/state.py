@@ -9,7 +9,8 @@ before it can be seen in memory, so a kill at any instruction leaves the old rec
 Only the end of something is believed without: stopping and removing must work on a full disk.
 Intent is recorded first: a record whose making never ended is found by `recovery` and removed.
 Files that cannot be read are set aside as `*.broken` and logged; they never keep the server from
-starting, which then takes away what they told of (`recovery`).
+starting, which then takes away what they told of (`recovery`). A record of a later version than
+ours is not spoilt: with one of those the server does not start, for it would end what runs.
 
 States are derived from what happened (`started_at`, `finished_at`), not stored beside it. There is
 no fsync: after a power loss nothing runs any more, and recovery sweeps what is not on record
@@ -20,7 +21,8 @@ import asyncio
 import contextlib
 import dataclasses
 import os
-from collections.abc import AsyncIterator, Iterator, Mapping
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -38,6 +40,16 @@ VERSION = 1
 R = TypeVar("R", "Pod", "Container")
 # What a file can do to its reader; msgspec's errors are ValueErrors.
 _UNREADABLE = (OSError, ValueError, TypeError, KeyError, RecursionError, json_format.Error)
+
+
+class Newer(Exception):
+    """A record was written by a later version, which alone can tell what it means."""
+
+    def __init__(self, path: Path, version: int) -> None:
+        super().__init__(
+            f"{path} is a record of version {version}, and this server knows {VERSION}: start the"
+            " later version again, or remove all pods with it first"
+        )
 
 
 class PodState(StrEnum):
@@ -183,6 +195,14 @@ class Store:
         self._pods.pop(pod_id, None)
         self._of_pod.pop(pod_id, None)
 
+    def pod_time(self, wanted: api.PodSandboxMetadata) -> int:
+        """Return the time for a new pod: now, but after each earlier attempt at it.
+
+        The kubelet takes the newest for the present one, and a clock can be set back (hazards R33).
+        """
+        name = (wanted.name, wanted.namespace, wanted.uid)
+        return _after(p.created_at for p in self._pods.values() if p.name[:3] == name)
+
     def selinux_levels(self) -> set[str]:
         """Return the levels in use, also those that containers have asked for themselves."""
         options = (c.config.linux.security_context.selinux_options for c in self.containers())
@@ -199,6 +219,10 @@ class Store:
         if pod_id is None:
             return list(self._containers.values())
         return [self._containers[i] for i in self._of_pod.get(pod_id, ())]
+
+    def container_time(self, pod_id: str, name: str) -> int:
+        """Return the time for a new container, as `pod_time`."""
+        return _after(c.created_at for c in self.containers(pod_id) if c.name[1] == name)
 
     def container_named(self, name: ContainerName) -> Container | None:
         return next((c for c in self.containers(name[0]) if c.name == name), None)
@@ -239,11 +263,12 @@ class Store:
     # -- start ------------------------------------------------------------------------------------
 
     def load(self) -> None:
-        """Read all records; called once, before anything is served."""
+        """Read all records; called once, before anything is served. Raises Newer."""
         for directory in (self._pods_dir, self._containers_dir):
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._pods = {p.id: p for p in sorted(_read_all(self._pods_dir, Pod), key=_age)}
-        self.unreadable = frozenset(p.stem for p in self._pods_dir.glob("*.broken"))
+        left = [*self._pods_dir.glob("*.broken"), *self._pods_dir.glob("*.json")]
+        self.unreadable = frozenset(p.stem for p in left) - self._pods.keys()
         self._of_pod = {i: {} for i in self._pods}
         for container in sorted(_read_all(self._containers_dir, Container), key=_age):
             self._containers[container.id] = container
@@ -290,6 +315,15 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
+def end(container: Container, told: int) -> int:
+    """Return when a container ended, if it was at `told`, 0 for now: never before it began."""
+    return max(told or time.time_ns(), container.started_at, container.created_at)
+
+
+def _after(earlier: Iterable[int]) -> int:
+    return max([time.time_ns(), *(moment + 1 for moment in earlier)])
+
+
 def _age(record: Pod | Container) -> int:
     return record.created_at
 
@@ -311,17 +345,27 @@ def _write(path: Path, data: bytes) -> None:
 
 def _read_all(directory: Path, kind: type[R]) -> Iterator[R]:
     for leftover in directory.glob("*.tmp"):
-        leftover.unlink()
+        with contextlib.suppress(OSError):
+            leftover.unlink()
     for path in sorted(directory.glob("*.json")):
         try:
             yield _decode(path, kind)
         except _UNREADABLE as e:
             log.error("record set aside", path=str(path), error=repr(e))
-            path.rename(path.with_suffix(".broken"))
+            _set_aside(path)
+
+
+def _set_aside(path: Path) -> None:
+    try:
+        path.rename(path.with_suffix(".broken"))
+    except OSError as e:  # it is found again at the next start
+        log.error("record not set aside", path=str(path), error=str(e))
 
 
 def _decode(path: Path, kind: type[R]) -> R:
     document = msgspec.json.decode(path.read_bytes())
+    if type(document["version"]) is int and document["version"] > VERSION:
+        raise Newer(path, document["version"])
     if document["version"] != VERSION:
         raise ValueError(f"version {document['version']} is not {VERSION}")
     if document["id"] != path.stem:

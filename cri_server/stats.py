@@ -72,7 +72,7 @@ class Stats:
             )
         )
         alive = [c for c in records if not c.finished_at]
-        self._forget({c.id for c in self._containers.matching(api.ContainerFilter())})
+        self._forget()
         return await self._read(alive)
 
     async def _read(self, records: Sequence[state.Container]) -> list[api.ContainerStats]:
@@ -90,10 +90,15 @@ class Stats:
             ),
             writable_layer=self._writable_layer(container.id, now),
         )
-        used = inside[container.id] if container.id in inside else self._of_cgroup(container)
+        used = self._usage(container, inside)
         if used is not None:
-            _fill(stats, used, now, self._rate(container.id, now, used.cpu))
+            _fill(stats, used, now, self._rate(container.id, used.cpu))
         return stats
+
+    def _usage(
+        self, container: state.Container, inside: Mapping[str, usage.Usage | None]
+    ) -> usage.Usage | None:
+        return inside[container.id] if container.id in inside else self._of_cgroup(container)
 
     def _of_cgroup(self, container: state.Container) -> usage.Usage | None:
         return usage.read(self._groups.accounts(container.cgroups_path)) if container.pid else None
@@ -121,6 +126,7 @@ class Stats:
         chosen = self._pods.matching(
             api.PodSandboxFilter(id=wanted.id, label_selector=wanted.label_selector)
         )
+        self._forget()
         return await self._read_pods([p for p in chosen if p.state is state.PodState.READY])
 
     async def _read_pods(self, chosen: Sequence[state.Pod]) -> list[api.PodSandboxStats]:
@@ -131,28 +137,30 @@ class Stats:
 
         def read() -> list[api.PodSandboxStats]:
             networks = counters.read(p.netns for p in chosen if p.netns)
-            return [
-                self._pod(p, [self._one(c, used) for c in alive[p.id]], networks.get(p.netns))
-                for p in chosen
-            ]
+            return [self._pod(p, alive[p.id], used, networks.get(p.netns)) for p in chosen]
 
         return await asyncio.to_thread(read)
 
     def _pod(
         self,
         pod: state.Pod,
-        parts: Sequence[api.ContainerStats],
+        parts: Sequence[state.Container],
+        inside: Mapping[str, usage.Usage | None],
         network: Sequence[counters.Counters] | None,
     ) -> api.PodSandboxStats:
         now = time.time_ns()
         m = pod.config
-        linux = api.LinuxPodSandboxStats(containers=parts)
-        directories = self._groups.pod_accounts(pod.id, m.linux.cgroup_parent)
-        used = usage.read(directories)
+        linux = api.LinuxPodSandboxStats(containers=[self._one(c, inside) for c in parts])
+        places = [self._own(pod)]
+        used = usage.read(places[0])
+        if used is None:
+            places = [self._groups.accounts(c.cgroups_path) for c in parts if c.pid]
+            used = usage.total(filter(None, (self._usage(c, inside) for c in parts)))
         if used is not None:
-            _fill(linux, used, now, self._rate(pod.id, now, used.cpu))
+            _fill(linux, used, now, self._rate(pod.id, used.cpu))
             linux.process.timestamp = now
-            linux.process.process_count.value = len(cgroup.Cgroup(directories).processes())
+            count = sum(len(cgroup.Cgroup(place).processes()) for place in places)
+            linux.process.process_count.value = count
         if network is not None:
             linux.network.CopyFrom(_network(network, now))
         return api.PodSandboxStats(
@@ -162,12 +170,25 @@ class Stats:
             linux=linux,
         )
 
+    def _own(self, pod: state.Pod) -> Mapping[str, str]:
+        """Return the pod's own cgroup, {} for a pod that has none or was made under another cgroup
+        driver: its containers then count together.
+        """
+        try:
+            return self._groups.pod_accounts(pod.id, pod.config.linux.cgroup_parent)
+        except errors.InvalidArgument:
+            return {}
+
     # -- rates ------------------------------------------------------------------------------------
 
-    def _rate(self, key: str, now: int, cpu: int | None) -> int | None:
-        """Return nanoseconds of CPU per second since the sample before, None in the beginning."""
+    def _rate(self, key: str, cpu: int | None) -> int | None:
+        """Return nanoseconds of CPU per second since the sample before, None in the beginning.
+
+        By a clock that nobody sets: after a step back of the other no sample would be old enough.
+        """
         if cpu is None:
             return None
+        now = time.monotonic_ns()
         before, rate = self._samples.get(key, (None, None))
         if before is None or now - before.at >= RATE_WINDOW:
             if before is not None:
@@ -175,7 +196,9 @@ class Stats:
             self._samples[key] = (_Sample(at=now, cpu=cpu), rate)
         return rate
 
-    def _forget(self, known: set[str]) -> None:
+    def _forget(self) -> None:
+        """Drop the samples of what is gone."""
+        known = {c.id for c in self._containers.matching(api.ContainerFilter())}
         known |= {p.id for p in self._pods.matching(api.PodSandboxFilter())}
         for gone in self._samples.keys() - known:
             del self._samples[gone]

@@ -21,7 +21,7 @@ idle: long files are parsed once for each text (`REMEMBERED`).
 import functools
 import os
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -69,6 +69,29 @@ def read(directories: Mapping[str, str]) -> Usage | None:
     if "" in directories:
         return _read_v2(directories[""])
     return _read_v1(directories)
+
+
+def total(parts: Iterable[Usage]) -> Usage | None:
+    """Return what several cgroups use together, None when there are none. Limits and pressure have
+    no sum.
+    """
+    known = list(parts)
+    if not known:
+        return None
+    return Usage(
+        cpu=_sum(part.cpu for part in known),
+        memory=_sum(part.memory for part in known),
+        working_set=_sum(part.working_set for part in known),
+        rss=_sum(part.rss for part in known),
+        cache=_sum(part.cache for part in known),
+        faults=_sum(part.faults for part in known),
+        major_faults=_sum(part.major_faults for part in known),
+    )
+
+
+def _sum(values: Iterable[int | None]) -> int | None:
+    told = [value for value in values if value is not None]
+    return sum(told) if told else None
 
 
 def _read_v2(directory: str) -> Usage | None:

@@ -9,15 +9,19 @@ without blocking belongs to `shim.loop` and to `cri_server.commands`.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
+import re
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 DEFAULT_ENV: Mapping[str, str] = {"PATH": DEFAULT_PATH, "LANG": "C.UTF-8", "HOME": "/"}
 
+_KERNEL_THREAD = 0x00200000  # PF_KTHREAD, include/linux/sched.h
+_CONTAINER_ID = re.compile(rb"[0-9a-f]{64}")
 # Python ignores SIGPIPE and SIGXFSZ, a shim ignores more; a program would inherit that.
 _RESET_SIGNALS = sorted(set(range(1, 32)) - {signal.SIGKILL, signal.SIGSTOP})
 
@@ -143,30 +147,87 @@ def kill_group(child: Child, signum: int = signal.SIGKILL) -> None:
             continue
 
 
-def kill_orphans(*words: str) -> bool:
-    """Kill the trees of all processes with these arguments or variables; return whether any.
+class Identity(NamedTuple):
+    """A process, and no later one that gets its number."""
 
-    For helpers that a dead shim or server has left behind: words that nothing else has all of.
+    pid: int
+    start_time: int
+
+
+def kill_orphans(*words: str) -> bool:
+    """Kill the trees of all processes with these arguments or variables; return whether any, or
+    that it could not be told (no descriptors left).
+
+    For helpers that a dead shim or server has left behind: words that nothing else has all of. It
+    may block, see `words_of`.
     """
     wanted = {word.encode() for word in words}
-    pids = map(int, filter(str.isdigit, os.listdir("/proc")))
-    found = [pid for pid in pids if wanted <= _words(pid)]
-    for pid in found:
-        for victim in (
-            pid,
-            *descendants(pid),
-        ):  # parents first: none sees its child die and goes on
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(victim, signal.SIGKILL)
+    try:
+        found = [each for each in candidates(words) if wanted <= words_of(each.pid)]
+        for each in found:
+            kill_tree(each)
+    except OSError:
+        return True
     return bool(found)
 
 
-def _words(pid: int) -> set[bytes]:
+def candidates(words: Iterable[str]) -> Iterator[Identity]:
+    """Yield the processes that may have these words, without waiting for any of them.
+
+    The kernel's own are left out, and those in the cgroup of a container that no word names: what
+    runs there hangs most often, and no helper of ours is among it. Raises OSError.
+    """
+    named, around = set(_CONTAINER_ID.findall(" ".join(words).encode())), _cgroup_ids("self")
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+            stat = _stat(int(name))
+            if int(stat[6]) & _KERNEL_THREAD:
+                continue
+            ids = _cgroup_ids(name) - around
+            if not ids or ids & named:
+                yield Identity(int(name), int(stat[19]))
+
+
+def _cgroup_ids(pid: str) -> set[bytes]:
+    """Return the ids of containers in the path of a process's cgroups."""
+    with open(f"/proc/{pid}/cgroup", "rb") as file:
+        return set(_CONTAINER_ID.findall(file.read()))
+
+
+def words_of(pid: int) -> frozenset[bytes]:
+    """Return the arguments and variables of a process, none when it has ended or hides them.
+
+    Blocks while the process has its memory locked, for ever when it hangs in the kernel. Raises
+    OSError when there is no descriptor or memory left.
+    """
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as one, open(f"/proc/{pid}/environ", "rb") as two:
-            return {*one.read().split(b"\0"), *two.read().split(b"\0")}
-    except OSError:  # it has ended, or it is not for us to look at
-        return set()
+            return frozenset((*one.read().split(b"\0"), *two.read().split(b"\0")))
+    except OSError as e:
+        if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise
+        return frozenset()
+
+
+def kill_tree(who: Identity) -> None:
+    """Kill a process and its descendants, parents first: none sees its child die and goes on."""
+    below: list[Identity] = []
+    for pid in descendants(who.pid):
+        with contextlib.suppress(ProcessLookupError):
+            below.append(Identity(pid, start_time(pid)))
+    for each in (who, *below):
+        kill(each)
+
+
+def kill(who: Identity) -> None:
+    """Kill exactly this process; nothing to do when it has ended."""
+    with contextlib.suppress(ProcessLookupError):
+        fd = os.pidfd_open(who.pid)
+        try:
+            if alive(*who):  # looked at with the descriptor held: the number is not used again
+                signal.pidfd_send_signal(fd, signal.SIGKILL)
+        finally:
+            os.close(fd)
 
 
 def descendants(pid: int) -> Iterator[int]:

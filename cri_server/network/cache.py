@@ -18,6 +18,8 @@ from pathlib import Path
 
 import msgspec
 
+from cri_server import trees
+
 KIND = "cniCacheV1"
 
 
@@ -54,8 +56,8 @@ class Cache:
         temporary.rename(self._results / entry.file_name)
 
     def remove(self, entry: Entry) -> None:
-        """Forget the entry; it need not be there. Raises OSError."""
-        (self._results / entry.file_name).unlink(missing_ok=True)
+        """Forget the entry; it need not be there, nor be a file. Raises OSError."""
+        trees.remove(self._results / entry.file_name)
 
     def find(self, container_id: str, ifname: str) -> list[Entry]:
         """Return the entries of one interface: one, unless the network changed its name."""
@@ -70,10 +72,12 @@ class Cache:
         return found
 
     def of_network(self, network: str) -> Iterator[Entry]:
-        """Yield the entries of one network that can be read, whoever made them."""
+        """Yield the entries of one network, whoever made them; of one that cannot be read its names
+        alone, for what has an entry must keep its addresses.
+        """
         for name in self._names():
             if name.startswith(f"{network}-"):
-                entry = self._read(name)
+                entry = self._read(name) or _named(name, network)
                 if entry is not None and entry.network == network:
                     yield entry
 
@@ -84,11 +88,17 @@ class Cache:
             return []
 
     def _read(self, name: str) -> Entry | None:
-        """Return the entry in a file; None when it is broken, or gone since."""
+        """Return the entry in a file; None when it is broken, no file, or gone since."""
         try:
             return _decode((self._results / name).read_bytes())
-        except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError, binascii.Error):
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, binascii.Error):
             return None
+
+
+def _named(name: str, network: str) -> Entry | None:
+    """Return what the name of a file tells; an id has no "-", the name of an interface may."""
+    container_id, _, ifname = name.removeprefix(f"{network}-").partition("-")
+    return Entry(network=network, container_id=container_id, ifname=ifname) if ifname else None
 
 
 class _File(msgspec.Struct, rename="camel", omit_defaults=True):

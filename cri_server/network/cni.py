@@ -32,6 +32,7 @@ __all__ = ["IFNAME", "Attachment", "Network", "NetworkStatus", "Result"]
 log = structlog.get_logger()
 IFNAME = "eth0"
 NOT_READY = "NetworkPluginNotReady"
+GC_TIMEOUT = 10.0  # seconds: pods that are to be attached wait meanwhile
 T = TypeVar("T")
 
 
@@ -69,7 +70,7 @@ class Network:
         self._plugins = plugin.Plugins(settings.bin_dirs)
         self._cache = cache.Cache(settings.cache_dir)
         self._sides: dict[conf.Place, _Side] = {}
-        self._locks = locks.Locks()
+        self._locks, self._changes = locks.Locks(), locks.Shared()
         self._running: set[asyncio.Task[Any]] = set()
 
     def _side(self, place: conf.Place | None) -> _Side:
@@ -152,7 +153,7 @@ class Network:
             raise
 
     async def _attach(self, attachment: Attachment, place: conf.Place | None) -> Result:
-        async with self._locks.held(attachment.pod_id):
+        async with self._locks.held(attachment.pod_id), self._changes.shared():
             chain, entry = await asyncio.to_thread(self._begin, attachment, place)
             try:
                 answer = await verbs.add(
@@ -210,7 +211,7 @@ class Network:
         await self._own(self._detach(attachment), cancel=False)
 
     async def _detach(self, attachment: Attachment) -> None:
-        async with self._locks.held(attachment.pod_id):
+        async with self._locks.held(attachment.pod_id), self._changes.shared():
             failures: list[errors.CriError] = []
             for entry in await asyncio.to_thread(self._cache.find, attachment.pod_id, IFNAME):
                 try:
@@ -259,12 +260,20 @@ class Network:
     async def collect(self, place: conf.Place | None = None) -> None:
         """Have the plugins free what no cache entry, ours or another runtime's, accounts for (GC).
 
-        Only while nothing is attached or detached: at start, before requests are served.
+        Waits until nothing is attached or detached, and holds that up for GC_TIMEOUT at most: no
+        other verb may run beside it (CNI specification §2, GC). Raises as `attach` does.
         """
-        chain = self._usable(place)
-        entries = await asyncio.to_thread(lambda: list(self._cache.of_network(chain.name)))
-        valid = [(e.container_id, e.ifname) for e in entries]
-        await verbs.collect(self._plugins, chain, valid, timeout=self._settings.del_timeout)
+        async with self._changes.alone():
+            chain = self._usable(place)
+            entries = await asyncio.to_thread(lambda: list(self._cache.of_network(chain.name)))
+            valid = [(e.container_id, e.ifname) for e in entries]
+            timeout = min(GC_TIMEOUT, self._settings.del_timeout)
+            await verbs.collect(self._plugins, chain, valid, timeout=timeout)
+
+    def usable(self, place: conf.Place | None) -> bool:
+        """Say whether a place has a configuration whose plugins are there."""
+        side = self._side(place)
+        return not self._problem(side, side.directory.load())
 
     async def close(self) -> None:
         """Stop asking for STATUS and wait for what outlived its caller. Cancel callers first."""

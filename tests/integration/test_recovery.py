@@ -4,6 +4,8 @@
 """
 
 import concurrent.futures
+import functools
+import json
 import os
 import signal
 import sys
@@ -15,7 +17,9 @@ from pathlib import Path
 import grpc
 import pytest
 
+from cri_server import names
 from cri_server.pb import api_pb2 as api
+from shim import linux, mounts, process
 from tests import residue
 from tests.conftest import Marks
 from tests.fakes import cni
@@ -89,6 +93,36 @@ def test_everything_is_as_it_was(
     assert client.exec_sync(created, ["true"]).exit_code == 0
     code, _ = refusal(lambda: client.start(exited))
     assert code is grpc.StatusCode.FAILED_PRECONDITION
+
+
+@pytest.mark.slow
+def test_fifty_pods_are_as_they_were(
+    killable: server.Site, client_of: ClientOf, reference: str
+) -> None:
+    client = client_of(killable)
+
+    def run(number: int) -> str:
+        config = client.pod_config(f"own-{number}")
+        config.linux.security_context.namespace_options.network = api.NamespaceMode.NODE
+        return client.run(client.run_pod(config), reference, SLEEP)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        running = list(pool.map(run, range(50)))
+    pids = {container: faults.pid_of(client, container) for container in running}
+    born = {pid: start_of(pid) for pid in pids.values()}
+    killable.kill()
+    begin = time.monotonic()
+    killable.start()
+    assert time.monotonic() - begin < waiting.patient(5)
+    client = client_of(killable)
+    assert {p.state for p in client.pods()} == {api.SANDBOX_READY}
+    assert {c.id: c.state for c in client.containers()} == dict.fromkeys(
+        running, api.CONTAINER_RUNNING
+    )
+    assert {c: faults.pid_of(client, c) for c in running} == pids
+    assert {pid: start_of(pid) for pid in born} == born
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda pod: client.remove_pod(pod.id), client.pods()))
 
 
 def test_an_end_while_nobody_looked_is_told_as_it_was(
@@ -527,13 +561,114 @@ def answer_of(site: server.Site) -> tuple[grpc.StatusCode, bool] | None:
     return (code, True) if "starting" in text else None
 
 
+def test_after_a_reboot_nothing_runs_and_everything_can_be_removed(
+    make_site: MakeSite,
+    client_of: ClientOf,
+    reference: str,
+    net: network.Network,
+    tmp_path: Path,
+) -> None:
+    """Hazards R34, where the state survives it too; numbers of processes mean nothing any more."""
+    # Without masquerading, whose rules the bridge plugin forgets together with the namespace.
+    conflist = net.conflist()
+    conflist["plugins"][0]["ipMasq"] = False
+    (tmp_path / "10-plain.conflist").write_text(json.dumps(conflist))
+    killable = make_site(network={"conf_dir": os.fspath(tmp_path)})
+    client = client_of(killable)
+    client.pull(reference)
+    pod = client.run_pod()
+    lost = client.run(pod, reference, SLEEP, name="lost")
+    ended = client.run(pod, reference, ["sh", "-c", "exit 5"], name="ended")
+    client.wait_exit(ended)
+    dead = [faults.shim_of(killable, pod.id), faults.pid_of(client, lost)]
+    killable.kill()
+    for pid in dead:
+        os.kill(pid, signal.SIGKILL)
+    for place in (f"/run/netns/{pod.id}", os.fspath(killable.state)):
+        for point in mounts.mounts_below(place):
+            mounts.unmount(point)
+    bystander = process.spawn(["sleep", "1000"])
+    try:
+        for record in (
+            *killable.root.glob("pods/*.json"),
+            *killable.root.glob("containers/*.json"),
+        ):
+            reboot(record, bystander.pid)
+        killable.start()
+        client = client_of(killable)
+        assert client.pod_status(pod.id).status.state == api.SANDBOX_NOTREADY
+        status = client.status(lost)
+        assert (status.state, status.exit_code) == (api.CONTAINER_EXITED, 255)
+        assert status.reason == "Unknown"
+        assert client.status(ended).exit_code == 5
+        assert len(addresses(net)) == 1
+        client.stop_pod(pod.id)
+        client.remove_pod(pod.id)
+        assert addresses(net) == set()
+        assert faults.alive(bystander.pid)
+        client.run(client.run_pod(pod.config), reference, SLEEP)
+    finally:
+        process.kill_group(bystander)
+        process.reap(bystander)
+
+
+def reboot(record: Path, pid: int) -> None:
+    """Have a record be of another boot, and its processes' numbers be this one's."""
+    document = json.loads(record.read_bytes())
+    assert document["boot_id"]
+    document["boot_id"] = "11111111-2222-3333-4444-555555555555"
+    for number, start in (("shim_pid", "shim_start_time"), ("pid", "start_time")):
+        if document.get(number):
+            document[number], document[start] = pid, process.start_time(pid)
+    record.write_text(json.dumps(document))
+
+
+# -- what hangs ------------------------------------------------------------------------------------
+
+
+def test_plugins_that_hang_keep_nobody_waiting(
+    make_site: MakeSite, client_of: ClientOf, tmp_path: Path
+) -> None:
+    """Twenty pods were half made: more than are released at a time."""
+    plugins = cni.Fakes(tmp_path)
+    plugins.install("odd", ADD=cni.result("10.1.2.3/24"))
+    plugins.configure("odd", version="1.1.0")
+    site = make_site(network=faults.network(plugins))
+    client = client_of(site)
+    pods = [client.run_pod() for _ in range(20)]
+    site.kill()
+    for pod in pods:
+        record = site.root / f"pods/{pod.id}.json"
+        spoil(record, lambda text: text.replace(b'"state":"ready"', b'"state":"creating"'))
+    plugins.install("odd", ADD=cni.result("10.1.2.3/24"), DEL=cni.HANG, GC=cni.HANG)
+    begin = time.monotonic()
+    site.start()
+    assert time.monotonic() - begin < waiting.patient(9)
+    client = client_of(site)
+    assert {p.id for p in client.pods()} == {p.id for p in pods}
+    assert {p.state for p in client.pods()} == {api.SANDBOX_NOTREADY}
+    _, pid = waiting.until(plugins.hanging, "a plugin hangs")
+    removing = api.RemovePodSandboxRequest(pod_sandbox_id=pods[0].id)
+    code, _ = refusal(lambda: client.runtime.RemovePodSandbox(removing, timeout=0.5))
+    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert faults.alive(pid)
+    site.kill()
+    plugins.install("odd", ADD=cni.result("10.1.2.3/24"), DEL="true", GC="true")
+    site.start()
+    client = client_of(site)
+    waiting.until(lambda: not client.pods(), "all are released")
+    assert plugins.cached() == []
+    assert client.pod_status(client.run_pod(pods[0].config).id).status.network.ip == "10.1.2.3"
+    waiting.until(lambda: "odd GC" in plugins.verbs(), "leaks are looked for")
+
+
 # -- spoilt records --------------------------------------------------------------------------------
 
 SPOILT: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda text: b"",
     "truncated": lambda text: text[: len(text) // 2],
     "binary": lambda text: os.urandom(500),
-    "version": lambda text: text.replace(b'"version":1', b'"version":77'),
+    "version": lambda text: text.replace(b'"version":1', b'"version":0'),
     "list": lambda text: b"[" + text + b"]",
     "deep": lambda text: b"[" * 100_000,
     "types": lambda text: text.replace(b'"created_at":', b'"created_at":"x","was":'),
@@ -612,6 +747,73 @@ def test_a_spoilt_layer_stays_under_its_containers_and_a_pull_heals_it(
     again = client.run(pod, layered, SLEEP, name="again")
     for container in (running, again):
         assert client.exec_sync(container, show).stdout.split() == words
+
+
+def test_records_of_a_later_version_end_nothing(
+    killable: server.Site, client_of: ClientOf, reference: str
+) -> None:
+    client = client_of(killable)
+    pod = client.run_pod()
+    pid = faults.pid_of(client, client.run(pod, reference, SLEEP))
+    killable.kill()
+    record = killable.root / f"pods/{pod.id}.json"
+    before = record.read_bytes()
+    spoil(record, lambda text: text.replace(b'"version":1', b'"version":2'))
+    killable.start(wait=False)
+    assert killable.wait_death() == 2
+    assert f"{record} is a record of version 2, and this server knows 1" in killable.tail()
+    assert faults.alive(pid)
+    record.write_bytes(before)
+    killable.start()
+    assert client_of(killable).pod_status(pod.id).status.state == api.SANDBOX_READY
+    assert faults.alive(pid)
+
+
+def test_odd_things_in_our_folders_harm_nobody(
+    killable: server.Site, client_of: ClientOf, reference: str, net: network.Network, tmp_path: Path
+) -> None:
+    client = client_of(killable)
+    pod = client.run_pod()
+    container = client.run(pod, reference, SLEEP)
+    killable.kill()
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    linux.mount("tmpfs", precious, "tmpfs")
+    (precious / "file").touch()
+    results = Path("/var/lib/cni/results")
+    odd = results / f"{net.name}-x"
+    try:
+        for folder in (killable.state / "pods", killable.state / "containers"):
+            (folder / "file").write_text("x")
+            (folder / "link").symlink_to(precious)
+            (folder / names.new_id()).write_text("x")
+            (folder / names.new_id()).symlink_to(precious)
+            (folder / names.new_id()).mkdir()
+        (killable.state / "runtimes/runc" / names.new_id()).write_text("x")
+        for folder in (killable.root / "pods", killable.root / "containers"):
+            (folder / "folder.tmp").mkdir()
+            (folder / f"{names.new_id()}.json").mkdir()
+        (killable.root / "writable/file").write_text("x")
+        (killable.root / "handlers/odd.json").mkdir()
+        odd.mkdir()
+        killable.start()
+        client = client_of(killable)
+        assert client.exec_sync(container, ["true"]).exit_code == 0
+        for name, left in (("pods", pod.id), ("containers", container)):
+            folder = killable.state / name
+            waiting.until(functools.partial(is_alone, folder, left), f"{name} are swept")
+        assert (precious / "file").exists()
+        client.remove_pod(pod.id)
+    finally:
+        odd.rmdir()
+        linux.umount2(precious)
+        for entry in killable.root.glob("[chp]*/*.*"):
+            if entry.is_dir():
+                entry.rmdir()
+
+
+def is_alone(folder: Path, name: str) -> bool:
+    return os.listdir(folder) == [name]
 
 
 def test_spoilt_bundles_can_be_removed(

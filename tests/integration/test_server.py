@@ -13,7 +13,7 @@ import pytest
 
 from cri_server.pb import api_pb2 as api
 from tests.fakes import kubelet as kubelets
-from tests.fakes.kubelet import Kubelet, conditions
+from tests.fakes.kubelet import Kubelet, Pod, conditions
 from tests.integration.conftest import DRIVER, SLEEP
 from tests.lab import server, waiting
 
@@ -33,6 +33,12 @@ def test_status_is_ready(kubelet: Kubelet) -> None:
     found = conditions(answer)
     assert found["RuntimeReady"]
     assert found["NetworkReady"]
+
+
+def test_a_request_of_ten_megabytes_is_read(kubelet: Kubelet, pod: Pod) -> None:
+    """grpc's own limit is 4 MiB (hazards R40)."""
+    assert kubelet.pods(label_selector={"big": "x" * (10 << 20)}) == []
+    assert [p.id for p in kubelet.pods(id=pod.id)] == [pod.id]
 
 
 @pytest.mark.ours

@@ -82,11 +82,11 @@ class Site:
         """End the server with SIGKILL, as a crash would."""
         self._end(signal.SIGKILL)
 
-    def wait_death(self) -> None:
-        """Return when the server has ended by itself."""
+    def wait_death(self) -> int:
+        """Return the exit status when the server has ended by itself."""
         process, self.process = self.process, None
         assert process is not None, "the server is not running"
-        process.wait(timeout=30)
+        return process.wait(timeout=30)
 
     @property
     def pid(self) -> int:

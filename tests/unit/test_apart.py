@@ -1,12 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """A call that hangs costs its own thread and nothing else."""
 
+import functools
 import os
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from cri_server import apart, errors
+from tests.lab import waiting
+
+
+class Storage:
+    """What looks at its paths hangs until it is back."""
+
+    def __init__(self) -> None:
+        self._back = threading.Event()
+
+    def look(self, path: str) -> None:
+        with apart.at(path):
+            self._back.wait()
+
+    def restore(self) -> None:
+        self._back.set()
+        waiting.until(lambda: not apart._calls, "no call hangs")
+
+
+@pytest.fixture
+def dead() -> Iterator[Storage]:
+    storage = Storage()
+    yield storage
+    storage.restore()
 
 
 async def test_results_and_errors_come_back() -> None:
@@ -15,17 +40,42 @@ async def test_results_and_errors_come_back() -> None:
         await apart.call(lambda: os.stat("/none"), within=5, what="look")
 
 
-async def test_a_call_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_call_that_hangs_is_left_behind(
+    monkeypatch: pytest.MonkeyPatch, dead: Storage
+) -> None:
     monkeypatch.setattr(apart, "LIMIT", 2)
-    end = threading.Event()
-    try:
-        for _ in range(2):
-            with pytest.raises(errors.DeadlineExceeded, match="look does not answer"):
-                await apart.call(end.wait, within=0.05, what="look")
-        with pytest.raises(errors.ResourceExhausted):
-            await apart.call(lambda: 7, within=5, what="look")
-    finally:
-        end.set()
-        for thread in list(apart._busy):
-            thread.join(5)
+    for path in ("/a", "/b"):
+        with pytest.raises(errors.DeadlineExceeded, match=f"look: {path} does not answer"):
+            await apart.call(functools.partial(dead.look, path), within=0.05, what="look")
+    with pytest.raises(errors.ResourceExhausted):
+        await apart.call(lambda: 7, within=5, what="look")
+    dead.restore()
     assert await apart.call(lambda: 7, within=5, what="look") == 7
+
+
+async def test_the_same_place_is_refused_at_once_and_others_are_not(dead: Storage) -> None:
+    with pytest.raises(errors.DeadlineExceeded):
+        await apart.call(lambda: dead.look("/dead"), within=0.05, what="look")
+    for _ in range(3):
+        with pytest.raises(errors.Unavailable, match="/dead does not answer: an earlier look"):
+            await apart.call(lambda: dead.look("/dead"), within=5, what="look")
+    assert len(apart._calls) == 1
+
+    def other() -> str:
+        with apart.at("/alive"):
+            return "there"
+
+    assert await apart.call(other, within=5, what="look") == "there"
+    dead.restore()
+    await apart.call(lambda: dead.look("/dead"), within=5, what="look")
+
+
+async def test_a_thread_that_cannot_be_had_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(errors.ResourceExhausted, match="can't start new thread"):
+            await apart.call(lambda: 7, within=5, what="look")
+    assert not apart._calls

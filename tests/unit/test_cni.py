@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cri_server import errors
-from cri_server.network import cni, poller
+from cri_server.network import cni, leaks, poller
 from cri_server.pb import api_pb2 as api
 from tests.fakes import cni as fakes
 from tests.fakes.cni import attachment, fail, once, result, say
@@ -543,6 +543,60 @@ async def test_gc_names_every_attachment_of_the_network(
         {"containerID": "pod1", "ifname": "eth0"},
         {"containerID": "pod2", "ifname": "eth0"},
     ]
+
+
+async def test_gc_is_alone_and_holds_up_nobody_who_hangs(host: fakes.Fakes) -> None:
+    network = cni.Network(host.settings(add_timeout=1.0))
+    host.configure("main", version="1.1.0")
+    host.install("main", ADD=fakes.HANG)
+    hanging = asyncio.create_task(network.attach(attachment("pod1")))
+    await fakes.until(host.hanging, "the plugin hangs")
+    host.install("main", ADD=result("10.1.2.3/24"))
+    collecting = asyncio.create_task(network.collect())
+    await network.attach(attachment("pod2"))
+    assert "main GC" not in host.verbs()
+    with pytest.raises(errors.DeadlineExceeded):
+        await hanging
+    await collecting
+    assert host.verbs()[-1] == "main GC"
+    await network.close()
+
+
+async def test_an_attach_waits_for_a_gc_that_hangs_and_no_longer(
+    host: fakes.Fakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cni, "GC_TIMEOUT", 0.5)
+    network = cni.Network(host.settings())
+    host.configure("main", version="1.1.0")
+    host.install("main", GC=fakes.HANG, ADD=result("10.1.2.3/24"))
+    collecting = asyncio.create_task(network.collect())
+    await fakes.until(host.hanging, "the plugin hangs")
+    await network.attach(attachment("pod1"))
+    assert collecting.done()
+    with pytest.raises(errors.DeadlineExceeded):
+        await collecting
+    await network.close()
+
+
+async def test_leaks_are_looked_for_once_there_is_a_network_and_daily(
+    host: fakes.Fakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = cni.Network(host.settings())
+    host.install("main", GC=fail("no"))
+    (host.net / "10-fake.conflist").unlink()
+    looking = leaks.Leaks(network, lambda: [None])
+    await looking.look()
+    assert host.verbs() == []
+    host.configure("main", version="1.1.0")
+    for _ in range(2):
+        await looking.look()
+    assert host.verbs() == ["main GC"]
+    monkeypatch.setattr(leaks, "DAY", 0.0)
+    for _ in range(2):
+        looking._next.clear()
+        await looking.look()
+    assert host.verbs() == ["main GC"] * 3
+    await network.close()
 
 
 async def test_versions_are_what_the_plugins_say(host: fakes.Fakes, network: cni.Network) -> None:

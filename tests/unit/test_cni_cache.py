@@ -81,3 +81,22 @@ def test_an_entry_that_says_to_be_another_is_broken(tmp_path: Path) -> None:
     (results / "net-a-c1-eth0").rename(results / "net-b-c1-eth0")
     (found,) = entries.find("c1", "eth0")
     assert (found.network, found.config) == ("net-b", b"")
+
+
+@pytest.mark.parametrize("kind", ["folder", "broken"])
+def test_what_cannot_be_read_keeps_its_addresses(tmp_path: Path, kind: str) -> None:
+    """GC frees what is not named."""
+    entries = cache.Cache(tmp_path)
+    entries.write(ENTRY)
+    path = tmp_path / "results" / "net-a-c1-eth0"
+    if kind == "folder":
+        path.unlink()
+        (path / "in").mkdir(parents=True)
+    else:
+        path.write_bytes(b"{")
+    (tmp_path / "results" / "net-a-x").mkdir()
+    found = list(entries.of_network("net-a"))
+    assert found == [cache.Entry(network="net-a", container_id="c1", ifname="eth0")]
+    assert entries.find("c1", "eth0") == found
+    entries.remove(found[0])
+    assert entries.find("c1", "eth0") == []

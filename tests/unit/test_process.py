@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starting, identifying, killing and reaping processes."""
 
+import errno
 import os
 import select
 import signal
@@ -179,3 +180,38 @@ def test_orphans_are_found_by_arguments_and_variables() -> None:
     assert not process.kill_orphans(mark, "two")
     process.kill_group(other)
     process.reap(other)
+
+
+def test_who_took_the_number_of_an_orphan_lives() -> None:
+    child = process.spawn(["sleep", "1000"])
+    born = process.start_time(child.pid)
+    process.kill(process.Identity(child.pid, born - 1))
+    assert process.alive(child.pid, born)
+    process.kill(process.Identity(child.pid, born))
+    assert process.reap(child) == -signal.SIGKILL
+    process.kill(process.Identity(child.pid, born))
+
+
+def test_without_descriptors_orphans_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(path: str) -> list[str]:
+        raise OSError(errno.EMFILE, "Too many open files", path)
+
+    monkeypatch.setattr(os, "listdir", none_left)
+    assert process.kill_orphans("none")
+
+
+def test_the_processes_of_containers_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only its cgroup tells; what is around us all does not count."""
+    inside, around = "a" * 64, "b" * 64
+    child = process.spawn(["sleep", "1000"])
+    ids = {str(child.pid): {inside.encode(), around.encode()}}
+    monkeypatch.setattr(process, "_cgroup_ids", lambda pid: ids.get(pid, {around.encode()}))
+
+    def found(*words: str) -> bool:
+        return child.pid in {each.pid for each in process.candidates(words)}
+
+    assert not found("word")
+    assert found(f"HOME=/x/{inside}")
+    assert os.getpid() in {each.pid for each in process.candidates(["word"])}
+    process.kill_group(child)
+    process.reap(child)

@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ def test_enums_are_stored_as_numbers_and_read_as_either() -> None:
 async def test_a_broken_record_is_set_aside(store: state.Store, tmp_path: Path) -> None:
     good = await store.put_pod(pod())
     (tmp_path / "pods/bad.json").write_text('{"version": 1, "config"')
-    (tmp_path / "pods/old.json").write_text('{"version": 99, "config": {}}')
+    (tmp_path / "pods/old.json").write_text('{"version": 0, "config": {}}')
     text = (tmp_path / f"pods/{good.id}.json").read_text()
     (tmp_path / "pods/copy.json").write_text(text)
     (tmp_path / "pods/types.json").write_text(
@@ -100,6 +101,51 @@ async def test_a_broken_record_is_set_aside(store: state.Store, tmp_path: Path) 
     broken = {"bad", "old", "copy", "types", "deep", "folder"}
     assert left == sorted([*(f"{name}.broken" for name in broken), f"{good.id}.json"])
     assert again.unreadable == broken
+
+
+async def test_what_cannot_be_set_aside_keeps_nobody_from_starting(
+    store: state.Store, tmp_path: Path
+) -> None:
+    good = await store.put_pod(pod())
+    (tmp_path / "pods/bad.json").write_text("{")
+    (tmp_path / "pods/bad.broken/in the way").mkdir(parents=True)
+    (tmp_path / "pods/folder.tmp").mkdir()
+    again = state.Store(tmp_path)
+    again.load()
+    assert [p.id for p in again.pods()] == [good.id]
+    assert again.unreadable == {"bad"}
+
+
+@pytest.mark.parametrize("folder", ["pods", "containers"])
+async def test_a_record_of_a_later_version_stays_as_it_is(
+    store: state.Store, tmp_path: Path, folder: str
+) -> None:
+    owner = await store.put_pod(pod())
+    await store.put_container(container(owner))
+    (file,) = (tmp_path / folder).iterdir()
+    later = file.read_text().replace('"version":1', '"version":2')
+    file.write_text(later)
+    with pytest.raises(state.Newer, match=rf"{file} is a record of version 2, .* knows 1"):
+        state.Store(tmp_path).load()
+    assert file.read_text() == later
+
+
+async def test_a_newer_attempt_is_younger_whatever_the_clock_says(store: state.Store) -> None:
+    future = time.time_ns() + 3_600_000_000_000
+    first = await store.put_pod(pod(created_at=future))
+    await store.put_container(dataclasses.replace(container(first), created_at=future))
+    assert store.pod_time(first.config.metadata) == future + 1
+    assert store.container_time(first.id, "c1") == future + 1
+    for other in (pod("b").config.metadata, api.PodSandboxMetadata()):
+        assert store.pod_time(other) < future
+    assert store.container_time(first.id, "other") < future
+
+
+def test_no_container_ends_before_it_began() -> None:
+    running = dataclasses.replace(container(pod()), started_at=50)
+    assert state.end(running, 40) == 50
+    assert state.end(running, 60) == 60
+    assert time.time_ns() - state.end(running, 0) < 60_000_000_000
 
 
 async def test_an_end_is_believed_without_a_disk(store: state.Store, tmp_path: Path) -> None:
