@@ -16,9 +16,14 @@ A dead container has the exit record that its shim left on disk, else 255 with r
 Afterwards what is on no record, or on one that cannot be read, is ended and swept away: the kubelet
 cannot see it, so it will make another. One pod that cannot be recovered does not stop another: it
 stays listed NOTREADY. The server answers UNAVAILABLE until `run` is done.
+
+A shim that does not answer within 5 s is not dead: its pod stays listed as it was, who wants its
+containers waits, and the above is done when the shim speaks, or was mute for `shims.MUTE` seconds
+and was killed.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -68,6 +73,7 @@ class Recovery:
         )
         self._bundles, self._remains = bundle_host, remains_host
         self._files, self._snapshots = files, layers
+        self._late: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         """Bring memory, disk and processes to one state."""
@@ -85,31 +91,60 @@ class Recovery:
                 async with asyncio.timeout(POD_TIMEOUT):
                     await self._recover(pod)
             except Exception as e:
-                log.error("pod sandbox not recovered", pod=pod.id, error=repr(e))
-                await self._pods.give_up(pod.id)
+                await self._not_recovered(pod, e)
+
+    async def _not_recovered(self, pod: state.Pod, error: Exception) -> None:
+        log.error("pod sandbox not recovered", pod=pod.id, error=repr(error))
+        await self._pods.give_up(pod.id)
 
     async def _recover(self, pod: state.Pod) -> None:
         if pod.state is not state.PodState.READY:  # a plugin may be at work, and outlive its DEL
             await asyncio.to_thread(process.kill_orphans, f"CNI_CONTAINERID={pod.id}")
         if pod.state in (state.PodState.CREATING, state.PodState.FAILED):
             log.info("pod sandbox was half made: released", pod=pod.id)
-            await self._adopt(pod)
+            await self._adopt(pod, shims.CONNECT_TIMEOUT)
             await self._pods.release(pod)
             return
-        seen = await self._adopt(pod)
-        known = self._store.containers(pod.id)
-        await asyncio.gather(*(self._container(c, (seen or {}).get(c.id)) for c in known))
+        finding = asyncio.create_task(self._adopt(pod, shims.MUTE))
+        settling = asyncio.create_task(self._settle(pod.id, finding))
+        await asyncio.wait([finding], timeout=shims.CONNECT_TIMEOUT)
+        if finding.done():
+            await settling
+        else:
+            log.warning("shim does not answer: its pod is recovered when it does", pod=pod.id)
+            late = asyncio.create_task(self._later(pod, settling), name=f"recover {pod.id[:13]}")
+            self._late.add(late)
+            late.add_done_callback(self._late.discard)
+
+    async def _later(self, pod: state.Pod, settling: "asyncio.Task[None]") -> None:
+        try:
+            await settling
+            log.info("pod sandbox recovered late", pod=pod.id)
+        except Exception as e:
+            await self._not_recovered(pod, e)
+
+    async def _settle(self, pod_id: str, finding: "asyncio.Task[containers.Seen]") -> None:
+        """Bring a pod and its containers to what the shim says, as soon as it says it."""
+        known = self._store.containers(pod_id)
+        await asyncio.gather(*(self._container(c, finding) for c in known))
+        with contextlib.suppress(errors.NotFound):  # it was removed meanwhile
+            await self._take_up(self._store.pod(pod_id), await finding)
+
+    async def _take_up(self, pod: state.Pod, seen: containers.Seen) -> None:
         if seen is not None:
-            await self._forget_strays(pod, seen.keys() - {c.id for c in known} - {pod.id})
+            known = {c.id for c in self._store.containers(pod.id)}
+            await self._forget_strays(pod, seen.keys() - known - {pod.id})
         if pod.state is state.PodState.READY and seen is None:
             log.warning("pod sandbox did not survive", pod=pod.id)
             await self._pods.give_up(pod.id)
         elif pod.state is state.PodState.READY:
             self._pods.watch(pod)
 
-    async def _container(self, container: state.Container, seen: shim_pb2.Container | None) -> None:
+    async def _container(
+        self, container: state.Container, finding: "asyncio.Task[containers.Seen]"
+    ) -> None:
         try:
-            await self._containers.recover(container, seen)
+            await self._containers.recover(container, asyncio.shield(finding))
         except Exception as e:
             log.error("container not recovered", container=container.id, error=repr(e))
 
@@ -120,14 +155,16 @@ class Recovery:
             async with self._shims.asked(pod.id) as shim:
                 await shim.delete(shim_pb2.DeleteRequest(id=container_id))
 
-    async def _adopt(self, pod: state.Pod) -> dict[str, shim_pb2.Container] | None:
-        """Return what the pod's shim knows of its containers, None when there is no shim."""
+    async def _adopt(self, pod: state.Pod, mute: float) -> containers.Seen:
+        """Return what the pod's shim knows of its containers, None when there is no shim or it has
+        said nothing for `mute` seconds.
+        """
         self._shims.remember(pod)
         if pod.boot_id != state.boot_id() or not self._files.socket(pod.id).exists():
             return None
         try:
-            shim = await self._shims.adopt(pod.id)
-            with shims.translated():
+            await self._shims.adopt(pod.id, mute=mute)
+            async with self._shims.asked(pod.id, mute=mute) as shim:
                 answer = await shim.state(shim_pb2.StateRequest())
         except errors.CriError as e:
             log.warning("shim not adopted", pod=pod.id, error=e.message)
@@ -150,7 +187,7 @@ class Recovery:
             pod = self._pods.unrecorded(pod_id)
             try:
                 async with asyncio.timeout(POD_TIMEOUT):
-                    await self._adopt(pod)
+                    await self._adopt(pod, shims.CONNECT_TIMEOUT)
                     await self._pods.release(pod)
             except Exception as e:
                 log.error("pod sandbox not released", pod=pod_id, error=repr(e))

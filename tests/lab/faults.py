@@ -18,7 +18,7 @@ _WRAPPER = """#!/bin/sh
 here={here}
 verb=
 for word; do
-    case $word in run | exec | delete) verb=$word; break ;; esac
+    case $word in run | exec | update | delete) verb=$word; break ;; esac
 done
 [ -e $here/$verb.sh ] && . $here/$verb.sh
 exec runc "$@"
@@ -38,7 +38,7 @@ def handler(folder: Path, **verbs: str) -> dict[str, dict[str, Any]]:
 
 
 def break_(folder: Path, **verbs: str) -> None:
-    """Have the verbs (run, exec, delete) do something first from now on."""
+    """Have the verbs (run, exec, update, delete) do something first from now on."""
     for verb, lines in verbs.items():
         (folder / f"{verb}.sh").write_text(lines + "\n")
 

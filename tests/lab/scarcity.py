@@ -3,8 +3,8 @@
 
     python -m tests.lab.scarcity FILE serve --config ...
 
-The server lacks them from the moment when it begins to look for shims (`sys.audit`) until FILE is
-gone; what it had open by then goes on to work.
+FILE holds how a path ends. The server lacks them from the moment when it connects to such a path,
+or lists such a folder (`sys.audit`), until FILE is gone; what is open by then works on.
 """
 
 import contextlib
@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cri_server import __main__
+
+EVENTS = ("os.listdir", "socket.connect")  # the path is the last argument
 
 
 @contextlib.contextmanager
@@ -40,19 +42,22 @@ def main() -> int:
 
 def lack_while(file: Path) -> None:
     """Watch this process from now on."""
-    once = iter((True,))
+    plenty = contextlib.ExitStack()
+    scarce = threading.Event()
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
-        if event == "socket.connect" and file.exists() and next(once, False):
-            stack.enter_context(no_descriptors())
+        if event not in EVENTS or scarce.is_set() or not file.exists():
+            return
+        if str(arguments[-1]).endswith(file.read_text()):
+            scarce.set()
+            plenty.enter_context(no_descriptors())
             threading.Thread(target=wait, daemon=True).start()
-
-    stack = contextlib.ExitStack()
 
     def wait() -> None:
         while os.access(file, os.F_OK):  # which needs no descriptor
             time.sleep(0.02)
-        stack.close()
+        plenty.close()
+        scarce.clear()
 
     sys.addaudithook(hook)
 
