@@ -57,12 +57,13 @@ class Cgroup:
         return True
 
     async def kill_all(self) -> bool:
-        """Kill until nothing is left, half a second at most; return whether the group is empty."""
+        """Kill until nothing is left, half a second at most; return whether that is seen."""
         for _ in range(_TRIES):
-            if not self.kill():
-                return True
+            with contextlib.suppress(OSError):
+                if not self.kill():
+                    return True
             await loop.sleep(_PAUSE)
-        return not self.processes()
+        return False
 
     def thaw(self) -> None:
         """Let a paused group run: a frozen process handles no signal, on v1 not even SIGKILL."""
