@@ -12,9 +12,12 @@ end also when the caller goes away; a later call can only shorten it.
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import posixpath
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TypeVar
 
 import structlog
 
@@ -49,6 +52,8 @@ CREATED, RUNNING, EXITED = (
     api.ContainerState.CONTAINER_RUNNING,
     api.ContainerState.CONTAINER_EXITED,
 )
+T = TypeVar("T")
+Seen = Mapping[str, shim_pb2.Container] | None  # what a shim knows; None: there is no shim
 
 
 class Containers:
@@ -193,34 +198,45 @@ class Containers:
                 raise errors.FailedPrecondition(
                     f"container {container.id[:13]} is {_state_name(container)}: cannot be started"
                 )
-            pod = self._ready_pod(container.pod_id)
             try:
-                await self._start(container, pod)
+                await self._start(container)
             finally:
                 await self._bundles.let_go(container.id)
 
-    async def _start(self, container: state.Container, pod: state.Pod) -> None:
+    async def _start(self, container: state.Container) -> None:
         self._moves.soon()
         recipe = steps.Steps("container started", pod=container.pod_id, container=container.id)
         try:
-            async with self._shims.asked(container.pod_id) as shim:
-                with recipe.step("shim create"):
-                    await shim.create(self._bundles.request(container, pod))
-                with recipe.step("runtime run"):
-                    answer = await shim.start(shim_pb2.StartRequest(id=container.id))
-        except errors.CriError as e:
-            if isinstance(e, errors.Unavailable):  # what the shim has begun may go on without it
-                if await self._shims.reconnect(container.pod_id):
-                    raise  # it is we who end; the next server asks it what became of the start
-                await self._lost(container)
-            await self._store.note_container(_ended(container, 128, "StartError", e.message))
-            self._publish(events.STOPPED, container)
+            answer = await self._run(container, recipe)
+        except Exception as e:
+            await self._not_started(container, e)
             raise
         with recipe.step("record"):
             running = await self._store.note_container(_started(container, answer))
         self._publish(events.STARTED, running)
         self.follow(running)
         recipe.done()
+
+    async def _run(self, container: state.Container, recipe: steps.Steps) -> shim_pb2.StartResponse:
+        pod = self._ready_pod(container.pod_id)
+        async with self._shims.asked(pod.id) as shim:
+            with recipe.step("shim create"):
+                await shim.create(self._bundles.request(container, pod))
+            with recipe.step("runtime run"):
+                return await shim.start(shim_pb2.StartRequest(id=container.id))
+
+    async def _not_started(self, container: state.Container, error: Exception) -> None:
+        """Record a failed start, once nothing of it can come true any more."""
+        if isinstance(error, errors.Unavailable):  # what the shim has begun may go on without it
+            if await self._shims.reconnect(container.pod_id):
+                return  # it is we who end; the next server asks it what became of the start
+            await self._lost(container)
+        elif not isinstance(error, errors.CriError):  # a bug of ours, at whatever point
+            with contextlib.suppress(errors.CriError):
+                await self._forget_in_shim(container)
+        why = error.message if isinstance(error, errors.CriError) else repr(error)
+        await self._store.note_container(_ended(container, 128, "StartError", why))
+        self._publish(events.STOPPED, container)
 
     def _publish(self, kind: events.Kind, container: state.Container) -> None:
         self._events.publish(kind, container.id, pod=container.pod_id)
@@ -236,29 +252,33 @@ class Containers:
         return task
 
     async def _follow(self, container: state.Container) -> None:
-        record = None
-        while record is None:
+        """See a container to its end, whatever fails on the way: nobody else would tell of it, and
+        who stops it waits for that. The root of a task of its own.
+        """
+        see = functools.partial(self._see_end, container)
+        await _persist(see, "end of a container not told", container.id)
+
+    async def _see_end(self, container: state.Container) -> None:
+        await self._ended(container.id, await self._end(container))
+
+    async def _end(self, container: state.Container) -> shim_pb2.ExitRecord:
+        """Wait for a container's end, at its shim or, if that is lost, by our own doing."""
+        while True:
             try:
                 shim = self._shims.of(container.pod_id)
-                record = (await shim.wait(shim_pb2.WaitRequest(id=container.id))).exit
+                return (await shim.wait(shim_pb2.WaitRequest(id=container.id))).exit
             except (errors.Unavailable, shim_errors.Unavailable):
                 if not await self._shims.reconnect(container.pod_id):
-                    record = await self._lost(container)
-            except shim_errors.ShimError:  # another shim: it knows nothing of this container
-                record = await self._lost(container)
-        await self._ended(container.id, record)
+                    return await self._lost(container)
+            except shim_errors.NotFound:  # another shim: it knows nothing of this container
+                return await self._lost(container)
 
     async def _lost(self, container: state.Container) -> shim_pb2.ExitRecord:
         """Kill what nobody watches any more; tries until it is dead, for only then has it ended."""
         log.warning("container lost with its shim", container=container.id)
-        pause = escalation.KILL_AGAIN
-        while True:
-            try:
-                return await self._remains.bury(container, self._bundles.directory(container.id))
-            except errors.CriError as e:
-                log.error("container not killed", container=container.id, error=e.message)
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, escalation.KILL_AGAIN_MOST)
+        bundle = self._bundles.directory(container.id)
+        bury = functools.partial(self._remains.bury, container, bundle)
+        return await _persist(bury, "container not killed", container.id)
 
     async def _ended(self, container_id: str, record: shim_pb2.ExitRecord) -> None:
         reason = record.reason or _reason(record)
@@ -281,12 +301,13 @@ class Containers:
         self._publish(events.STOPPED, ended)
         self._running.pop(container_id).set()
 
-    async def recover(self, container: state.Container, seen: shim_pb2.Container | None) -> None:
-        """Bring a record of an earlier server to what its shim says now, and wait for its end if
-        that has come; `seen` is None when no shim knows it. Calls for this container wait, for it
-        may take until after the server is ready.
+    async def recover(self, container: state.Container, finding: Awaitable[Seen]) -> None:
+        """Bring a record of an earlier server to what its shim says, and wait for its end if that
+        has come. It may take until after the server is ready: who wants to start, stop or remove
+        the container meanwhile waits.
         """
         async with self._locks.held(container.id):
+            seen = (await finding or {}).get(container.id)
             following = await self._recover(container, seen)
         if following is not None and (seen is None or seen.state != shim_pb2.RUNNING):
             await asyncio.wait([following])
@@ -294,7 +315,9 @@ class Containers:
     async def _recover(
         self, container: state.Container, seen: shim_pb2.Container | None
     ) -> "asyncio.Task[None] | None":
-        """Return what follows the container, None where there is nothing to follow."""
+        """Return what follows the container, None where there is nothing to follow; `seen` is None
+        when no shim knows it.
+        """
         if not container.complete:
             await self._undo(container, "the server was killed while it made this container")
         elif container.finished_at:
@@ -331,18 +354,42 @@ class Containers:
         Returns when the process is gone. A negative timeout counts as 0, which kills at once.
         """
         with contextlib.suppress(errors.NotFound):
-            container = self._store.container(wanted)
-            async with self._locks.held(container.id):  # a start in flight ends first
-                ended = self._running.get(container.id)
+            container, timeout = self._store.container(wanted), max(timeout, 0.0)
+            ended = self._running.get(container.id)
+            if ended is None:
+                ended = await self._after_start(container, timeout)
             if ended is not None:
-                await self._escalation(container, ended).shorten(max(timeout, 0.0))
+                await self._escalation(container, ended).shorten(timeout)
+
+    async def _after_start(
+        self, container: state.Container, timeout: float
+    ) -> asyncio.Event | None:
+        """Let a start in flight end; after `timeout` seconds it has to. None: it does not run."""
+        settled = asyncio.create_task(self._settled(container.id))
+        while True:
+            await asyncio.wait([settled], timeout=timeout)
+            if settled.done():
+                return settled.result()
+            await self._abort_start(container)
+            timeout = escalation.KILL_AGAIN
+
+    async def _settled(self, container_id: str) -> asyncio.Event | None:
+        async with self._locks.held(container_id):
+            return self._running.get(container_id)
+
+    async def _abort_start(self, container: state.Container) -> None:
+        """Have the shim end a start. That there is none yet, or none any more, is fine."""
+        request = shim_pb2.KillRequest(id=container.id, signal=signal.SIGKILL, all=True)
+        with contextlib.suppress(errors.CriError), shims.translated():
+            shim = self._shims.of(container.pod_id)
+            await shim.kill(request, timeout=escalation.KILL_TIMEOUT)
 
     def _escalation(
         self, container: state.Container, ended: asyncio.Event
     ) -> escalation.Escalation:
         known = self._stopping.get(container.id)
         if known is None:
-            known = escalation.Escalation(self._shims, container, ended)
+            known = escalation.Escalation(self._shims, self._remains, container, ended)
             self._stopping[container.id] = known
             known.task.add_done_callback(lambda _: self._stopping.pop(container.id))
         return known
@@ -350,6 +397,8 @@ class Containers:
     async def stop_all(self, pod_id: str) -> None:
         """Kill every container of the pod (CRI StopPodSandbox: no grace)."""
         known = self._store.containers(pod_id)
+        if any(container.id in self._running for container in known):
+            self._shims.suspect(pod_id, mute=shims.MUTE_AT_STOP)
         async with asyncio.TaskGroup() as group:
             for container in known:
                 if container.id in self._running:
@@ -365,8 +414,10 @@ class Containers:
         """
         with contextlib.suppress(errors.NotFound):
             container = self._store.container(wanted)
-            while not await self._removed(container.id):
+            while True:
                 await self.stop(container.id, 0)
+                if await self._removed(container.id):
+                    break
             await self._collector.collect_owed()
 
     async def _removed(self, container_id: str) -> bool:
@@ -384,7 +435,7 @@ class Containers:
     async def _forget_in_shim(self, container: state.Container) -> None:
         """Have the shim and the OCI runtime let go of a container; nothing to do without a shim."""
         with contextlib.suppress(errors.Unavailable):
-            async with self._shims.asked(container.pod_id, mute=shims.MUTE_AT_STOP) as shim:
+            async with self._shims.asked(container.pod_id) as shim:
                 await shim.delete(shim_pb2.DeleteRequest(id=container.id))
 
     async def remove_all(self, pod_id: str) -> None:
@@ -467,6 +518,18 @@ def log_path(pod: api.PodSandboxConfig, wanted: api.ContainerConfig) -> str:
     if any(ord(c) < 32 or ord(c) == 127 for c in path):
         raise errors.InvalidArgument(f"log_path {wanted.log_path[:200]!r}: control character")
     return path
+
+
+async def _persist(attempt: Callable[[], Awaitable[T]], failure: str, container_id: str) -> T:
+    """Do it until it succeeds; each failure is logged, whatever it is."""
+    pause = escalation.KILL_AGAIN
+    while True:
+        try:
+            return await attempt()
+        except Exception as e:
+            log.error(failure, container=container_id, error=repr(e))
+        await asyncio.sleep(pause)
+        pause = min(pause * 2, escalation.KILL_AGAIN_MOST)
 
 
 def _new(

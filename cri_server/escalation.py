@@ -4,6 +4,9 @@
 It goes on when those who asked for it go away, and ends with the container; asked again it can only
 become shorter. With the server it ends: the kubelet asks again. That the container has ended is
 told by who follows it (`containers`).
+
+A signal goes through the shim. One that is slow, as its log's disk may be, costs nobody's life: the
+grace period goes on, and after it this one container is killed without it.
 """
 
 import asyncio
@@ -13,11 +16,11 @@ import time
 
 import structlog
 
-from cri_server import errors, shims, state
+from cri_server import errors, remains, shims, state
 from shim.pb import shim_pb2
 
 log = structlog.get_logger()
-KILL_TIMEOUT = 10.0  # seconds: a shim never waits to deliver a signal, so one that does is stuck
+KILL_TIMEOUT = 10.0  # seconds: a shim never waits to deliver a signal, but its disk may stall
 KILL_AGAIN = 1.0  # seconds until the first repeated SIGKILL; doubled up to the other
 KILL_AGAIN_MOST = 60.0
 
@@ -26,9 +29,14 @@ class Escalation:
     """One way to the end of a container: signal, grace, SIGKILL until it is dead."""
 
     def __init__(
-        self, shim_host: shims.Shims, container: state.Container, ended: asyncio.Event
+        self,
+        shim_host: shims.Shims,
+        remains_host: remains.Remains,
+        container: state.Container,
+        ended: asyncio.Event,
     ) -> None:
-        self._shims, self._container, self._ended = shim_host, container, ended
+        self._shims, self._remains = shim_host, remains_host
+        self._container, self._ended = container, ended
         self._deadline = float("inf")
         self._shortened = asyncio.Event()
         self.task = asyncio.create_task(self._run(), name=f"stop {container.id[:13]}")
@@ -41,12 +49,12 @@ class Escalation:
 
     async def _run(self) -> None:
         await self._shortened.wait()
-        if self._deadline > time.monotonic():
-            await self._signal(self._container.stop_signal, everything=False)
+        if (left := self._deadline - time.monotonic()) > 0:
+            await self._signal(self._container.stop_signal, timeout=min(left, KILL_TIMEOUT))
             await self._grace()
         pause = KILL_AGAIN
         while not self._ended.is_set():
-            await self._signal(signal.SIGKILL, everything=True)
+            await self._kill()
             await self._wait(pause)
             pause = min(pause * 2, KILL_AGAIN_MOST)
 
@@ -65,14 +73,28 @@ class Escalation:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._ended.wait(), seconds)
 
-    async def _signal(self, number: int, *, everything: bool) -> None:
+    async def _kill(self) -> None:
+        """Kill all of the container; from here if the shim cannot be told."""
+        if await self._signal(signal.SIGKILL, everything=True):
+            return
+        try:
+            if await self._remains.kill(self._container):
+                log.warning("killed without its shim", container=self._container.id)
+        except OSError as e:
+            log.error("container not killed", container=self._container.id, error=str(e))
+
+    async def _signal(
+        self, number: int, *, everything: bool = False, timeout: float = KILL_TIMEOUT
+    ) -> bool:
+        """Have the shim send a signal; return whether it did. One that says nothing is suspect."""
         request = shim_pb2.KillRequest(id=self._container.id, signal=number, all=everything)
         pod_id = self._container.pod_id
         try:
             with shims.translated():
-                await self._shims.of(pod_id).kill(request, timeout=KILL_TIMEOUT)
-        except errors.DeadlineExceeded:
-            log.error("shim does not answer: killed, with all in its pod", pod=pod_id)
-            self._shims.kill(pod_id)
+                await self._shims.of(pod_id).kill(request, timeout=timeout)
         except errors.CriError as e:  # a lost shim ends the container through `_follow`
-            log.warning("signal not delivered", container=self._container.id, error=str(e))
+            log.warning("signal not delivered", container=self._container.id, error=e.message)
+            if isinstance(e, errors.DeadlineExceeded):
+                self._shims.suspect(pod_id)
+            return False
+        return True

@@ -322,8 +322,12 @@ class Pods:
             self._groups.remove_all(self._inits.cgroup(pod))
 
     async def _stop_shim(self, pod: state.Pod) -> None:
-        stopped = await self._shims.stop(pod, self._release_request(pod))
-        if not stopped and (self._inits.needed(pod) or self._remains.has_home(pod.handler)):
+        if not await self._shims.stop(pod, self._release_request(pod)):
+            await self._bury_init(pod)
+
+    async def _bury_init(self, pod: state.Pod) -> None:
+        """End what a dead shim has left of the pod itself."""
+        if self._inits.needed(pod) or self._remains.has_home(pod.handler):
             await self._remains.destroy(pod.handler, pod.id, self._inits.cgroup(pod))
 
     async def _detach(self, pod: state.Pod) -> errors.CriError | None:
@@ -393,6 +397,8 @@ class Pods:
                     log.warning("pod sandbox ended by itself", pod=pod_id)
                     await self._note_stopped(pod)
                     await self._containers.stop_all(pod_id)
+                    if not await self._shims.reconnect(pod_id):
+                        await self._bury_init(pod)
 
     async def give_up(self, pod_id: str) -> None:
         """List a pod that could not be recovered as NOTREADY, so that the kubelet removes it."""

@@ -18,9 +18,14 @@ it, so it will make another. One pod that cannot be recovered does not stop anot
 NOTREADY. The server answers UNAVAILABLE until `run` is done. That waits for nothing but our own
 shims: a hung runtime or plugin is left to tasks behind it (`close` ends them). Until those are
 through, calls for the same pod or container wait for them, by its lock.
+
+A shim that does not answer within 5 s is not dead: its pod stays listed as it was, who wants its
+containers waits, and the above is done when the shim speaks, or was mute for `shims.MUTE` seconds
+and was killed.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
@@ -48,6 +53,7 @@ AT_ONCE = 16
 POD_TIMEOUT = 60.0
 PATIENCE = 5.0  # seconds that runtimes and plugins have before the server serves without them
 KILL_PAUSE = 0.02
+Finding = asyncio.Task[containers.Seen]  # of what a pod's shim knows
 
 
 class Recovery:
@@ -75,32 +81,37 @@ class Recovery:
         self._bundles, self._remains = bundle_host, remains_host
         self._files, self._snapshots, self._orphans = files, layers, orphan_host
         self._tasks: set[asyncio.Task[None]] = set()
+        self._findings: list[Finding] = []
 
     async def run(self) -> None:
         """Bring memory, disk and processes to one state.
 
-        Returns when every record is true and what runs is followed. The rest needs runtimes and
-        plugins, which may hang: it has PATIENCE, then it goes on behind the server's first calls.
+        Returns when every record is true whose shim answers, and what runs is followed. The rest
+        needs runtimes, plugins or shims, which may hang: they have PATIENCE altogether, then it
+        goes on behind the server's first calls.
         """
         began = time.perf_counter()
         every, rubbish = self._store.pods(), self._rubbish()
         limit = asyncio.Semaphore(AT_ONCE)
-        seen = await asyncio.gather(*(self._settle(pod, limit) for pod in every))
+        self._findings = [asyncio.create_task(self._find(pod)) for pod in every]
+        await asyncio.gather(*map(self._settle, every, self._findings))
         await self._end_plugins(every)
-        for pod, of_shim in zip(every, seen, strict=True):
-            self._restore(pod, of_shim, limit)
+        for pod, finding in zip(every, self._findings, strict=True):
+            self._restore(pod, finding, limit)
         self._begin(self._clean(rubbish, limit))
         late = set(self._tasks)
         if late:
-            _, late = await asyncio.wait(late, timeout=PATIENCE)
+            left = began + PATIENCE - time.perf_counter()
+            _, late = await asyncio.wait(late, timeout=max(left, 0.0))
         ms = round((time.perf_counter() - began) * 1000)
         log.info("recovered", pods=len(every), still_cleaning=len(late), ms=ms)
 
     async def close(self) -> None:
         """Leave what is not cleaned up yet to the next start."""
-        for task in self._tasks:
+        unfinished = [*self._tasks, *self._findings]
+        for task in unfinished:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*unfinished, return_exceptions=True)
 
     def _begin(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work, name="recovery")
@@ -109,26 +120,41 @@ class Recovery:
 
     # -- pods on record ---------------------------------------------------------------------------
 
-    async def _settle(
-        self, pod: state.Pod, limit: asyncio.Semaphore
-    ) -> dict[str, shim_pb2.Container] | None:
-        """Have the record say how it is with a pod; return what its shim knows, None without one.
-
-        What was half made is listed NOTREADY from now on: nobody may take it for the whole.
+    async def _find(self, pod: state.Pod) -> containers.Seen:
+        """Return what the pod's shim knows, None without one. Nobody waits long for what is not
+        wanted any more.
         """
-        seen = None
-        async with limit:
-            try:
-                async with asyncio.timeout(POD_TIMEOUT):
-                    seen = await self._adopt(pod)
-            except Exception as e:
-                log.error("pod sandbox not recovered", pod=pod.id, error=repr(e))
+        wanted = pod.state in (state.PodState.READY, state.PodState.STOPPED)
+        try:
+            return await self._adopt(pod, shims.MUTE if wanted else shims.CONNECT_TIMEOUT)
+        except Exception as e:
+            log.error("pod sandbox not recovered", pod=pod.id, error=repr(e))
+            return None
+
+    async def _settle(self, pod: state.Pod, finding: Finding) -> None:
+        """Have the record say how it is with a pod, at once if its shim answers soon."""
+        await asyncio.wait([finding], timeout=shims.CONNECT_TIMEOUT)
+        if finding.done():
+            await self._take_up(pod, finding.result())
+        else:
+            log.warning("shim does not answer: its pod is recovered when it does", pod=pod.id)
+            self._begin(self._settle_late(pod.id, finding))
+
+    async def _settle_late(self, pod_id: str, finding: Finding) -> None:
+        seen = await asyncio.shield(finding)
+        with contextlib.suppress(errors.NotFound):  # it was removed meanwhile
+            await self._take_up(self._store.pod(pod_id), seen)
+            log.info("pod sandbox recovered late", pod=pod_id)
+
+    async def _take_up(self, pod: state.Pod, seen: containers.Seen) -> None:
+        """Watch a pod that lives. What was half made is listed NOTREADY from now on: nobody may
+        take it for the whole.
+        """
         if pod.state is state.PodState.READY and seen is not None:
             self._pods.watch(pod)
         elif pod.state in (state.PodState.READY, state.PodState.CREATING):
             log.warning("pod sandbox did not survive", pod=pod.id, was=pod.state)
             await self._pods.give_up(pod.id)
-        return seen
 
     async def _end_plugins(self, every: Iterable[state.Pod]) -> None:
         """Kill the plugins of an earlier server that are at work for a pod: they would outlive the
@@ -148,21 +174,15 @@ class Recovery:
                 return
             await asyncio.sleep(KILL_PAUSE)
 
-    def _restore(
-        self,
-        pod: state.Pod,
-        seen: dict[str, shim_pb2.Container] | None,
-        limit: asyncio.Semaphore,
-    ) -> None:
+    def _restore(self, pod: state.Pod, finding: Finding, limit: asyncio.Semaphore) -> None:
         """Begin to bring all that is in a pod to what its record says."""
         if pod.state in (state.PodState.CREATING, state.PodState.FAILED):
             self._begin(self._release(pod.id, limit))
             return
         known = self._store.containers(pod.id)
         for container in known:
-            self._begin(self._container(container, (seen or {}).get(container.id)))
-        for stray in (seen or {}).keys() - {c.id for c in known} - {pod.id}:
-            self._begin(self._forget_stray(pod, stray))
+            self._begin(self._container(container, finding))
+        self._begin(self._forget_strays(pod, {pod.id, *(c.id for c in known)}, finding))
 
     async def _release(self, pod_id: str, limit: asyncio.Semaphore) -> None:
         """Take back what was half made; who wants to remove it too, waits."""
@@ -176,14 +196,18 @@ class Recovery:
         except Exception as e:
             log.error("pod sandbox not released", pod=pod_id, error=repr(e))
 
-    async def _container(self, container: state.Container, seen: shim_pb2.Container | None) -> None:
+    async def _container(self, container: state.Container, finding: Finding) -> None:
         try:
-            await self._containers.recover(container, seen)
+            await self._containers.recover(container, asyncio.shield(finding))
         except Exception as e:
             log.error("container not recovered", container=container.id, error=repr(e))
 
+    async def _forget_strays(self, pod: state.Pod, known: set[str], finding: Finding) -> None:
+        """End the containers of a pod whose records cannot be read."""
+        for stray in (await asyncio.shield(finding) or {}).keys() - known:
+            await self._forget_stray(pod, stray)
+
     async def _forget_stray(self, pod: state.Pod, container_id: str) -> None:
-        """End a container of a pod whose record cannot be read."""
         log.warning("container without a record: ended", pod=pod.id, container=container_id)
         try:
             async with asyncio.timeout(POD_TIMEOUT), self._shims.asked(pod.id) as shim:
@@ -191,14 +215,16 @@ class Recovery:
         except Exception as e:
             log.error("container not ended", container=container_id, error=repr(e))
 
-    async def _adopt(self, pod: state.Pod) -> dict[str, shim_pb2.Container] | None:
-        """Return what the pod's shim knows of its containers, None when there is no shim."""
+    async def _adopt(self, pod: state.Pod, mute: float) -> containers.Seen:
+        """Return what the pod's shim knows of its containers, None when there is no shim or it has
+        said nothing for `mute` seconds.
+        """
         self._shims.remember(pod)
         if pod.boot_id != state.boot_id() or not self._files.socket(pod.id).exists():
             return None
         try:
-            shim = await self._shims.adopt(pod.id)
-            with shims.translated():
+            await self._shims.adopt(pod.id, mute=mute)
+            async with self._shims.asked(pod.id, mute=mute) as shim:
                 answer = await shim.state(shim_pb2.StateRequest())
         except errors.CriError as e:
             log.warning("shim not adopted", pod=pod.id, error=e.message)
@@ -242,7 +268,7 @@ class Recovery:
             pod = self._pods.unrecorded(pod_id)
             try:
                 async with asyncio.timeout(POD_TIMEOUT):
-                    await self._adopt(pod)
+                    await self._adopt(pod, shims.CONNECT_TIMEOUT)
                     await self._pods.release(pod)
             except Exception as e:
                 log.error("pod sandbox not released", pod=pod_id, error=repr(e))

@@ -67,6 +67,12 @@ class Remains:
                 message="the exit code was lost with the shim",
             )
 
+    async def kill(self, container: state.Container) -> bool:
+        """Kill what is in a container's cgroup, once; return whether there was anything. For one
+        whose shim is too slow to do it. Raises OSError.
+        """
+        return await asyncio.to_thread(self._groups.kill, container.cgroups_path)
+
     async def remove(self, handler: str, container_id: str, cgroups_path: str) -> None:
         """Kill what is in a container's cgroup and have the OCI runtime forget the container;
         nothing of it there is fine.

@@ -6,12 +6,16 @@ A shim outlives the server. What ties them together is the socket in the pod's d
 nothing else: `adopt` connects to it and makes sure that the pod's own shim answers. A shim that
 died leaves namespaces and processes behind, which the callers remove by themselves (`netns`,
 `cgroups`, `remains.Remains.bury`).
+
+With a shim goes its pod, so one that is slow is waited for: a shim writes logs, and their disk may
+stall. It is gone when nobody serves its socket, and given up when it was mute for `MUTE` seconds.
 """
 
 import asyncio
 import contextlib
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Literal
 
@@ -29,11 +33,13 @@ CONNECT_TIMEOUT = (
 )
 MUTE = 60.0  # seconds after which a shim that says nothing is killed; its log's disk may be slow
 MUTE_AT_STOP = 10.0  # the same when its pod is to end anyway
+AGAIN = 1.0  # seconds until a shim is looked for again that could not be asked
 
 _CODES: dict[int, type[errors.CriError]] = {
     shim_errors.InvalidArgument.code: errors.InvalidArgument,
     shim_errors.DeadlineExceeded.code: errors.DeadlineExceeded,
     shim_errors.NotFound.code: errors.NotFound,
+    shim_errors.ResourceExhausted.code: errors.ResourceExhausted,
     shim_errors.FailedPrecondition.code: errors.FailedPrecondition,
     shim_errors.Unimplemented.code: errors.Unimplemented,
     shim_errors.Internal.code: errors.Internal,
@@ -68,6 +74,8 @@ class Shims:
         self._clients: dict[str, client.ShimClient] = {}
         self._pids: dict[str, tuple[int, int]] = {}  # with the start time: a pid is used again
         self._watchers: dict[str, asyncio.Task[None]] = {}
+        self._suspects: dict[tuple[str, float], asyncio.Task[None]] = {}
+        self._given_up: set[str] = set()
 
     def of(self, pod_id: str) -> client.ShimClient:
         """Return the connection to a pod's shim. Raises Unavailable when it is gone."""
@@ -92,15 +100,37 @@ class Shims:
             watchdog.cancel()
 
     async def _bark(self, pod_id: str, shim: client.ShimClient, mute: float) -> None:
+        answers = True
+        while answers:
+            await asyncio.sleep(mute / 2)
+            answers = await self._answers(pod_id, shim, mute / 2)
+
+    async def _answers(self, pod_id: str, shim: client.ShimClient, mute: float) -> bool:
+        """Say whether a shim is there; one that says nothing for `mute` seconds is killed."""
         try:
-            while True:
-                await asyncio.sleep(mute / 2)
-                await shim.ping(timeout=mute / 2)
+            await shim.ping(timeout=mute)
         except shim_errors.DeadlineExceeded:
             log.error("shim does not answer: killed, with all in its pod", pod=pod_id)
             self.kill(pod_id)
+            return False
         except shim_errors.Unavailable:
-            return  # so the call has ended too
+            return False
+        return True
+
+    def suspect(self, pod_id: str, *, mute: float = MUTE) -> None:
+        """Kill the pod's shim unless it says something within `mute` seconds; do not wait for it.
+
+        For who has waited in vain, but not for long enough to condemn the whole pod.
+        """
+        key = (pod_id, mute)
+        if key not in self._suspects:
+            task = asyncio.create_task(self._judge(pod_id, mute), name=f"suspect {pod_id[:13]}")
+            self._suspects[key] = task
+            task.add_done_callback(lambda _: self._suspects.pop(key))
+
+    async def _judge(self, pod_id: str, mute: float) -> None:
+        if await self.reconnect(pod_id, mute=mute) and (shim := self._clients.get(pod_id)):
+            await self._answers(pod_id, shim, mute)
 
     async def fork(self, pod: state.Pod) -> tuple[int, int]:
         """Start the pod's shim, connect to it and return its pid and start time."""
@@ -111,11 +141,8 @@ class Shims:
             async with self._programs.lent(wanted) as program:
                 handler.options["program"] = program.identity
                 pid = await self._zygote.fork(pod.id, path, handler=handler, program=program.fd)
+            self._pids[pod.id] = _identity(pid)  # first: it is there whether we reach it or not
             self._clients[pod.id] = await client.ShimClient.connect(path)
-        try:
-            self._pids[pod.id] = (pid, process.start_time(pid))
-        except ProcessLookupError as e:
-            raise errors.Unavailable(f"shim of pod sandbox {pod.id[:13]} ended at once") from e
         return self._pids[pod.id]
 
     def remember(self, pod: state.Pod) -> None:
@@ -123,48 +150,72 @@ class Shims:
         if pod.boot_id == state.boot_id() and pod.shim_pid:
             self._pids[pod.id] = (pod.shim_pid, pod.shim_start_time)
 
-    async def adopt(self, pod_id: str) -> client.ShimClient:
-        """Connect to the shim of a pod that an earlier server started. Raises Unavailable when it
-        is not there.
-        """
-        with translated():
-            try:
-                async with asyncio.timeout(CONNECT_TIMEOUT):
-                    return await self._connect(pod_id)
-            except (OSError, TimeoutError) as e:
-                raise errors.Unavailable(f"shim of pod sandbox {pod_id[:13]}: {e!r}") from e
+    async def adopt(self, pod_id: str, *, mute: float = MUTE) -> client.ShimClient:
+        """Connect to the shim of a pod that an earlier server started.
 
-    async def _connect(self, pod_id: str) -> client.ShimClient:
-        shim = await client.ShimClient.connect(str(self._files.socket(pod_id)))
-        try:
-            answer = await shim.ping()
-            if answer.pod_id != pod_id or answer.version != PROTOCOL_VERSION:
-                raise errors.Unavailable(f"another shim answers for pod sandbox {pod_id[:13]}")
-            self._pids[pod_id] = (answer.pid, process.start_time(answer.pid))
-        except BaseException:
+        Raises Unavailable when it is not there, or no longer: one that is mute for `mute` seconds
+        is killed. What we lack ourselves says nothing about it, and is waited for.
+        """
+        deadline = time.monotonic() + mute
+        while True:
+            try:
+                return await self._connect(pod_id, max(deadline - time.monotonic(), 0.0))
+            except errors.ResourceExhausted as e:
+                log.warning("shim not found out about", pod=pod_id, error=e.message)
+                deadline = time.monotonic() + mute
+            except errors.DeadlineExceeded as e:
+                if time.monotonic() >= deadline:
+                    log.error("shim does not answer: killed, with all in its pod", pod=pod_id)
+                    self.kill(pod_id)
+                    raise errors.Unavailable(e.message) from e
+            await asyncio.sleep(AGAIN)
+
+    async def _connect(self, pod_id: str, mute: float) -> client.ShimClient:
+        with translated():
+            shim = await client.ShimClient.connect(str(self._files.socket(pod_id)))
+            try:
+                answer = await shim.ping(timeout=mute)
+                if answer.pod_id != pod_id or answer.version != PROTOCOL_VERSION:
+                    raise errors.Unavailable(f"another shim answers for pod sandbox {pod_id[:13]}")
+                self._pids[pod_id] = _identity(answer.pid)
+            except BaseException:
+                shim.close()
+                raise
+        if (known := self._connected(pod_id)) is not None:  # others have looked for it too
             shim.close()
-            raise
+            return known
         self._clients[pod_id] = shim
         return shim
 
-    async def reconnect(self, pod_id: str) -> bool:
-        """Say whether the shim is still there, with a new connection if the old one is lost."""
+    def _connected(self, pod_id: str) -> client.ShimClient | None:
         known = self._clients.get(pod_id)
-        if known is not None and not known.closed.done():
+        return known if known is not None and not known.closed.done() else None
+
+    async def reconnect(self, pod_id: str, *, mute: float = MUTE) -> bool:
+        """Say whether the shim is still there, with a new connection if the old one is lost; as
+        `adopt` it waits until that is known.
+        """
+        if self._connected(pod_id) is not None:
             return True
         try:
-            await self.adopt(pod_id)
+            if pod_id not in self._given_up:
+                await self.adopt(pod_id, mute=mute)
+                return True
         except errors.Unavailable:
             self._clients.pop(pod_id, None)
-            return False
-        return True
+        return False
 
     def kill(self, pod_id: str) -> None:
-        """Kill a shim that does not answer; what was in its pod is then found dead or buried."""
+        """Kill a shim that does not answer, and give it up: one that hangs in the kernel dies when
+        it wakes. What was in its pod is then found dead or buried.
+        """
+        self._given_up.add(pod_id)
         pid, start_time = self._pids.get(pod_id, (0, 0))
         if pid and process.alive(pid, start_time):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        if (shim := self._clients.pop(pod_id, None)) is not None:
+            shim.close()  # which ends every call
 
     def watch(self, pod: state.Pod, ended: Callable[[str], Awaitable[None]]) -> None:
         """Call `ended(pod id)` once when the shim or the sandbox container ends by itself."""
@@ -173,12 +224,11 @@ class Shims:
         task.add_done_callback(lambda _: self._watchers.pop(pod.id, None))
 
     async def _watch(self, pod: state.Pod, ended: Callable[[str], Awaitable[None]]) -> None:
-        while (shim := self._clients.get(pod.id)) is not None:
+        while await self.reconnect(pod.id):
+            shim = self._clients[pod.id]
             if pod.pid and await _init_ended(shim, pod.id):
                 break
             await asyncio.wait([shim.closed])
-            if not await self.reconnect(pod.id):
-                break
         self._watchers.pop(pod.id, None)  # `ended` may stop this pod, which must not cancel us
         await ended(pod.id)
 
@@ -191,10 +241,12 @@ class Shims:
         watcher = self._watchers.pop(pod.id, None)
         if watcher is not None:
             watcher.cancel()
-        alive = await self.reconnect(pod.id) and await self._stop(pod.id, request)
+        found = await self.reconnect(pod.id, mute=MUTE_AT_STOP)
+        alive = found and await self._stop(pod.id, request)
         if not alive:
             self.kill(pod.id)  # it may be there and mute
         self._pids.pop(pod.id, None)
+        self._given_up.discard(pod.id)
         for path in (
             request.uts_path,
             request.ipc_path,
@@ -214,7 +266,8 @@ class Shims:
         except errors.Unavailable as e:
             log.info("shim was gone before its pod", pod=pod_id, error=e.message)
             alive = False
-        self._clients.pop(pod_id).close()
+        if (shim_left := self._clients.pop(pod_id, None)) is not None:
+            shim_left.close()
         return alive
 
     def handler(self, key: str) -> client.HandlerSpec:
@@ -238,12 +291,20 @@ class Shims:
 
     async def close(self) -> None:
         """Let go of every shim; they and their pods live on."""
-        for watcher in list(self._watchers.values()):
-            watcher.cancel()
+        for task in [*self._watchers.values(), *self._suspects.values()]:
+            task.cancel()
         for shim in self._clients.values():
             shim.close()
         self._programs.close()
         await self._zygote.close()
+
+
+def _identity(pid: int) -> tuple[int, int]:
+    """Return a shim's pid and start time. Raises a ShimError, see `errors.of_the_other`."""
+    try:
+        return pid, process.start_time(pid)
+    except OSError as e:
+        raise shim_errors.of_the_other(e, f"shim {pid}") from e
 
 
 async def _init_ended(shim: client.ShimClient, pod_id: str) -> bool:

@@ -20,6 +20,7 @@ no fsync: after a power loss nothing runs any more, and recovery sweeps what is 
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
@@ -310,6 +311,7 @@ def raw_limits(limits: api.LinuxContainerResources) -> str:
     return json_format.MessageToJson(limits, preserving_proto_field_name=True, indent=None)
 
 
+@functools.cache
 def boot_id() -> str:
     """Return the kernel's id of this boot: pids of another boot mean nothing."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -9,6 +9,7 @@ directories can do the same again.
 """
 
 import contextlib
+import errno
 import os
 import signal
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from shim import loop
 _UNIFIED = ""
 _TRIES = 50
 _PAUSE = 0.01
+_GONE = (errno.ENOENT, errno.ENODEV)  # ENODEV: removed while it was open
 
 
 class Cgroup:
@@ -31,11 +33,15 @@ class Cgroup:
         self.controller = _tree_controller(self.directories)
 
     def processes(self) -> list[int]:
-        """Return the pids in the group and below it. Zombies are not among them."""
+        """Return the pids in the group and below it. Zombies are not among them.
+
+        Raises OSError when it cannot be seen: that nobody is there is only said when it is so.
+        """
         root = self.directories.get(self.controller)
-        return (
-            [pid for directory, _, _ in os.walk(root) for pid in _pids(directory)] if root else []
-        )
+        if not root:
+            return []
+        walk = os.walk(root, onerror=_unless_gone)
+        return [pid for directory, _, _ in walk for pid in _pids(directory)]
 
     def kill(self) -> bool:
         """Kill everything inside, once; return whether there was something to kill."""
@@ -51,12 +57,13 @@ class Cgroup:
         return True
 
     async def kill_all(self) -> bool:
-        """Kill until nothing is left, half a second at most; return whether the group is empty."""
+        """Kill until nothing is left, half a second at most; return whether that is seen."""
         for _ in range(_TRIES):
-            if not self.kill():
-                return True
+            with contextlib.suppress(OSError):
+                if not self.kill():
+                    return True
             await loop.sleep(_PAUSE)
-        return not self.processes()
+        return False
 
     def thaw(self) -> None:
         """Let a paused group run: a frozen process handles no signal, on v1 not even SIGKILL."""
@@ -117,9 +124,17 @@ def _tree_controller(directories: Mapping[str, str]) -> str:
     return next(iter(directories), _UNIFIED)
 
 
-def _pids(directory: str) -> list[int]:
+def _pids(directory: str, name: str = "cgroup.procs") -> list[int]:
     try:
-        with open(os.path.join(directory, "cgroup.procs"), "rb") as file:
+        with open(os.path.join(directory, name), "rb") as file:
             return [pid for pid in map(int, file.read().split()) if pid]
-    except OSError:  # Removed meanwhile, ENODEV included.
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP and name != "cgroup.threads":  # a threaded group of v2
+            return _pids(directory, "cgroup.threads")
+        _unless_gone(error)
         return []
+
+
+def _unless_gone(error: OSError) -> None:
+    if error.errno not in _GONE:
+        raise error

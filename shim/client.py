@@ -43,6 +43,10 @@ _BACKLOG = 64
 R = TypeVar("R", bound="Message")
 
 
+class _ZygoteFailed(errors.Unavailable):
+    """Another zygote may do better."""
+
+
 class Zygote:
     """Forks shims. Starts its process on demand and again when it has died; one fork at a time."""
 
@@ -76,35 +80,32 @@ class Zygote:
         """
         told = pb.ForkRequest(pod_id=pod_id, pod_dir=os.path.dirname(socket_path), handler=handler)
         try:
-            listener = _listen(socket_path)
-        except FileExistsError:
-            return await _pid_of(socket_path, pod_id)
-        except OSError as error:
-            raise errors.Unavailable(f"no shim: {error}") from error
-        with listener:
-            sent = [listener.fileno(), *([program] if program >= 0 else [])]
             async with self._lock:
-                return await self._ask_healing(told, sent)
+                with contextlib.suppress(_ZygoteFailed):
+                    return await self._fork(told, socket_path, program)
+                return await self._fork(told, socket_path, program)
+        except FileExistsError:  # it may be of the attempt that failed, a moment ago
+            return await _pid_of(socket_path, pod_id)
+        except OSError as error:  # of the socket
+            raise errors.of_the_other(error, "no shim") from error
 
     async def close(self) -> None:
         """End the process; its shims live on."""
         async with self._lock:
             await self._stop()
 
-    async def _ask_healing(self, told: pb.ForkRequest, descriptors: list[int]) -> int:
-        for last in (False, True):
+    async def _fork(self, told: pb.ForkRequest, socket_path: str, program: int) -> int:
+        """Try once, on a new socket. After a failure nothing more comes of it: the zygote is dead,
+        and if it had forked a shim before then that one is found on the socket.
+        """
+        with _listen(socket_path) as listener:
+            sent = [listener.fileno(), *([program] if program >= 0 else [])]
             try:
                 await self._ensure()
-                return await self._ask(told, descriptors)
-            except (
-                OSError,
-                DecodeError,
-                errors.Unavailable,
-            ) as error:  # TimeoutError is an OSError
-                await self._stop()
-                if last:
-                    raise errors.Unavailable(f"no shim: the zygote failed: {error}") from error
-        raise AssertionError  # the loop has returned or raised
+                return await self._ask(told, sent)
+            except (OSError, DecodeError, errors.Unavailable) as error:  # also TimeoutError
+                await self._kill()
+                raise _ZygoteFailed(f"no shim: the zygote failed: {error!r}") from error
 
     async def _ask(self, told: pb.ForkRequest, descriptors: list[int]) -> int:
         socket.send_fds(self._control(), [told.SerializeToString()], descriptors)
@@ -154,6 +155,10 @@ class Zygote:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_STOP_SECONDS):
                 await self._ended.wait()
+        await self._kill()
+
+    async def _kill(self) -> None:
+        """End the process at once, and see it reaped: what it has not done it will not do later."""
         if self._child is not None:
             signal.pidfd_send_signal(self._child.pidfd, signal.SIGKILL)
             await self._ended.wait()
@@ -183,12 +188,15 @@ def _listen(path: str) -> socket.socket:
 
 def _remove_stale(name: str) -> None:
     with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(FileNotFoundError):
+        probe.setblocking(False)
         try:
             probe.connect(name)
         except ConnectionRefusedError:
             os.unlink(name)
-        else:
-            raise FileExistsError(errno.EEXIST, "a shim serves there already", name)
+            return
+        except BlockingIOError:  # its queue is full
+            pass
+        raise FileExistsError(errno.EEXIST, "a shim serves there already", name)
 
 
 async def _pid_of(socket_path: str, pod_id: str) -> int:

@@ -8,6 +8,7 @@ reader is slow the connection is not read, which is all the flow control that tt
 
 import asyncio
 import itertools
+import socket
 from collections import deque
 from typing import Generic, TypeVar
 
@@ -20,7 +21,6 @@ from shim.ttrpc import address, frames
 R = TypeVar("R", bound=Message)
 
 _INBOX = 16  # messages of a stream that wait for their reader
-_RESOURCE_EXHAUSTED = 8
 
 
 class Connection:
@@ -36,14 +36,16 @@ class Connection:
 
     @classmethod
     async def connect(cls, path: str) -> "Connection":
-        """Connect to a unix socket. Raises Unavailable."""
+        """Connect to a unix socket. Raises Unavailable when nobody serves it; ResourceExhausted and
+        DeadlineExceeded say nothing about that.
+        """
         connection = cls()
         loop = asyncio.get_running_loop()
         try:
-            with address.usable(path) as name:
-                await loop.create_unix_connection(lambda: connection._wire, name)
+            connected = _connect(path)
+            await loop.create_unix_connection(lambda: connection._wire, sock=connected)
         except OSError as error:
-            raise errors.Unavailable(f"{path}: {error}") from error
+            raise errors.of_the_other(error, path) from error
         return connection
 
     async def call(
@@ -72,7 +74,9 @@ class Connection:
                 await self.send(number, frames.REQUEST, 0, envelope.SerializeToString())
                 answer = await future
         except TimeoutError:
-            raise errors.DeadlineExceeded(f"{method}: no answer in {timeout} s") from None
+            if future.cancelled() or not future.done():  # else both came while we were stopped
+                raise errors.DeadlineExceeded(f"{method}: no answer in {timeout} s") from None
+            answer = future.result()
         finally:
             del self._calls[number]
         _raise_for(answer)
@@ -239,11 +243,25 @@ class _Wire(asyncio.Protocol):
             self._transport.abort()
 
 
+def _connect(path: str) -> socket.socket:
+    """Return a connected socket. Not by asyncio, which takes a full queue (EAGAIN, unix(7)) for a
+    connection in progress, and then for one that was lost.
+    """
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        with address.usable(path) as name:
+            made.connect(name)
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
 def _response(frame: frames.Frame | frames.Oversized) -> ttrpc_pb2.Response:
     """Return the response in a frame; one that cannot be had becomes an error response."""
     if isinstance(frame, frames.Oversized):
         message = f"the shim sent {frame.length} bytes, over the limit"
-        status = ttrpc_pb2.Status(code=_RESOURCE_EXHAUSTED, message=message)
+        status = ttrpc_pb2.Status(code=errors.ResourceExhausted.code, message=message)
         return ttrpc_pb2.Response(status=status)
     try:
         return _parse(ttrpc_pb2.Response, frame.payload)

@@ -18,7 +18,7 @@ _WRAPPER = """#!/bin/sh
 here={here}
 verb=
 for word; do
-    case $word in run | exec | delete) verb=$word; break ;; esac
+    case $word in run | exec | update | delete) verb=$word; break ;; esac
 done
 [ -e $here/$verb.sh ] && . $here/$verb.sh
 exec runc "$@"
@@ -38,7 +38,7 @@ def handler(folder: Path, **verbs: str) -> dict[str, dict[str, Any]]:
 
 
 def break_(folder: Path, **verbs: str) -> None:
-    """Have the verbs (run, exec, delete) do something first from now on."""
+    """Have the verbs (run, exec, update, delete) do something first from now on."""
     for verb, lines in verbs.items():
         (folder / f"{verb}.sh").write_text(lines + "\n")
 
@@ -108,17 +108,22 @@ def pid_of(client: kubelet.Kubelet, container: str) -> int:
 def shim_of(site: server.Site, pod_id: str) -> int:
     """Return the pid of a pod's shim: the one that listens on its socket."""
     path = os.fspath(site.state / "pods" / pod_id / "shim.sock")
+
+    def only() -> int | None:  # a child of it that is about to become a program has it open too
+        found = listeners(path)
+        return found[0] if len(found) == 1 else None
+
+    return waiting.until(only, f"one process listens on {path}")
+
+
+def listeners(path: str) -> list[int]:
+    """Return the processes that listen on sockets of this name, also if it has gone."""
     lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
     inodes = {
         f"socket:[{line[6]}]" for line in lines if line[7:] == [path] and line[3] == "00010000"
     }
-
-    def only() -> int | None:  # a child of it that is about to become a program has it open too
-        pids = map(int, filter(str.isdigit, os.listdir("/proc")))
-        found = [pid for pid in pids if _has(pid, inodes)]
-        return found[0] if len(found) == 1 else None
-
-    return waiting.until(only, f"one process listens on {path}")
+    pids = map(int, filter(str.isdigit, os.listdir("/proc")))
+    return [pid for pid in pids if _has(pid, inodes)]
 
 
 def _has(pid: int, files: set[str]) -> bool:

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from cri_server import cgroups as find
 from shim import cgroup, loop, process
-from tests.lab import bundle, cgroups, waiting
+from tests.lab import bundle, cgroups, scarcity, waiting
 
 pytestmark = pytest.mark.needs("root")
 
@@ -125,6 +126,44 @@ def test_directories_that_are_not_there_are_empty(tmp_path: Path) -> None:
         assert run(group.kill_all())
         assert group.remove()
     assert cgroup.Cgroup({}).part("x").directories == {}
+
+
+def test_what_cannot_be_seen_is_not_empty(group: cgroup.Cgroup, spawn: Any) -> None:
+    spawn("exec sleep 60")
+    with scarcity.no_descriptors():
+        with pytest.raises(OSError, match="Too many open files"):
+            group.processes()
+        with pytest.raises(OSError, match="Too many open files"):
+            group.kill()
+    assert run(blindly(group))
+    assert run(group.kill_all())
+
+
+async def blindly(group: cgroup.Cgroup) -> bool:
+    """Return whether `kill_all` does not say that a group is empty which it cannot see."""
+    with scarcity.no_descriptors():
+        return not await group.kill_all()
+
+
+def test_who_hides_in_threaded_groups_is_seen() -> None:
+    """Their cgroup.procs cannot be read (EOPNOTSUPP), see cgroups(7)."""
+    hierarchy = find.detect().unified
+    if hierarchy is None:
+        pytest.skip("no cgroup v2")
+    top = hierarchy / f"threaded-{os.getpid()}"
+    inner = top / "inner"
+    inner.mkdir(parents=True)
+    (inner / "cgroup.type").write_text("threaded")
+    child = process.spawn(["sleep", "60"])
+    try:
+        (top / "cgroup.procs").write_text(str(child.pid))
+        (inner / "cgroup.threads").write_text(str(child.pid))
+        assert cgroup.Cgroup({"": os.fspath(inner)}).processes() == [child.pid]
+        assert cgroup.Cgroup({"": os.fspath(inner)}).kill()
+    finally:
+        process.kill_group(child)
+        process.reap(child)
+        waiting.until(cgroup.Cgroup({"": os.fspath(top)}).remove, "the groups are removed")
 
 
 def test_what_cannot_be_killed_is_not_waited_for(

@@ -2,10 +2,12 @@
 """The asyncio client against the real server, in a process of its own (`serve` below)."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,7 +18,7 @@ from shim import errors, loop, process
 from shim.pb import shim_pb2 as pb
 from shim.pb import ttrpc_pb2
 from shim.ttrpc import address, client, frames, server
-from tests.lab import waiting
+from tests.lab import scarcity, waiting
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SERVICE = "test.Echo"
@@ -156,7 +158,7 @@ async def test_calls_share_a_connection_and_each_gets_its_answer(running: tuple[
         ("fail", errors.FailedPrecondition, "not now"),
         ("bug", errors.Internal, "KeyError: 'oops'"),
         ("missing", errors.Unimplemented, "no method"),
-        ("huge", errors.ShimError, "over the limit"),
+        ("huge", errors.ResourceExhausted, "over the limit"),
     ],
 )
 async def test_errors_keep_their_kind(
@@ -167,6 +169,33 @@ async def test_errors_keep_their_kind(
             await call(connection, method)
         assert type(caught.value) is kind
         assert await call(connection, "echo", b"alive") == b"alive"
+
+
+async def test_what_says_nothing_about_the_server_is_not_its_absence(tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    with pytest.raises(errors.Unavailable):
+        await client.Connection.connect(path)
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as waiters:
+        listener.bind(path)
+        with pytest.raises(errors.Unavailable):
+            await client.Connection.connect(path)
+        listener.listen(0)
+        with scarcity.no_descriptors(), pytest.raises(errors.ResourceExhausted):
+            await client.Connection.connect(path)
+        waiters.callback((await client.Connection.connect(path)).close)
+        with pytest.raises(errors.DeadlineExceeded, match="queue is full"):
+            await client.Connection.connect(path)
+    await asyncio.sleep(0)
+
+
+async def test_an_answer_that_came_while_this_process_was_stopped_counts(
+    running: tuple[str, int],
+) -> None:
+    async with connected(running[0]) as connection:
+        answering = asyncio.create_task(call(connection, "slow", timeout=0.3))
+        await asyncio.sleep(0)  # it is sent
+        time.sleep(1)  # noqa: ASYNC251 - the answer and the deadline are both there afterwards
+        await answering
 
 
 async def test_a_late_call_goes_on_and_its_answer_is_dropped(running: tuple[str, int]) -> None:

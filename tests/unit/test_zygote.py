@@ -7,15 +7,17 @@ import os
 import signal
 import socket
 import stat
+import subprocess
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from google.protobuf.message import DecodeError
 
 from shim import client, errors, process
 from shim.pb import shim_pb2 as pb
-from tests.lab import waiting
+from tests.lab import faults, waiting
 
 pytestmark = pytest.mark.needs("root")
 
@@ -167,6 +169,42 @@ async def test_a_killed_zygote_is_replaced_and_its_shims_live_on(
         assert (await shim.ping(timeout=10)).pid == pid
 
 
+async def test_a_zygote_that_wakes_too_late_makes_no_second_shim(
+    zygote: client.Zygote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_FORK_SECONDS", 0.3)
+    late = only_child()
+    os.kill(late, signal.SIGSTOP)
+    asyncio.get_running_loop().call_later(0.6, wake, late)  # the first attempt is over by then
+    async with forked(zygote, tmp_path) as (pid, shim):
+        assert only_child() != late
+        assert (await shim.ping(timeout=10)).pid == pid
+        assert faults.listeners(os.fspath(tmp_path / "pod/shim.sock")) == [pid]
+
+
+def wake(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
+
+
+async def test_a_shim_that_was_forked_all_the_same_is_the_pods(
+    zygote: client.Zygote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first attempt fails after the fork, so the second finds its shim on the socket."""
+    answer = pb.ForkReply.FromString
+    said = iter((DecodeError("garbage"),))
+
+    def garble(data: bytes) -> pb.ForkReply:
+        for error in said:
+            raise error
+        return answer(data)
+
+    monkeypatch.setattr(pb.ForkReply, "FromString", garble)
+    async with forked(zygote, tmp_path) as (pid, shim):
+        assert (await shim.ping(timeout=10)).pid == pid
+        assert faults.listeners(os.fspath(tmp_path / "pod/shim.sock")) == [pid]
+
+
 async def test_shims_live_on_when_the_server_has_gone(tmp_path: Path) -> None:
     zygote = client.Zygote()
     async with forked(zygote, tmp_path) as (pid, shim):
@@ -198,6 +236,24 @@ async def test_a_dead_shim_leaves_no_zombie(zygote: client.Zygote, tmp_path: Pat
     pid = await zygote.fork("pod", path, handler=HANDLER)
     os.kill(pid, signal.SIGKILL)
     waiting.until(lambda: not Path(f"/proc/{pid}").exists(), "the zygote has reaped it")
+
+
+async def test_the_kernel_spares_a_shim_where_the_host_allows_that(
+    zygote: client.Zygote, tmp_path: Path
+) -> None:
+    async with forked(zygote, tmp_path) as (pid, _):
+        ours, score = oom_score_adj(os.getpid()), oom_score_adj(pid)
+        assert score == (-998 if may_lower_scores() else ours)
+
+
+def oom_score_adj(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+
+def may_lower_scores() -> bool:
+    """Try it in a child, for a score that was lowered once can be lowered again."""
+    script = "echo -998 > /proc/self/oom_score_adj"
+    return subprocess.run(["sh", "-c", script], stderr=subprocess.DEVNULL).returncode == 0
 
 
 # ---- what a shim costs
