@@ -164,7 +164,7 @@ def test_a_server_that_lacks_descriptors_when_a_shim_dies_tells_the_end_later(
     shim = faults.shim_of(killable, pod.id)
     scarce.write_text("/proc")  # which is listed before anything is killed
     os.kill(shim, signal.SIGKILL)
-    waiting.until(lambda: said(killable, "container not killed"), "it lacks them")
+    waiting.until(lambda: said(killable, "not all processes looked at"), "it lacks them")
     stopping = concurrent.futures.ThreadPoolExecutor().submit(client.stop, container)
     scarce.unlink()
     assert client.wait_exit(container, seconds=10).exit_code == 255
