@@ -80,11 +80,11 @@ class Graph:
         self._files = podfiles.PodFiles(settings.server.state)
         self.network = cni.Network(settings.network)
         self._stack.push_async_callback(self.network.close)
-        self.zygote = client.Zygote()
+        self.zygotes = client.Zygotes()
         self._shims = shims.Shims(
             settings,
             live=self._live,
-            zygote=self.zygote,
+            zygotes=self.zygotes,
             files=self._files,
             driver=self._groups.driver,
         )

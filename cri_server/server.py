@@ -82,7 +82,7 @@ async def running(settings: config.Config) -> AsyncIterator[None]:
         stack.push_async_callback(_end, server, edge)
         stack.callback(objects.events.close)
         log.info("listening", address=settings.server.listen, cgroup_driver=groups.driver)
-        await objects.zygote.start()
+        await objects.zygotes.start({h.kind for h in settings.runtimes.values()})
         await objects.streaming.start()
         await objects.recovery.run()
         await _tried("handlers of earlier pods", live.sweep(objects.handlers_in_use()))

@@ -64,11 +64,11 @@ class Shims:
         settings: config.Config,
         *,
         live: handlers.Handlers,
-        zygote: client.Zygote,
+        zygotes: client.Zygotes,
         files: podfiles.PodFiles,
         driver: Literal["cgroupfs", "systemd"],
     ) -> None:
-        self._settings, self._handlers, self._zygote = settings, live, zygote
+        self._settings, self._handlers, self._zygotes = settings, live, zygotes
         self._files, self._driver = files, driver
         self._programs = programs.Programs()
         self._clients: dict[str, client.ShimClient] = {}
@@ -140,7 +140,7 @@ class Shims:
         with translated():
             async with self._programs.lent(wanted) as program:
                 handler.options["program"] = program.identity
-                pid = await self._zygote.fork(pod.id, path, handler=handler, program=program.fd)
+                pid = await self._zygotes.fork(pod.id, path, handler=handler, program=program.fd)
             self._pids[pod.id] = _identity(pid)  # first: it is there whether we reach it or not
             self._clients[pod.id] = await client.ShimClient.connect(path)
         return self._pids[pod.id]
@@ -296,7 +296,7 @@ class Shims:
         for shim in self._clients.values():
             shim.close()
         self._programs.close()
-        await self._zygote.close()
+        await self._zygotes.close()
 
 
 def _identity(pid: int) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The door of the shim, the only thing that cri_server sees of it: make one, find one, talk to it.
 
-    Zygote.fork(pod_id, socket_path, handler=...) ─► pid        the shim serves on socket_path
+    Zygotes.fork(pod_id, socket_path, handler=...) ─► pid       the shim serves on socket_path
     ShimClient.connect(socket_path) ─► typed verbs, exec_sync, exec, attach
 
 Neither holds anything that matters: a shim outlives the server that forked it, and a new server
@@ -16,7 +16,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -50,9 +50,11 @@ class _ZygoteFailed(errors.Unavailable):
 class Zygote:
     """Forks shims. Starts its process on demand and again when it has died; one fork at a time."""
 
-    def __init__(self, *, stderr: int = 2) -> None:
-        """`stderr` is the descriptor that the zygote and its shims write JSON log lines to."""
-        self._stderr = stderr
+    def __init__(self, kind: str = "oci", *, stderr: int = 2) -> None:
+        """`kind` is that of the handlers whose shims come from here. `stderr` is the descriptor
+        that the zygote and its shims write JSON log lines to.
+        """
+        self._kind, self._stderr = kind, stderr
         self._lock = asyncio.Lock()
         self._child: process.Child | None = None
         self._socket: socket.socket | None = None
@@ -134,7 +136,8 @@ class Zygote:
         ours.setblocking(False)
         self._socket = ours
         with theirs:
-            child = process.spawn(_argv(3), fds={3: theirs.fileno()}, stderr=self._stderr)
+            argv = _argv(3, self._kind)
+            child = process.spawn(argv, fds={3: theirs.fileno()}, stderr=self._stderr)
         self._child = child
         self._ended.clear()
         asyncio.get_running_loop().add_reader(child.pidfd, self._reap, child)
@@ -164,10 +167,37 @@ class Zygote:
             await self._ended.wait()
 
 
-def _argv(fd: int) -> list[str]:
+class Zygotes:
+    """A zygote for each kind of handler: what only containerd shims need (3 MiB of protocols) is in
+    no other pod's memory, and is not imported anew for each of theirs.
+    """
+
+    def __init__(self) -> None:
+        self._zygotes: dict[str, Zygote] = {}
+
+    async def start(self, kinds: Iterable[str]) -> None:
+        """Start those of these kinds; others start when they are needed. Raises Unavailable."""
+        await asyncio.gather(*(self._of(kind).start() for kind in kinds))
+
+    async def fork(
+        self, pod_id: str, socket_path: str, *, handler: HandlerSpec, program: int = -1
+    ) -> int:
+        """Make a shim, see `Zygote.fork`."""
+        zygote = self._of(handler.kind)
+        return await zygote.fork(pod_id, socket_path, handler=handler, program=program)
+
+    async def close(self) -> None:
+        """End the processes; their shims live on."""
+        await asyncio.gather(*(zygote.close() for zygote in self._zygotes.values()))
+
+    def _of(self, kind: str) -> Zygote:
+        return self._zygotes.setdefault(kind, Zygote(kind))
+
+
+def _argv(fd: int, kind: str) -> list[str]:
     """Return the zygote's command; by path, so that its code is ours wherever that is."""
     main = os.path.join(os.path.dirname(os.path.abspath(__file__)), "__main__.py")
-    return [sys.executable, "-I", main, "zygote", str(fd)]
+    return [sys.executable, "-I", main, "zygote", str(fd), kind]
 
 
 def _listen(path: str) -> socket.socket:

@@ -111,6 +111,12 @@ def _rehearsal(directory: str) -> list[tuple[str, Message]]:
     ]
 
 
+def preload(kind: str) -> None:
+    """Import what only the shims of one kind of handler need, for them to share."""
+    if kind == "shim":
+        import shim.runtimes.shimv2  # noqa: F401
+
+
 def make_runtime(
     handler: pb.Handler, children: reaper.Reaper, *, pod_id: str = "", program: int = -1
 ) -> runtimes.Runtime:
@@ -123,8 +129,7 @@ def make_runtime(
     """
     timeout = float(handler.options.get("timeout", "") or DEFAULT_TIMEOUT)
     if handler.kind == "shim":
-        # Not at the top: what it imports would be in the memory of every shim.
-        from shim.runtimes import shimv2
+        from shim.runtimes import shimv2  # see `preload`
 
         return shimv2.ShimV2(
             handler.name,

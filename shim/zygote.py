@@ -30,11 +30,15 @@ READY = b"ready"
 _OOM_SCORE_ADJ = b"-998"  # one more than the kubelet's own -999; a shim must outlive its containers
 
 
-def main(control_fd: int) -> None:
-    """Serve fork requests on a SOCK_SEQPACKET descriptor until the other end is closed."""
+def main(control_fd: int, kind: str) -> None:
+    """Serve fork requests on a SOCK_SEQPACKET descriptor until the other end is closed.
+
+    `kind` is that of the handlers: what their shims need is imported here, once for all of them.
+    """
     linux.prctl_set_name("cri-zygote")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by shims
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    server.preload(kind)
     loop.run(_serve(socket.socket(fileno=control_fd)))
 
 

@@ -24,8 +24,8 @@ SLOW, MUTE = 30.0, 0.3
 class Server:
     """The shims of one life of a server, and of the lives before it."""
 
-    def __init__(self, folder: Path, zygote: client.Zygote) -> None:
-        self._folder, self._zygote = folder, zygote
+    def __init__(self, folder: Path, zygotes: client.Zygotes) -> None:
+        self._folder, self._zygotes = folder, zygotes
         self.shims = self.restarted()
 
     def restarted(self) -> shims.Shims:
@@ -42,7 +42,7 @@ class Server:
         self.shims = shims.Shims(
             settings,
             live=live,
-            zygote=self._zygote,
+            zygotes=self._zygotes,
             files=podfiles.PodFiles(self._folder),
             driver="cgroupfs",
         )
@@ -54,15 +54,15 @@ class Server:
 
 
 @pytest.fixture
-async def zygote() -> AsyncIterator[client.Zygote]:
-    made = client.Zygote()
+async def zygotes() -> AsyncIterator[client.Zygotes]:
+    made = client.Zygotes()
     yield made
     await made.close()
 
 
 @pytest.fixture
-def server(tmp_path: Path, zygote: client.Zygote) -> Server:
-    return Server(tmp_path, zygote)
+def server(tmp_path: Path, zygotes: client.Zygotes) -> Server:
+    return Server(tmp_path, zygotes)
 
 
 @contextlib.asynccontextmanager
@@ -137,7 +137,7 @@ async def test_a_shim_that_is_gone_is_not_waited_for(server: Server) -> None:
         assert not await server.shims.reconnect(pod_id)
 
 
-class Unreachable(client.Zygote):
+class Unreachable(client.Zygotes):
     """Forks shims whose socket is gone at once."""
 
     pid = 0
@@ -151,14 +151,14 @@ class Unreachable(client.Zygote):
 
 
 async def test_a_shim_that_was_never_reached_can_be_killed(tmp_path: Path) -> None:
-    zygote = Unreachable()
-    server = Server(tmp_path, zygote)
+    zygotes = Unreachable()
+    server = Server(tmp_path, zygotes)
     pod = server.pod()
     with pytest.raises(errors.Unavailable):
         await server.shims.fork(pod)
-    started = process.start_time(zygote.pid)
+    started = process.start_time(zygotes.pid)
     server.shims.kill(pod.id)
     await asyncio.to_thread(
-        waiting.until, lambda: not process.alive(zygote.pid, started), "the shim has ended"
+        waiting.until, lambda: not process.alive(zygotes.pid, started), "the shim has ended"
     )
     await server.shims.close()

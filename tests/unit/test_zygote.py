@@ -47,11 +47,14 @@ def comm(pid: int) -> str:
 
 @contextlib.asynccontextmanager
 async def forked(
-    zygote: client.Zygote, folder: Path, name: str = "pod"
+    zygote: client.Zygote | client.Zygotes,
+    folder: Path,
+    name: str = "pod",
+    handler: client.HandlerSpec = HANDLER,
 ) -> AsyncIterator[tuple[int, client.ShimClient]]:
     """A shim and a connection to it; it ends with the block."""
     path = os.fspath(folder / name / "shim.sock")
-    pid = await zygote.fork(name, path, handler=HANDLER)
+    pid = await zygote.fork(name, path, handler=handler)
     shim = await client.ShimClient.connect(path)
     started = process.start_time(pid)
     yield pid, shim
@@ -218,7 +221,7 @@ async def test_shims_live_on_when_the_server_has_gone(tmp_path: Path) -> None:
 async def test_a_zygote_that_cannot_start_is_unavailable(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(client, "_argv", lambda fd: ["false"])
+    monkeypatch.setattr(client, "_argv", lambda fd, kind: ["false"])
     zygote = client.Zygote()
     with pytest.raises(errors.Unavailable):
         await zygote.fork("pod", os.fspath(tmp_path / "pod/shim.sock"), handler=HANDLER)
@@ -259,10 +262,16 @@ def may_lower_scores() -> bool:
 # ---- what a shim costs
 
 
-async def test_a_shim_is_small(zygote: client.Zygote, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["oci", "shim"])
+async def test_a_shim_is_small(kind: str, tmp_path: Path) -> None:
+    """Also one that speaks to a containerd shim: it shares the protocols with the others."""
+    handler = client.HandlerSpec(name="none", path="/bin/false", root="/nonexistent", kind=kind)
+    zygotes = client.Zygotes()
+    await zygotes.start([kind])
     async with contextlib.AsyncExitStack() as shims:
+        shims.push_async_callback(zygotes.close)
         made = [
-            await shims.enter_async_context(forked(zygote, tmp_path, str(number)))
+            await shims.enter_async_context(forked(zygotes, tmp_path, str(number), handler))
             for number in range(5)
         ]
         for _, shim in made:
