@@ -242,13 +242,18 @@ def test_an_attached_terminal_has_a_size_without_stdin(
         streams.until(session, "stdout", b"33 120")
 
 
-def test_an_attached_terminal_has_a_size_after_the_end_of_stdin(
-    kubelet: Kubelet, pod: Pod, pulled: str
+@pytest.mark.parametrize("once", [False, True])
+def test_a_terminal_is_left_at_the_end_of_the_clients_stdin(
+    kubelet: Kubelet, pod: Pod, pulled: str, once: bool
 ) -> None:
-    container = kubelet.run(pod, pulled, ("sh", "-c", SIZES), tty=True, stdin=True)
+    """As with containerd, which crictl's ctrl-p ctrl-q counts on. The container goes on."""
+    config = kubelet.container_config(pulled, ("sh",), tty=True, stdin=True, stdin_once=once)
+    container = kubelet.create(pod, config)
+    kubelet.start(container)
     url = attach_url(kubelet, container, tty=True, stdin=True)
     with streams.Spdy(url, ("stdin", "stdout", "error", "resize")) as session:
+        session.send("stdin", b"echo $((40 + 2))\n")
+        streams.until(session, "stdout", b"42\r\n")
         session.finish("stdin")
-        for width, height in ((120, 33), (81, 25)):
-            session.send("resize", b'{"Width":%d,"Height":%d}' % (width, height))
-            streams.until(session, "stdout", b"%d %d" % (height, width))
+        assert streams.exit_code(streams.ending(session)) == 0
+    assert kubelet.status(container).state == api.ContainerState.CONTAINER_RUNNING
