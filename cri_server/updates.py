@@ -160,7 +160,7 @@ class Updates:
         directories = self._groups.directories(container.cgroups_path)
         files = dict(_pages(limits, directories))
         handler = self._handlers.of(container.handler)
-        if Path(handler.path).name == "crun" and "cpu" in directories:
+        if handler.dialect == "crun" and "cpu" in directories:
             limits, quota = _without_quota(limits, directories["cpu"])
             files |= quota
         request = shim_pb2.UpdateRequest(id=container.id, resources=msgspec.json.encode(limits))
