@@ -7,6 +7,7 @@ The network's state is the last one that its own poller saw. The `info` maps hol
 """
 
 import dataclasses
+import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -196,7 +197,7 @@ class Info:
         return api.PodSandboxStatusResponse(
             status=self._pods.status(pod.id),
             containers_statuses=self._containers.statuses(pod.id),
-            timestamp=self._pods.now(),
+            timestamp=time.time_ns(),
             info={"info": _json(self._pod_info(pod.id))} if verbose else {},
         )
 

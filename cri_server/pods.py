@@ -450,10 +450,6 @@ class Pods:
         """Return the records behind `list`."""
         return [p for p in self._store.pods() if podstatus.matches(p, wanted)]
 
-    def now(self) -> int:
-        """Return the time that a status is true for, nanoseconds since the epoch."""
-        return time.time_ns()
-
     def record(self, wanted: str) -> state.Pod:
         """Return the record behind a listed pod. Raises NotFound."""
         return self._listed(wanted)

@@ -104,7 +104,6 @@ __all__ = [
     "shm_size",
     "source_key",
     "stop_signal",
-    "stop_signal_name",
     "stop_signal_value",
     "sysctls",
     "user_request",
@@ -152,7 +151,6 @@ explained = imagevolumes.explained
 image_volumes = mounts.image_volumes
 with_volumes = mounts.with_volumes
 stop_signal = signals.stop_signal
-stop_signal_name = signals.stop_signal_name
 stop_signal_value = signals.stop_signal_value
 
 
