@@ -479,7 +479,6 @@ class Pods:
         """Return what names the namespaces; all that the shim needs to release them."""
         pins = self._files.namespaces(pod)
         return shim_pb2.CreateSandboxRequest(
-            id=pod.id,
             network_path=pins.get("network", ""),
             uts_path=pins.get("uts", ""),
             ipc_path=pins.get("ipc", ""),

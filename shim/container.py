@@ -48,10 +48,7 @@ _WIRE = {
 
 
 class Spec(NamedTuple):
-    """What a container is made from. `silent`: nobody reads its output, so it gets /dev/null.
-
-    `owner`: uid and gid of its root on the host.
-    """
+    """What a container is made from. `owner`: uid and gid of its root on the host."""
 
     id: str
     bundle: str
@@ -60,7 +57,6 @@ class Spec(NamedTuple):
     terminal: bool = False
     stdin: bool = False
     stdin_once: bool = False
-    silent: bool = False
     owner: tuple[int, int] = stdio.ROOT
 
 
@@ -87,7 +83,6 @@ class Container:
         self.streams = stdio.Streams(
             terminal=spec.terminal,
             stdin=spec.stdin,
-            silent=spec.silent,
             log=self._log,
             owner=spec.owner,
             fifos=runtime.opens_fifos,
