@@ -23,17 +23,17 @@ import structlog
 
 from cri_server import (
     bundles,
+    cgroup_prewarm,
+    container_plan,
     containerstatus,
     errors,
     escalation,
     events,
     handlers,
     imagevolumes,
+    leftovers,
     locks,
-    moves,
     names,
-    orders,
-    remains,
     shims,
     spec,
     state,
@@ -67,17 +67,17 @@ class Containers:
         image_store: images.Store,
         collector: gc.Collector,
         bundle_host: bundles.Bundles,
-        remains_host: remains.Remains,
+        leftover_host: leftovers.Leftovers,
         shim_host: shims.Shims,
         update_host: updates.Updates,
         event_host: events.Events,
-        mover: moves.Moves,
+        prewarm: cgroup_prewarm.Prewarm,
     ) -> None:
         self._handlers, self._store, self._events = live, store, event_host
-        self._moves = mover
+        self._prewarm = prewarm
         self._images, self._collector = image_store, collector
         self._bundles, self._shims = bundle_host, shim_host
-        self._updates, self._remains = update_host, remains_host
+        self._updates, self._leftovers = update_host, leftover_host
         self._attempts, self._locks = names.Attempts(), locks.Locks()
         self._running: dict[str, asyncio.Event] = {}  # set when the container has ended
         self._stopping: dict[str, escalation.Escalation] = {}
@@ -92,7 +92,7 @@ class Containers:
         InvalidArgument for a config that can never work; all before anything is made.
         """
         pod = self._ready_pod(pod_id)
-        self._moves.soon()  # it is mostly started at once
+        self._prewarm.start()  # it is mostly started at once
         if not (wanted.metadata.name and wanted.image.image):
             raise errors.InvalidArgument("config.metadata.name or config.image.image is missing")
         image = self._image(wanted.image.image)
@@ -104,10 +104,10 @@ class Containers:
         wanted, volumes = imagevolumes.resolve(wanted, self._images)
         now = self._store.container_time(pod.id, wanted.metadata.name)
         container = _new(pod, wanted, image, now=now)
-        order = orders.Order(
+        plan = container_plan.ContainerPlan(
             pod=pod, container=container, image=image, facts=facts, volumes=volumes
         )
-        return await self._attempts.join(container.name, lambda: self._create(order))
+        return await self._attempts.join(container.name, lambda: self._create(plan))
 
     def _check_annotations(self, pod: state.Pod, wanted: api.ContainerConfig) -> None:
         """Refuse what does not count; the pod's too, for the configuration may have changed."""
@@ -129,24 +129,24 @@ class Containers:
             raise errors.NotFound(f"image {wanted[:200]!r} is not present: pull it first")
         return image
 
-    async def _create(self, order: orders.Order) -> str:
-        earlier = self._store.container_named(order.container.name)
+    async def _create(self, plan: container_plan.ContainerPlan) -> str:
+        earlier = self._store.container_named(plan.container.name)
         if earlier is not None and earlier.complete:
             return earlier.id
         if earlier is not None:
             await self.remove(earlier.id)
-        layers = {layer for i in (order.image, *order.volumes.values()) for layer in i.layers}
+        layers = {layer for i in (plan.image, *plan.volumes.values()) for layer in i.layers}
         async with self._collector.claim(layers):  # a RemoveImage comes before us or after us
-            container = await self._store.put_container(order.container)
+            container = await self._store.put_container(plan.container)
             async with self._locks.held(container.id):  # a removal waits for the end of the making
-                return await self._make(order)
+                return await self._make(plan)
 
-    async def _make(self, order: orders.Order) -> str:
-        pod, container = order.pod, order.container
+    async def _make(self, plan: container_plan.ContainerPlan) -> str:
+        pod, container = plan.pod, plan.container
         recipe = steps.Steps("container made", pod=pod.id, container=container.id)
         try:
             target = self._target(pod, container.config)
-            whole = dataclasses.replace(order, target_pid=target)
+            whole = dataclasses.replace(plan, target_pid=target)
             container = await self._bundles.create(whole, recipe)
             with recipe.step("record"):
                 self._ready_pod(pod.id)  # it may have been stopped meanwhile
@@ -204,7 +204,7 @@ class Containers:
                 await self._bundles.let_go(container.id)
 
     async def _start(self, container: state.Container) -> None:
-        self._moves.soon()
+        self._prewarm.start()
         recipe = steps.Steps("container started", pod=container.pod_id, container=container.id)
         try:
             answer = await self._run(container, recipe)
@@ -277,8 +277,8 @@ class Containers:
         """Kill what nobody watches any more; tries until it is dead, for only then has it ended."""
         log.warning("container lost with its shim", container=container.id)
         bundle = self._bundles.directory(container.id)
-        bury = functools.partial(self._remains.bury, container, bundle)
-        return await _persist(bury, "container not killed", container.id)
+        end = functools.partial(self._leftovers.kill_and_read_exit, container, bundle)
+        return await _persist(end, "container not killed", container.id)
 
     async def _ended(self, container_id: str, record: shim_pb2.ExitRecord) -> None:
         reason = record.reason or _reason(record)
@@ -389,7 +389,7 @@ class Containers:
     ) -> escalation.Escalation:
         known = self._stopping.get(container.id)
         if known is None:
-            known = escalation.Escalation(self._shims, self._remains, container, ended)
+            known = escalation.Escalation(self._shims, self._leftovers, container, ended)
             self._stopping[container.id] = known
             known.task.add_done_callback(lambda _: self._stopping.pop(container.id))
         return known

@@ -16,7 +16,7 @@ import time
 
 import structlog
 
-from cri_server import errors, remains, shims, state
+from cri_server import errors, leftovers, shims, state
 from shim.pb import shim_pb2
 
 log = structlog.get_logger()
@@ -31,11 +31,11 @@ class Escalation:
     def __init__(
         self,
         shim_host: shims.Shims,
-        remains_host: remains.Remains,
+        leftover_host: leftovers.Leftovers,
         container: state.Container,
         ended: asyncio.Event,
     ) -> None:
-        self._shims, self._remains = shim_host, remains_host
+        self._shims, self._leftovers = shim_host, leftover_host
         self._container, self._ended = container, ended
         self._deadline = float("inf")
         self._shortened = asyncio.Event()
@@ -78,7 +78,7 @@ class Escalation:
         if await self._signal(signal.SIGKILL, everything=True):
             return
         try:
-            if await self._remains.kill(self._container):
+            if await self._leftovers.kill(self._container):
                 log.warning("killed without its shim", container=self._container.id)
         except OSError as e:
             log.error("container not killed", container=self._container.id, error=str(e))

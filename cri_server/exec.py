@@ -11,7 +11,17 @@ from collections.abc import Sequence
 
 import msgspec
 
-from cri_server import bundles, config, configjson, containers, errors, moves, shims, spec, state
+from cri_server import (
+    bundles,
+    cgroup_prewarm,
+    config,
+    configjson,
+    containers,
+    errors,
+    shims,
+    spec,
+    state,
+)
 from shim import client
 from shim.pb import shim_pb2
 
@@ -35,9 +45,9 @@ class Exec:
         container_host: containers.Containers,
         bundle_host: bundles.Bundles,
         shim_host: shims.Shims,
-        mover: moves.Moves,
+        prewarm: cgroup_prewarm.Prewarm,
     ) -> None:
-        self._moves = mover
+        self._prewarm = prewarm
         self._settings, self._containers = settings, container_host
         self._bundles, self._shims = bundle_host, shim_host
         self._decoder = msgspec.json.Decoder(_Config)
@@ -70,7 +80,7 @@ class Exec:
         """
         if not cmd:
             raise errors.InvalidArgument("cmd is empty")
-        self._moves.soon()
+        self._prewarm.start()
         return shim_pb2.ExecStart(
             id=container.id,
             process=self._process(container.id, cmd, terminal=terminal),

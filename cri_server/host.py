@@ -27,8 +27,8 @@ from cri_server import (
     commands,
     config,
     errors,
-    labels,
     limits,
+    selinux_host,
     spec,
     userns,
 )
@@ -194,8 +194,8 @@ def probe(
     """
     controllers = hierarchy.controllers()
     known = _known_capabilities()
-    selinux = labels.policy() if labels.enabled() else None
-    lacks = labels.lacking(selinux) if selinux else ""
+    selinux = selinux_host.policy() if selinux_host.enabled() else None
+    lacks = selinux_host.lacking(selinux) if selinux else ""
     return Host(
         kernel=os.uname().release,
         hierarchy=hierarchy,

@@ -104,8 +104,8 @@ class Info:
 
     def _runtime_condition(self) -> api.RuntimeCondition:
         name = self._handlers.default
-        facts, roster = self._handlers.host_facts.runtimes.get(name), self._handlers.now
-        lost = roster.refused.get(name, "no OCI runtime is installed")
+        facts, now = self._handlers.host_facts.runtimes.get(name), self._handlers.now
+        lost = now.refused.get(name, "no OCI runtime is installed")
         error = facts.error if facts else lost
         return api.RuntimeCondition(
             type="RuntimeReady",
@@ -147,17 +147,17 @@ class Info:
         }
 
     def _handlers_info(self) -> dict[str, Any]:
-        roster = self._handlers.now
+        now = self._handlers.now
         current = {
             name: {
                 "source": r.source,
                 "revision": r.key,
                 "settings": dataclasses.asdict(r.handler),
-                "runtime": dataclasses.asdict(roster.facts[r.key]),
+                "runtime": dataclasses.asdict(now.facts[r.key]),
             }
-            for name, r in roster.current.items()
+            for name, r in now.current.items()
         }
-        problems = [dataclasses.asdict(p) for p in roster.problems]
+        problems = [dataclasses.asdict(p) for p in now.problems]
         folder = self._settings.drop_ins
         return {"folder": str(folder or ""), "current": current, "problems": problems}
 

@@ -6,8 +6,8 @@
     kill(words) ─┘
 
 Who asks while a look goes on waits for the next one, which answers all of them. A process that
-hangs in the kernel may let nobody read its words, so a look is made `apart`: it is given up, and
-the next one passes that process by (hazards.md R24). Nothing outlives the server.
+hangs in the kernel may let nobody read its words, so a look has its `own_thread`: it is given up,
+and the next one passes that process by (hazards.md R24). Nothing outlives the server.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import structlog
 
-from cri_server import apart, errors
+from cri_server import errors, own_thread
 from shim import process
 
 log = structlog.get_logger()
@@ -58,7 +58,7 @@ class Orphans:
 async def _looked(asked: Sequence[tuple[str, ...]]) -> Sequence[bool]:
     try:
         what = "a look at all processes"
-        return await apart.call(lambda: _kill(asked), within=LOOK_TIMEOUT, what=what)
+        return await own_thread.run(lambda: _kill(asked), within=LOOK_TIMEOUT, what=what)
     except Exception as e:  # the root of a task, for which others wait
         log.warning("not all processes looked at", error=repr(e))
         return [True] * len(asked)
@@ -80,7 +80,7 @@ def _kill(asked: Sequence[tuple[str, ...]]) -> Sequence[bool]:
 
 def _words(pid: int) -> frozenset[bytes]:
     try:
-        with apart.at(f"process {pid}"):
+        with own_thread.looking_at(f"process {pid}"):
             return process.words_of(pid)
     except errors.Unavailable:
         return frozenset()

@@ -30,20 +30,20 @@ from cri_server import (
     imagevolumes,
     inits,
     inventory,
-    labels,
+    leftovers,
     limits,
     locks,
     names,
     origins,
     podfiles,
     podstatus,
-    remains,
     revisions,
+    selinux_host,
     shims,
+    side_by_side,
     spec,
     state,
     steps,
-    together,
 )
 from cri_server.network import cni, netns
 from cri_server.pb import api_pb2 as api
@@ -82,7 +82,7 @@ class Pods:
         network: cni.Network,
         shim_host: shims.Shims,
         container_host: containers.Containers,
-        remains_host: remains.Remains,
+        leftover_host: leftovers.Leftovers,
         init_host: inits.Inits,
         volumes: imagevolumes.ImageVolumes,
         event_host: events.Events,
@@ -91,10 +91,10 @@ class Pods:
         self._store, self._files = store, files
         self._events = event_host
         self._groups, self._network, self._shims = groups, network, shim_host
-        self._containers, self._remains = container_host, remains_host
+        self._containers, self._leftovers = container_host, leftover_host
         self._volumes, self._inits = volumes, init_host
         self._attempts, self._locks = names.Attempts(), locks.Locks()
-        self._levels = labels.Levels(store.selinux_levels)
+        self._selinux_levels = selinux_host.Levels(store.selinux_levels)
         self._ending: set[asyncio.Task[None]] = set()
 
     # -- run --------------------------------------------------------------------------------------
@@ -147,15 +147,17 @@ class Pods:
         made = self._groups.missing(self._groups.pod_parent(pod.id, wanted.linux.cgroup_parent))
         network: Mapping[str, object] | None = {} if pod.own_network else None
         await self._handlers.keep(key)
-        with self._level(wanted) as level:
+        with self._selinux_level(wanted) as level:
             return await self._store.put_pod(
                 dataclasses.replace(pod, cgroups_made=made, network=network, selinux_level=level)
             )
 
-    def _level(self, wanted: api.PodSandboxConfig) -> contextlib.AbstractContextManager[str]:
+    def _selinux_level(
+        self, wanted: api.PodSandboxConfig
+    ) -> contextlib.AbstractContextManager[str]:
         if self._handlers.host_facts.selinux is None:
             return contextlib.nullcontext("")
-        return self._levels.held(spec.asked_level(wanted))
+        return self._selinux_levels.held(spec.asked_level(wanted))
 
     async def _make(self, pod: state.Pod) -> None:
         recipe = steps.Steps("pod sandbox made", pod=pod.id)
@@ -166,7 +168,7 @@ class Pods:
             with recipe.step("network namespace"):
                 await asyncio.to_thread(netns.create, pod.netns, _sysctls(pod, network=True))
             network.made.set()
-        result, home = await together.both(
+        result, home = await side_by_side.both(
             self._attach(pod, network, recipe), self._house(pod, network, recipe)
         )
         with recipe.step("record"):
@@ -220,7 +222,7 @@ class Pods:
     async def _house(self, pod: state.Pod, network: "_Network", recipe: steps.Steps) -> "_Home":
         """Give the pod its shim, the other namespaces, and its init where it needs one."""
         with recipe.step("shim"):  # unbroken: of a shim half born nobody would know
-            shim_pid, start_time = await together.unbroken(self._shims.fork(pod))
+            shim_pid, start_time = await side_by_side.uninterrupted(self._shims.fork(pod))
         with recipe.step("namespaces"):
             async with self._shims.asked(pod.id) as shim:
                 await shim.create_sandbox(self._sandbox_request(pod))
@@ -327,8 +329,8 @@ class Pods:
 
     async def _bury_init(self, pod: state.Pod) -> None:
         """End what a dead shim has left of the pod itself."""
-        if self._inits.needed(pod) or self._remains.has_home(pod.handler):
-            await self._remains.destroy(pod.handler, pod.id, self._inits.cgroup(pod))
+        if self._inits.needed(pod) or self._leftovers.has_shim_folder(pod.handler):
+            await self._leftovers.kill_and_delete(pod.handler, pod.id, self._inits.cgroup(pod))
 
     async def _detach(self, pod: state.Pod) -> errors.CriError | None:
         """Give the network back; return why that failed."""

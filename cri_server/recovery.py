@@ -37,11 +37,11 @@ from cri_server import (
     bundles,
     containers,
     errors,
+    leftovers,
     names,
     orphans,
     podfiles,
     pods,
-    remains,
     shims,
     snapshots,
     state,
@@ -67,7 +67,7 @@ class Recovery:
         container_host: containers.Containers,
         shim_host: shims.Shims,
         bundle_host: bundles.Bundles,
-        remains_host: remains.Remains,
+        leftover_host: leftovers.Leftovers,
         orphan_host: orphans.Orphans,
         files: podfiles.PodFiles,
         layers: snapshots.Snapshots,
@@ -78,7 +78,7 @@ class Recovery:
             container_host,
             shim_host,
         )
-        self._bundles, self._remains = bundle_host, remains_host
+        self._bundles, self._leftovers = bundle_host, leftover_host
         self._files, self._snapshots, self._orphans = files, layers, orphan_host
         self._tasks: set[asyncio.Task[None]] = set()
         self._findings: list[Finding] = []
@@ -243,7 +243,7 @@ class Recovery:
         left = _names(self._files.root) | of_containers | self._store.unreadable
         return _Rubbish(
             pods=tuple({i for i in left if names.is_id(i)} - pod_ids),
-            in_runtimes=tuple(x for x in self._remains.in_runtimes() if x[1] not in known),
+            in_runtimes=tuple(x for x in self._leftovers.in_runtimes() if x[1] not in known),
             folders=tuple(_names(self._files.root) - pod_ids),
             bundles=tuple(
                 (_names(self._bundles.root) | self._snapshots.writables()) - container_ids
@@ -278,7 +278,7 @@ class Recovery:
             log.warning("swept from runtime", handler=handler, container=container_id)
             bundle = self._bundles.directory(container_id)
             try:
-                await self._remains.destroy_unrecorded(handler, container_id, bundle)
+                await self._leftovers.kill_and_delete_unrecorded(handler, container_id, bundle)
             except Exception as e:
                 log.error("container not ended", container=container_id, error=repr(e))
 

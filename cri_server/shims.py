@@ -5,7 +5,7 @@ death.
 A shim outlives the server. What ties them together is the socket in the pod's directory, and
 nothing else: `adopt` connects to it and makes sure that the pod's own shim answers. A shim that
 died leaves namespaces and processes behind, which the callers remove by themselves (`netns`,
-`cgroups`, `remains.Remains.bury`).
+`cgroups`, `leftovers.Leftovers`).
 
 With a shim goes its pod, so one that is slow is waited for: a shim writes logs, and their disk may
 stall. It is gone when nobody serves its socket, and given up when it was mute for `MUTE` seconds.

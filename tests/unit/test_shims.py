@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from cri_server import cgroups, config, errors, handlers, host, podfiles, revisions, roster, shims
+from cri_server import (
+    cgroups,
+    config,
+    errors,
+    handler_set,
+    handlers,
+    host,
+    podfiles,
+    revisions,
+    shims,
+)
 from cri_server import state as records
 from cri_server.pb import api_pb2 as api
 from shim import client, process
@@ -35,7 +45,7 @@ class Server:
         live = handlers.Handlers(
             settings,
             facts=host.probe(cgroups.detect(), {}),
-            now=roster.Roster(current={"runc": revision}, facts=facts),
+            now=handler_set.HandlerSet(current={"runc": revision}, facts=facts),
             store=revisions.Store(self._folder),
         )
         self.key = revision.key
