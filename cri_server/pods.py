@@ -53,15 +53,15 @@ from shim.pb import shim_pb2
 log = structlog.get_logger()
 
 
-class _Home(NamedTuple):
-    """What a pod lives in: its shim, and its init's pid or 0."""
+class _Started(NamedTuple):
+    """The shim of a pod, and the pid of its sandbox container or 0."""
 
     shim_pid: int
     start_time: int
     pid: int
 
 
-class _Network(NamedTuple):
+class _NetworkEvents(NamedTuple):
     """What has become of a pod's network: `made` its namespace, `attached` by the CNI plugins."""
 
     made: asyncio.Event
@@ -160,16 +160,24 @@ class Pods:
         return self._selinux_levels.held(spec.asked_level(wanted))
 
     async def _make(self, pod: state.Pod) -> None:
+        """Make all that a pod is, two things at a time.
+
+            files → netns ─┬─ CNI ADD ───────────────────────────────┐
+                           └─ shim → ipc, uts → sandbox container ───┴─ record READY
+
+        In a pod with a user namespace of its own the shim makes the netns too, and CNI waits for
+        that. A guest kernel takes its addresses at start: its sandbox container waits for CNI.
+        """
         recipe = steps.Steps("pod sandbox made", pod=pod.id)
         with recipe.step("files"):
             await asyncio.to_thread(self._create_files, pod)
-        network = _Network(asyncio.Event(), asyncio.Event())
+        network = _NetworkEvents(asyncio.Event(), asyncio.Event())
         if pod.own_network and not spec.ids(pod.config):  # else it belongs to the user namespace
             with recipe.step("network namespace"):
                 await asyncio.to_thread(netns.create, pod.netns, _sysctls(pod, network=True))
             network.made.set()
-        result, home = await side_by_side.both(
-            self._attach(pod, network, recipe), self._house(pod, network, recipe)
+        result, started = await side_by_side.both(
+            self._attach(pod, network, recipe), self._start_shim(pod, network, recipe)
         )
         with recipe.step("record"):
             await self._store.put_pod(
@@ -178,13 +186,13 @@ class Pods:
                     state=state.PodState.READY,
                     ips=result.ips if result else (),
                     network=result.raw if result else None,
-                    shim_pid=home.shim_pid,
-                    shim_start_time=home.start_time,
-                    pid=home.pid,
+                    shim_pid=started.shim_pid,
+                    shim_start_time=started.start_time,
+                    pid=started.pid,
                 )
             )
         self.watch(self._store.pod(pod.id))
-        if self._settings.server.crio_socket and not home.pid:
+        if self._settings.server.crio_socket and not started.pid:
             await asyncio.to_thread(self._groups.mark, self._inits.cgroup(pod))
         recipe.done()
 
@@ -207,7 +215,7 @@ class Pods:
         return spec.shm_size(allowed, limits.size(handler.default_shm_size), key=key)
 
     async def _attach(
-        self, pod: state.Pod, network: "_Network", recipe: steps.Steps
+        self, pod: state.Pod, network: "_NetworkEvents", recipe: steps.Steps
     ) -> cni.Result | None:
         result = None
         if pod.own_network:
@@ -219,9 +227,11 @@ class Pods:
         network.attached.set()
         return result
 
-    async def _house(self, pod: state.Pod, network: "_Network", recipe: steps.Steps) -> "_Home":
-        """Give the pod its shim, the other namespaces, and its init where it needs one."""
-        with recipe.step("shim"):  # unbroken: of a shim half born nobody would know
+    async def _start_shim(
+        self, pod: state.Pod, network: "_NetworkEvents", recipe: steps.Steps
+    ) -> "_Started":
+        """Start the shim, which makes the other namespaces, and the sandbox container if any."""
+        with recipe.step("shim"):  # uninterrupted: of a shim half born nobody would know
             shim_pid, start_time = await side_by_side.uninterrupted(self._shims.fork(pod))
         with recipe.step("namespaces"):
             async with self._shims.asked(pod.id) as shim:
@@ -230,7 +240,7 @@ class Pods:
         if self._handlers.of(pod.handler).has_kernel:  # which takes its addresses at start
             await network.attached.wait()
         with recipe.step("init"):
-            return _Home(shim_pid, start_time, await self._inits.start(pod))
+            return _Started(shim_pid, start_time, await self._inits.start(pod))
 
     async def _undo(self, pod: state.Pod) -> None:
         """Release a pod whose making failed; if that fails too it stays listed NOTREADY."""
