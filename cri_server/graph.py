@@ -24,19 +24,19 @@ from cri_server import (
     crio,
     events,
     exec,
+    guest_stats,
     handlers,
     host_inputs,
     imagehost,
     imagevolumes,
     info,
-    inits,
-    kernelstats,
     leftovers,
     metrics,
     orphans,
     podfiles,
     pods,
     recovery,
+    sandbox_container,
     selinux_relabel,
     shims,
     snapshots,
@@ -95,7 +95,7 @@ class Graph:
         self._stack.push_async_callback(self._prewarm.close)
         self._orphans = orphans.Orphans()
         self._leftovers = leftovers.Leftovers(settings, self._live, self._groups, self._orphans)
-        self._kernels = kernelstats.KernelStats(settings, self._live, self._shims)
+        self._guests = guest_stats.GuestStats(settings, self._live, self._shims)
         devices = cdi.Registry(settings.runtime.cdi_spec_dirs)
         self._bundles = bundles.Bundles(
             settings,
@@ -171,7 +171,7 @@ class Graph:
             shim_host=self._shims,
             container_host=self._containers,
             leftover_host=self._leftovers,
-            init_host=self._inits(),
+            sandbox_host=self._sandboxes(),
             volumes=self._volumes,
             event_host=self.events,
         )
@@ -189,8 +189,8 @@ class Graph:
         )
         self._stack.push_async_callback(self.recovery.close)
 
-    def _inits(self) -> inits.Inits:
-        return inits.Inits(
+    def _sandboxes(self) -> sandbox_container.SandboxContainers:
+        return sandbox_container.SandboxContainers(
             live=self._live,
             files=self._files,
             groups=self._groups,
@@ -251,7 +251,7 @@ class Graph:
             container_host=self._containers,
             groups=self._groups,
             layers=self.layers,
-            kernels=self._kernels,
+            guests=self._guests,
         )
 
     def _metrics(self) -> metrics.Metrics:
@@ -261,7 +261,7 @@ class Graph:
             container_host=self._containers,
             groups=self._groups,
             layers=self.layers,
-            kernels=self._kernels,
+            guests=self._guests,
         )
 
     def _info(self) -> info.Info:

@@ -20,7 +20,7 @@ def of(
     init: bool,
 ) -> dict[str, object]:
     """Return the parts of the sandbox by name; its files exist. `labels` are what its containers
-    have in common; `init`: it has a process.
+    have in common; `init`: it has a sandbox container.
     """
     wanted = pod.config
     why.pod("sandbox.name", "metadata")

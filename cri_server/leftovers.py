@@ -88,7 +88,9 @@ class Leftovers:
         await self._forget(handler, container_id, cgroups_path)
 
     def has_shim_folder(self, handler: str) -> bool:
-        """Say whether every pod of a handler has something here, though it has no init."""
+        """Say whether every pod of a handler has something here, though it has no sandbox
+        container.
+        """
         return self._shims(handler) is not None
 
     def in_runtimes(self) -> list[tuple[str, str]]:
@@ -134,7 +136,7 @@ class Leftovers:
         root, found = self._runtime_root(handler), self._handlers.find(handler)
         if (shims := self._shims(handler)) and shims.known(container_id):
             return True
-        if found is not None and found.handler.kind == "oci" and found.handler.has_kernel:
+        if found is not None and found.handler.kind == "oci" and found.handler.has_guest_kernel:
             # "<id>_sandbox:<id of the pod>.state"
             return any(Path(root).glob(f"{container_id}_*"))
         places = [f"{root}/{container_id}"]

@@ -2,7 +2,8 @@
 """Pod sandboxes: run, stop, remove, status, list.
 
 A sandbox is a directory of files, a cgroup, a shim, a set of pinned namespaces and a network. There
-is no pause process; only a pod whose containers share a PID namespace has one, as its init.
+is no pause process; only a pod whose containers share a PID namespace has a process, its sandbox
+container.
 
 Running a pod is the recipe in `_run`; its undo, StopPodSandbox, RemovePodSandbox and recovery all
 end in `_halt` and `release`, which remove whatever is there, each resource even when another
@@ -28,7 +29,6 @@ from cri_server import (
     handlers,
     host,
     imagevolumes,
-    inits,
     inventory,
     leftovers,
     limits,
@@ -38,6 +38,7 @@ from cri_server import (
     podfiles,
     podstatus,
     revisions,
+    sandbox_container,
     selinux_host,
     shims,
     side_by_side,
@@ -83,7 +84,7 @@ class Pods:
         shim_host: shims.Shims,
         container_host: containers.Containers,
         leftover_host: leftovers.Leftovers,
-        init_host: inits.Inits,
+        sandbox_host: sandbox_container.SandboxContainers,
         volumes: imagevolumes.ImageVolumes,
         event_host: events.Events,
     ) -> None:
@@ -92,7 +93,7 @@ class Pods:
         self._events = event_host
         self._groups, self._network, self._shims = groups, network, shim_host
         self._containers, self._leftovers = container_host, leftover_host
-        self._volumes, self._inits = volumes, init_host
+        self._volumes, self._sandboxes = volumes, sandbox_host
         self._attempts, self._locks = names.Attempts(), locks.Locks()
         self._selinux_levels = selinux_host.Levels(store.selinux_levels)
         self._ending: set[asyncio.Task[None]] = set()
@@ -193,12 +194,12 @@ class Pods:
             )
         self.watch(self._store.pod(pod.id))
         if self._settings.server.crio_socket and not started.pid:
-            await asyncio.to_thread(self._groups.mark, self._inits.cgroup(pod))
+            await asyncio.to_thread(self._groups.mark, self._sandboxes.cgroup(pod))
         recipe.done()
 
     def _create_files(self, pod: state.Pod) -> None:
         with why.recorded() as found:
-            size, init = self._shm_size(pod), self._inits.needed(pod)
+            size, init = self._shm_size(pod), self._sandboxes.needed(pod)
             labels = spec.labels_of_pod(
                 pod.config, pod.selinux_level, self._handlers.facts(pod.handler)
             )
@@ -237,10 +238,10 @@ class Pods:
             async with self._shims.asked(pod.id) as shim:
                 await shim.create_sandbox(self._sandbox_request(pod))
         network.made.set()
-        if self._handlers.of(pod.handler).has_kernel:  # which takes its addresses at start
+        if self._handlers.of(pod.handler).has_guest_kernel:  # which takes its addresses at start
             await network.attached.wait()
         with recipe.step("init"):
-            return _Started(shim_pid, start_time, await self._inits.start(pod))
+            return _Started(shim_pid, start_time, await self._sandboxes.start(pod))
 
     async def _undo(self, pod: state.Pod) -> None:
         """Release a pod whose making failed; if that fails too it stays listed NOTREADY."""
@@ -331,16 +332,16 @@ class Pods:
     def _unmark(self, pod: state.Pod) -> None:
         """Remove the empty cgroup that stood for the pod, where there is one."""
         with contextlib.suppress(errors.InvalidArgument):  # made under another cgroup driver
-            self._groups.remove_all(self._inits.cgroup(pod))
+            self._groups.remove_all(self._sandboxes.cgroup(pod))
 
     async def _stop_shim(self, pod: state.Pod) -> None:
         if not await self._shims.stop(pod, self._release_request(pod)):
-            await self._bury_init(pod)
+            await self._kill_sandbox(pod)
 
-    async def _bury_init(self, pod: state.Pod) -> None:
+    async def _kill_sandbox(self, pod: state.Pod) -> None:
         """End what a dead shim has left of the pod itself."""
-        if self._inits.needed(pod) or self._leftovers.has_shim_folder(pod.handler):
-            await self._leftovers.kill_and_delete(pod.handler, pod.id, self._inits.cgroup(pod))
+        if self._sandboxes.needed(pod) or self._leftovers.has_shim_folder(pod.handler):
+            await self._leftovers.kill_and_delete(pod.handler, pod.id, self._sandboxes.cgroup(pod))
 
     async def _detach(self, pod: state.Pod) -> errors.CriError | None:
         """Give the network back; return why that failed."""
@@ -374,7 +375,7 @@ class Pods:
         of its own: its size is that of its start, which its runtime changes with the containers'.
         """
         pod = self._listed(request.pod_sandbox_id)
-        if self._handlers.of(pod.handler).has_kernel:
+        if self._handlers.of(pod.handler).has_guest_kernel:
             name = revisions.name_of(pod.handler)
             raise errors.Unimplemented(f"handler {name}: a pod's resources are those of its start")
         spec.check_pod_update(request, self._handlers.facts(pod.handler))
@@ -393,8 +394,8 @@ class Pods:
         self._shims.watch(pod, self._sandbox_ended)
 
     async def _sandbox_ended(self, pod_id: str) -> None:
-        """Report a pod whose shim, init or network namespace is gone as NOTREADY, with nothing in
-        it running. The root of a task of its own.
+        """Report a pod whose shim, sandbox container or network namespace is gone as NOTREADY, with
+        nothing in it running. The root of a task of its own.
         """
         try:
             await self._end(pod_id)
@@ -410,7 +411,7 @@ class Pods:
                     await self._note_stopped(pod)
                     await self._containers.stop_all(pod_id)
                     if not await self._shims.reconnect(pod_id):
-                        await self._bury_init(pod)
+                        await self._kill_sandbox(pod)
 
     async def give_up(self, pod_id: str) -> None:
         """List a pod that could not be recovered as NOTREADY, so that the kubelet removes it."""

@@ -308,7 +308,7 @@ def _identity(pid: int) -> tuple[int, int]:
 
 
 async def _init_ended(shim: client.ShimClient, pod_id: str) -> bool:
-    """Wait for the end of a pod's init; False when the shim was lost before."""
+    """Wait for the end of a sandbox container; False when the shim was lost before."""
     try:
         await shim.wait(shim_pb2.WaitRequest(id=pod_id))
     except shim_errors.ShimError as e:

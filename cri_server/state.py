@@ -83,7 +83,7 @@ class Pod:
     cgroups_made: tuple[str, ...] = ()  # parents that were not there before this pod
     shim_pid: int = 0
     shim_start_time: int = 0  # with the pid: which process; see shim.process.start_time
-    pid: int = 0  # the sandbox container's init, where there is one
+    pid: int = 0  # the sandbox container's, where there is one
     stopped_at: int = 0
     selinux_level: str = ""  # the pair of categories that is the pod's; "" without SELinux
     overhead: str = ""  # LinuxContainerResources as JSON, after updates; "": as in the config

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What containers and pods use: cgroup files, network counters, writable layers. No `du`, and no
-process but for containers that the host's kernel cannot tell apart (`kernelstats`).
+process but for containers that the host's kernel cannot tell apart (`guest_stats`).
 
 All containers of a list are read in one hop to a thread. A container that cannot be read costs its
 own figures and never the list. `usage_nano_cores` needs two samples: it is absent in the first
@@ -17,7 +17,7 @@ from cri_server import (
     cgroups,
     containers,
     errors,
-    kernelstats,
+    guest_stats,
     pods,
     snapshots,
     state,
@@ -46,9 +46,9 @@ class Stats:
         container_host: containers.Containers,
         groups: cgroups.Cgroups,
         layers: snapshots.Snapshots,
-        kernels: kernelstats.KernelStats,
+        guests: guest_stats.GuestStats,
     ) -> None:
-        self._kernels = kernels
+        self._guests = guests
         self._pods, self._containers = pod_host, container_host
         self._groups, self._layers = groups, layers
         self._samples: dict[str, tuple[_Sample, int | None]] = {}
@@ -76,7 +76,7 @@ class Stats:
         return await self._read(alive)
 
     async def _read(self, records: Sequence[state.Container]) -> list[api.ContainerStats]:
-        inside = await self._kernels.read(records)
+        inside = await self._guests.read(records)
         return await asyncio.to_thread(lambda: [self._one(c, inside) for c in records])
 
     def _one(
@@ -133,7 +133,7 @@ class Stats:
         alive = {
             p.id: [c for c in self._containers.of_pod(p.id) if not c.finished_at] for p in chosen
         }
-        used = await self._kernels.read(c for of_pod in alive.values() for c in of_pod)
+        used = await self._guests.read(c for of_pod in alive.values() for c in of_pod)
 
         def read() -> list[api.PodSandboxStats]:
             networks = counters.read(p.netns for p in chosen if p.netns)

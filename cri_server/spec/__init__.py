@@ -3,7 +3,7 @@
 
     validate_sandbox, validate_container    refuse what can never work, before anything is done
     container                               the config.json of a container
-    sandbox                                 the config.json of a pod's init (shared PID namespace)
+    sandbox                                 the config.json of a sandbox container
     process                                 the process of an exec
     resources, merged, restored             the limits of a container, and of an update
     sysctls, pid_mode, user_request, …      what pods and containers must know of a request before

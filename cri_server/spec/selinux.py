@@ -129,8 +129,8 @@ def of_sandbox(config: api.PodSandboxConfig, level: str, host: types.HostFacts) 
 
 
 def of_init(host: types.HostFacts) -> SelinuxLabels:
-    """Return the labels of the pod's init: not confined, as it is a program of the host's, which
-    no policy lets a confined container begin with.
+    """Return the labels of the sandbox container: not confined, as it is a program of the host's,
+    which no policy lets a confined container begin with.
     """
     if host.selinux is None:
         return SelinuxLabels()

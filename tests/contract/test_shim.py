@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from cri_server import kernelstats, usage
+from cri_server import guest_stats, usage
 from shim import client, errors
 from shim.pb import shim_pb2 as pb
 from tests.conftest import Marks
@@ -290,7 +290,7 @@ async def test_a_containerd_shim_counts_what_the_cgroups_of_the_host_do(
             await pod.shim.stats(request)
         return
     answer = await pod.shim.stats(request)
-    counted = kernelstats.counted(answer.type_url, answer.value)
+    counted = guest_stats.counted(answer.type_url, answer.value)
     own = usage.read(made.cgroups)
     assert own is not None
     assert 0 < (counted.cpu or 0) <= (own.cpu or 0)
