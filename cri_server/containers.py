@@ -219,7 +219,7 @@ class Containers:
 
     async def _run(self, container: state.Container, recipe: steps.Steps) -> shim_pb2.StartResponse:
         pod = self._ready_pod(container.pod_id)
-        async with self._shims.asked(pod.id) as shim:
+        async with self._shims.calling(pod.id) as shim:
             with recipe.step("shim create"):
                 await shim.create(self._bundles.request(container, pod))
             with recipe.step("runtime run"):
@@ -380,7 +380,7 @@ class Containers:
     async def _abort_start(self, container: state.Container) -> None:
         """Have the shim end a start. That there is none yet, or none any more, is fine."""
         request = shim_pb2.KillRequest(id=container.id, signal=signal.SIGKILL, all=True)
-        with contextlib.suppress(errors.CriError), shims.translated():
+        with contextlib.suppress(errors.CriError), shims.translate_errors():
             shim = self._shims.of(container.pod_id)
             await shim.kill(request, timeout=escalation.KILL_TIMEOUT)
 
@@ -398,7 +398,9 @@ class Containers:
         """Kill every container of the pod (CRI StopPodSandbox: no grace)."""
         known = self._store.containers(pod_id)
         if any(container.id in self._running for container in known):
-            self._shims.suspect(pod_id, mute=shims.MUTE_AT_STOP)
+            self._shims.kill_if_unresponsive(
+                pod_id, unresponsive_after=shims.UNRESPONSIVE_TIMEOUT_AT_STOP
+            )
         async with asyncio.TaskGroup() as group:
             for container in known:
                 if container.id in self._running:
@@ -435,7 +437,7 @@ class Containers:
     async def _forget_in_shim(self, container: state.Container) -> None:
         """Have the shim and the OCI runtime let go of a container; nothing to do without a shim."""
         with contextlib.suppress(errors.Unavailable):
-            async with self._shims.asked(container.pod_id) as shim:
+            async with self._shims.calling(container.pod_id) as shim:
                 await shim.delete(shim_pb2.DeleteRequest(id=container.id))
 
     async def remove_all(self, pod_id: str) -> None:
@@ -457,7 +459,7 @@ class Containers:
         the file).
         """
         container = self.running(wanted)
-        async with self._shims.asked(container.pod_id) as shim:
+        async with self._shims.calling(container.pod_id) as shim:
             await shim.reopen_log(shim_pb2.ReopenLogRequest(id=container.id))
 
     # -- look -------------------------------------------------------------------------------------

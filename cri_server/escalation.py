@@ -90,11 +90,11 @@ class Escalation:
         request = shim_pb2.KillRequest(id=self._container.id, signal=number, all=everything)
         pod_id = self._container.pod_id
         try:
-            with shims.translated():
+            with shims.translate_errors():
                 await self._shims.of(pod_id).kill(request, timeout=timeout)
         except errors.CriError as e:  # a lost shim ends the container through `_follow`
             log.warning("signal not delivered", container=self._container.id, error=e.message)
             if isinstance(e, errors.DeadlineExceeded):
-                self._shims.suspect(pod_id)
+                self._shims.kill_if_unresponsive(pod_id)
             return False
         return True

@@ -93,7 +93,7 @@ class Exec:
         limit = (start.timeout_ms + start.drain_ms) / 1000 + SHIM_SLACK
         try:
             async with asyncio.timeout(limit if start.timeout_ms else None):
-                with shims.translated():
+                with shims.translate_errors():
                     return await self._shims.of(pod_id).exec_sync(start, max_bytes=OUTPUT_LIMIT)
         except TimeoutError as e:
             raise errors.DeadlineExceeded(

@@ -235,7 +235,7 @@ class Pods:
         with recipe.step("shim"):  # uninterrupted: of a shim half born nobody would know
             shim_pid, start_time = await side_by_side.uninterrupted(self._shims.fork(pod))
         with recipe.step("namespaces"):
-            async with self._shims.asked(pod.id) as shim:
+            async with self._shims.calling(pod.id) as shim:
                 await shim.create_sandbox(self._sandbox_request(pod))
         network.made.set()
         if self._handlers.of(pod.handler).has_guest_kernel:  # which takes its addresses at start

@@ -20,8 +20,8 @@ shims: a hung runtime or plugin is left to tasks behind it (`close` ends them). 
 through, calls for the same pod or container wait for them, by its lock.
 
 A shim that does not answer within 5 s is not dead: its pod stays listed as it was, who wants its
-containers waits, and the above is done when the shim speaks, or was mute for `shims.MUTE` seconds
-and was killed.
+containers waits, and the above is done when the shim speaks, or said nothing for
+`shims.UNRESPONSIVE_TIMEOUT` seconds and was killed.
 """
 
 import asyncio
@@ -126,7 +126,9 @@ class Recovery:
         """
         wanted = pod.state in (state.PodState.READY, state.PodState.STOPPED)
         try:
-            return await self._adopt(pod, shims.MUTE if wanted else shims.CONNECT_TIMEOUT)
+            return await self._adopt(
+                pod, shims.UNRESPONSIVE_TIMEOUT if wanted else shims.CONNECT_TIMEOUT
+            )
         except Exception as e:
             log.error("pod sandbox not recovered", pod=pod.id, error=repr(e))
             return None
@@ -210,21 +212,21 @@ class Recovery:
     async def _forget_stray(self, pod: state.Pod, container_id: str) -> None:
         log.warning("container without a record: ended", pod=pod.id, container=container_id)
         try:
-            async with asyncio.timeout(POD_TIMEOUT), self._shims.asked(pod.id) as shim:
+            async with asyncio.timeout(POD_TIMEOUT), self._shims.calling(pod.id) as shim:
                 await shim.delete(shim_pb2.DeleteRequest(id=container_id))
         except Exception as e:
             log.error("container not ended", container=container_id, error=repr(e))
 
-    async def _adopt(self, pod: state.Pod, mute: float) -> containers.Seen:
+    async def _adopt(self, pod: state.Pod, unresponsive_after: float) -> containers.Seen:
         """Return what the pod's shim knows of its containers, None when there is no shim or it has
-        said nothing for `mute` seconds.
+        said nothing for `unresponsive_after` seconds.
         """
         self._shims.remember(pod)
         if pod.boot_id != state.boot_id() or not self._files.socket(pod.id).exists():
             return None
         try:
-            await self._shims.adopt(pod.id, mute=mute)
-            async with self._shims.asked(pod.id, mute=mute) as shim:
+            await self._shims.adopt(pod.id, unresponsive_after=unresponsive_after)
+            async with self._shims.calling(pod.id, unresponsive_after=unresponsive_after) as shim:
                 answer = await shim.state(shim_pb2.StateRequest())
         except errors.CriError as e:
             log.warning("shim not adopted", pod=pod.id, error=e.message)

@@ -75,7 +75,7 @@ class SandboxContainers:
             bundle=str(self._files.bundle(pod.id)),
             cgroups=self._groups.directories(cgroups_path),
         )
-        async with self._shims.asked(pod.id) as shim:
+        async with self._shims.calling(pod.id) as shim:
             await shim.create(request)
             return (await shim.start(shim_pb2.StartRequest(id=pod.id))).pid
 

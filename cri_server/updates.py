@@ -164,7 +164,7 @@ class Updates:
             limits, quota = _without_quota(limits, directories["cpu"])
             files |= quota
         request = shim_pb2.UpdateRequest(id=container.id, resources=msgspec.json.encode(limits))
-        async with self._shims.asked(container.pod_id) as shim:
+        async with self._shims.calling(container.pod_id) as shim:
             await shim.update(request)
         await asyncio.to_thread(_write_all, files)
 
