@@ -57,7 +57,7 @@ Seen = Mapping[str, shim_pb2.Container] | None  # what a shim knows; None: there
 
 
 class Containers:
-    """What CreateContainer and its relatives do."""
+    """What CreateContainer and its relatives do. Each id may be a unique prefix of one."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Containers:
 
     # -- create -----------------------------------------------------------------------------------
 
-    async def create(self, pod_id: str, wanted: api.ContainerConfig) -> str:
+    async def create(self, pod_id: str, config: api.ContainerConfig) -> str:
         """Prepare a container in a ready pod and return its id, or leave nothing behind.
 
         Raises NotFound for the pod or the image, FailedPrecondition for a pod that is not ready,
@@ -93,29 +93,29 @@ class Containers:
         """
         pod = self._ready_pod(pod_id)
         self._prewarm.start()  # it is mostly started at once
-        if not (wanted.metadata.name and wanted.image.image):
+        if not (config.metadata.name and config.image.image):
             raise errors.InvalidArgument("config.metadata.name or config.image.image is missing")
-        image = self._image(wanted.image.image)
+        image = self._image(config.image.image)
         facts = self._handlers.facts(pod.handler)
-        spec.validate_container(wanted, pod.config, facts, image=image.config)
-        self._handlers.check_memory(pod.handler, wanted.linux.resources)
-        self._check_annotations(pod, wanted)
-        log_path(pod.config, wanted)
-        wanted, volumes = imagevolumes.resolve(wanted, self._images)
-        now = self._store.container_time(pod.id, wanted.metadata.name)
-        container = _new(pod, wanted, image, now=now)
+        spec.validate_container(config, pod.config, facts, image=image.config)
+        self._handlers.check_memory(pod.handler, config.linux.resources)
+        self._check_annotations(pod, config)
+        log_path(pod.config, config)
+        config, volumes = imagevolumes.resolve(config, self._images)
+        now = self._store.container_time(pod.id, config.metadata.name)
+        container = _new(pod, config, image, now=now)
         plan = container_plan.ContainerPlan(
             pod=pod, container=container, image=image, facts=facts, volumes=volumes
         )
         return await self._attempts.join(container.name, lambda: self._create(plan))
 
-    def _check_annotations(self, pod: state.Pod, wanted: api.ContainerConfig) -> None:
+    def _check_annotations(self, pod: state.Pod, config: api.ContainerConfig) -> None:
         """Refuse what does not count; the pod's too, for the configuration may have changed."""
         handler, facts = self._handlers.of(pod.handler), self._handlers.facts(pod.handler)
         of_pod = handler.allowed(handler.pod_annotations, pod.config.annotations)
         spec.check_pod_annotations(pod.config, of_pod, facts)
-        own = handler.allowed(handler.container_annotations, wanted.annotations)
-        spec.check_container_annotations(wanted, own, facts)
+        own = handler.allowed(handler.container_annotations, config.annotations)
+        spec.check_container_annotations(config, own, facts)
 
     def _ready_pod(self, pod_id: str) -> state.Pod:
         pod = self._store.pod(pod_id)
@@ -123,10 +123,10 @@ class Containers:
             raise errors.FailedPrecondition(f"pod sandbox {pod.id[:13]} is not ready")
         return pod
 
-    def _image(self, wanted: str) -> images.Image:
-        image = self._images.find(wanted)
+    def _image(self, name: str) -> images.Image:
+        image = self._images.find(name)
         if image is None:
-            raise errors.NotFound(f"image {wanted[:200]!r} is not present: pull it first")
+            raise errors.NotFound(f"image {name[:200]!r} is not present: pull it first")
         return image
 
     async def _create(self, plan: container_plan.ContainerPlan) -> str:
@@ -159,11 +159,11 @@ class Containers:
         self._publish(events.CREATED, container)
         return container.id
 
-    def _target(self, pod: state.Pod, wanted: api.ContainerConfig) -> int:
+    def _target(self, pod: state.Pod, config: api.ContainerConfig) -> int:
         """Return the pid whose PID namespace the container joins (NamespaceMode TARGET), 0 for
         none.
         """
-        options = wanted.linux.security_context.namespace_options
+        options = config.linux.security_context.namespace_options
         if options.pid != api.NamespaceMode.TARGET:
             return 0
         target = self._store.container(options.target_id)
@@ -184,14 +184,14 @@ class Containers:
 
     # -- start ------------------------------------------------------------------------------------
 
-    async def start(self, wanted: str) -> None:
+    async def start(self, container_id: str) -> None:
         """Run a created container (CRI StartContainer).
 
         A failure leaves it EXITED with exit code 128, reason StartError and the runtime's message,
         so that the kubelet can show it. Raises NotFound, FailedPrecondition when it is not in state
         CREATED, else what the runtime said.
         """
-        container = self._store.container(wanted)
+        container = self._store.container(container_id)
         async with self._locks.held(container.id):
             container = self._store.container(container.id)
             if container.state != CREATED:
@@ -347,14 +347,14 @@ class Containers:
 
     # -- stop -------------------------------------------------------------------------------------
 
-    async def stop(self, wanted: str, timeout: float) -> None:
+    async def stop(self, container_id: str, timeout: float) -> None:
         """End a container: its stop signal, `timeout` seconds of grace, SIGKILL. OK when unknown or
         not running.
 
         Returns when the process is gone. A negative timeout counts as 0, which kills at once.
         """
         with contextlib.suppress(errors.NotFound):
-            container, timeout = self._store.container(wanted), max(timeout, 0.0)
+            container, timeout = self._store.container(container_id), max(timeout, 0.0)
             ended = self._running.get(container.id)
             if ended is None:
                 ended = await self._after_start(container, timeout)
@@ -410,12 +410,12 @@ class Containers:
 
     # -- remove -----------------------------------------------------------------------------------
 
-    async def remove(self, wanted: str) -> None:
+    async def remove(self, container_id: str) -> None:
         """Kill the container if it runs and remove all that is its own, but the log. OK when
         unknown.
         """
         with contextlib.suppress(errors.NotFound):
-            container = self._store.container(wanted)
+            container = self._store.container(container_id)
             while True:
                 await self.stop(container.id, 0)
                 if await self._removed(container.id):
@@ -454,44 +454,44 @@ class Containers:
 
     # -- log --------------------------------------------------------------------------------------
 
-    async def reopen_log(self, wanted: str) -> None:
+    async def reopen_log(self, container_id: str) -> None:
         """Write to the log path anew from now on (CRI ReopenContainerLog, after the kubelet renamed
         the file).
         """
-        container = self.running(wanted)
+        container = self.running(container_id)
         async with self._shims.calling(container.pod_id) as shim:
             await shim.reopen_log(shim_pb2.ReopenLogRequest(id=container.id))
 
     # -- look -------------------------------------------------------------------------------------
 
-    def record(self, wanted: str) -> state.Container:
+    def record(self, container_id: str) -> state.Container:
         """Return the record of a container. Raises NotFound."""
-        return self._store.container(wanted)
+        return self._store.container(container_id)
 
-    def running(self, wanted: str) -> state.Container:
+    def running(self, container_id: str) -> state.Container:
         """Return the record of a container that runs. Raises NotFound, FailedPrecondition."""
-        container = self._store.container(wanted)
+        container = self._store.container(container_id)
         if container.state != RUNNING:
             raise errors.FailedPrecondition(
                 f"container {container.id[:13]} is not running: {_state_name(container)}"
             )
         return container
 
-    def list(self, wanted: api.ContainerFilter) -> Sequence[api.Container]:
+    def list(self, selector: api.ContainerFilter) -> Sequence[api.Container]:
         """Return the containers that match every part of the filter; unknown ids match none."""
-        return [containerstatus.item(c) for c in self.matching(wanted)]
+        return [containerstatus.item(c) for c in self.matching(selector)]
 
-    def matching(self, wanted: api.ContainerFilter) -> Sequence[state.Container]:
+    def matching(self, selector: api.ContainerFilter) -> Sequence[state.Container]:
         """Return the records behind `list`."""
-        return [c for c in self._store.containers() if containerstatus.matches(c, wanted)]
+        return [c for c in self._store.containers() if containerstatus.matches(c, selector)]
 
     def of_pod(self, pod_id: str) -> Sequence[state.Container]:
         """Return the records of one pod's containers."""
         return [c for c in self._store.containers(pod_id) if containerstatus.visible(c)]
 
-    def status(self, wanted: str) -> api.ContainerStatus:
+    def status(self, container_id: str) -> api.ContainerStatus:
         """Return the CRI status. Raises NotFound."""
-        return containerstatus.status(self._store.container(wanted))
+        return containerstatus.status(self._store.container(container_id))
 
     def statuses(self, pod_id: str) -> Sequence[api.ContainerStatus]:
         """Return the statuses of all containers of a pod."""
@@ -502,23 +502,23 @@ class Containers:
         ]
 
 
-def log_path(pod: api.PodSandboxConfig, wanted: api.ContainerConfig) -> str:
+def log_path(pod: api.PodSandboxConfig, config: api.ContainerConfig) -> str:
     """Return the absolute log path, "" when output is discarded.
 
     Raises InvalidArgument for a path that leaves the pod's log directory (hazards V25), or is below
     none, or holds a control character.
     """
-    if not wanted.log_path:
+    if not config.log_path:
         return ""
     if not pod.log_directory:
         where = "the pod has no log_directory that it could be below"
-        raise errors.InvalidArgument(f"log_path {wanted.log_path[:200]!r}: {where}")
-    path = posixpath.normpath(posixpath.join(pod.log_directory, wanted.log_path.lstrip("/")))
+        raise errors.InvalidArgument(f"log_path {config.log_path[:200]!r}: {where}")
+    path = posixpath.normpath(posixpath.join(pod.log_directory, config.log_path.lstrip("/")))
     inside = posixpath.normpath(pod.log_directory).rstrip("/") + "/"
     if not path.startswith(inside):
-        raise errors.InvalidArgument(f"log_path {wanted.log_path[:200]!r} leaves the log directory")
+        raise errors.InvalidArgument(f"log_path {config.log_path[:200]!r} leaves the log directory")
     if any(ord(c) < 32 or ord(c) == 127 for c in path):
-        raise errors.InvalidArgument(f"log_path {wanted.log_path[:200]!r}: control character")
+        raise errors.InvalidArgument(f"log_path {config.log_path[:200]!r}: control character")
     return path
 
 
@@ -535,22 +535,22 @@ async def _persist(attempt: Callable[[], Awaitable[T]], failure: str, container_
 
 
 def _new(
-    pod: state.Pod, wanted: api.ContainerConfig, image: images.Image, *, now: int
+    pod: state.Pod, config: api.ContainerConfig, image: images.Image, *, now: int
 ) -> state.Container:
     return state.Container(
         id=names.new_id(),
         pod_id=pod.id,
         handler=pod.handler,
-        config=wanted,
-        raw=state.raw_config(wanted),
+        config=config,
+        raw=state.raw_config(config),
         created_at=now,
         boot_id=state.boot_id(),
         image_id=image.id,
         image_ref=next(iter(image.repo_digests), image.id),
-        image_name=next(iter(image.repo_tags), wanted.image.user_specified_image or image.id),
+        image_name=next(iter(image.repo_tags), config.image.user_specified_image or image.id),
         layers=image.layers,
-        log_path=log_path(pod.config, wanted),
-        stop_signal=spec.stop_signal(wanted, image.config),
+        log_path=log_path(pod.config, config),
+        stop_signal=spec.stop_signal(config, image.config),
     )
 
 

@@ -36,7 +36,7 @@ class _Config(msgspec.Struct):
 
 
 class Exec:
-    """What ExecSync does."""
+    """What ExecSync does. `container_id` is an id or a unique prefix of one."""
 
     def __init__(
         self,
@@ -52,14 +52,16 @@ class Exec:
         self._bundles, self._shims = bundle_host, shim_host
         self._decoder = msgspec.json.Decoder(_Config)
 
-    async def sync(self, wanted: str, cmd: Sequence[str], *, timeout: float) -> client.ExecResult:
+    async def sync(
+        self, container_id: str, cmd: Sequence[str], *, timeout: float
+    ) -> client.ExecResult:
         """Run `cmd` and return its output and exit code; `timeout` in seconds, 0 is no limit.
 
         Raises NotFound, FailedPrecondition when the container does not run, InvalidArgument without
         a command, DeadlineExceeded when the time is over (a kubelet probe then counts as failed);
         nothing of the exec is left then.
         """
-        container = self._containers.running(wanted)
+        container = self._containers.running(container_id)
         start = self.start(container, cmd)
         start.timeout_ms = max(int(timeout * 1000), 0)
         done = await self._run(container.pod_id, start)

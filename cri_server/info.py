@@ -40,7 +40,9 @@ def package_version() -> str:
 
 
 class Info:
-    """Answers Version, Status, RuntimeConfig and the two *Status calls."""
+    """Answers Version, Status, RuntimeConfig and the two *Status calls. Each id may be a unique
+    prefix of one.
+    """
 
     def __init__(
         self,
@@ -72,11 +74,11 @@ class Info:
         driver = api.CgroupDriver.SYSTEMD if systemd else api.CgroupDriver.CGROUPFS
         return api.RuntimeConfigResponse(linux=api.LinuxRuntimeConfiguration(cgroup_driver=driver))
 
-    def update(self, wanted: api.RuntimeConfig) -> None:
+    def update(self, config: api.RuntimeConfig) -> None:
         """Remember the node's pod CIDR (CRI UpdateRuntimeConfig); `Status` shows it, plugins bring
         their own.
         """
-        self._pod_cidr = wanted.network_config.pod_cidr
+        self._pod_cidr = config.network_config.pod_cidr
 
     # -- status -----------------------------------------------------------------------------------
 
@@ -189,11 +191,11 @@ class Info:
 
     # -- pods and containers ----------------------------------------------------------------------
 
-    def pod_status(self, wanted: str, *, verbose: bool) -> api.PodSandboxStatusResponse:
+    def pod_status(self, pod_id: str, *, verbose: bool) -> api.PodSandboxStatusResponse:
         """Return the pod's status with those of its containers, which spares the kubelet a call for
         each.
         """
-        pod = self._pods.record(wanted)
+        pod = self._pods.record(pod_id)
         return api.PodSandboxStatusResponse(
             status=self._pods.status(pod.id),
             containers_statuses=self._containers.statuses(pod.id),
@@ -216,8 +218,8 @@ class Info:
             "config": _message(pod.config),
         }
 
-    def container_status(self, wanted: str, *, verbose: bool) -> api.ContainerStatusResponse:
-        container = self._containers.record(wanted)
+    def container_status(self, container_id: str, *, verbose: bool) -> api.ContainerStatusResponse:
+        container = self._containers.record(container_id)
         return api.ContainerStatusResponse(
             status=self._containers.status(container.id),
             info={"info": _json(self._container_info(container.id))} if verbose else {},

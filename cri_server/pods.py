@@ -70,7 +70,7 @@ class _NetworkEvents(NamedTuple):
 
 
 class Pods:
-    """What RunPodSandbox and its relatives do."""
+    """What RunPodSandbox and its relatives do. `pod_id` is an id or a unique prefix of one."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class Pods:
 
     # -- run --------------------------------------------------------------------------------------
 
-    async def run(self, wanted: api.PodSandboxConfig, handler: str) -> str:
+    async def run(self, config: api.PodSandboxConfig, handler: str) -> str:
         """Bring a pod sandbox to ready and return its id, or leave nothing behind.
 
         The same metadata again waits for the attempt in flight or returns the finished pod
@@ -109,24 +109,24 @@ class Pods:
         """
         key = self._handlers.key(handler)
         served_by, facts = self._handlers.of(key), self._handlers.facts(key)
-        spec.validate_sandbox(wanted, facts)
-        allowed = served_by.allowed(served_by.pod_annotations, wanted.annotations)
-        spec.check_pod_annotations(wanted, allowed, facts)
+        spec.validate_sandbox(config, facts)
+        allowed = served_by.allowed(served_by.pod_annotations, config.annotations)
+        spec.check_pod_annotations(config, allowed, facts)
         known = self._handlers.host_facts.runtimes.get(key)
         await host.check_runtime(revisions.name_of(key), served_by, known)
-        m = wanted.metadata
+        m = config.metadata
         name = (m.name, m.namespace, m.uid, m.attempt)
-        return await self._attempts.join(name, lambda: self._run(name, wanted, handler, key))
+        return await self._attempts.join(name, lambda: self._run(name, config, handler, key))
 
     async def _run(
-        self, name: state.PodName, wanted: api.PodSandboxConfig, handler: str, key: str
+        self, name: state.PodName, config: api.PodSandboxConfig, handler: str, key: str
     ) -> str:
         earlier = self._store.pod_named(name)
         if earlier is not None and earlier.state is not state.PodState.FAILED:
             return earlier.id
         if earlier is not None:
             await self.remove(earlier.id)
-        pod = await self._begin(wanted, handler, key)
+        pod = await self._begin(config, handler, key)
         try:
             await self._make(pod)
         except BaseException as e:
@@ -137,28 +137,28 @@ class Pods:
             self._events.publish(kind, pod.id, pod=pod.id)
         return pod.id
 
-    async def _begin(self, wanted: api.PodSandboxConfig, handler: str, key: str) -> state.Pod:
+    async def _begin(self, config: api.PodSandboxConfig, handler: str, key: str) -> state.Pod:
         """Record the intent, with what has to be taken back if we are killed at the next line."""
         pod = state.new_pod(
-            wanted,
+            config,
             runtime_handler=handler,
             handler=key,
-            now=self._store.pod_time(wanted.metadata),
+            now=self._store.pod_time(config.metadata),
         )
-        made = self._groups.missing(self._groups.pod_parent(pod.id, wanted.linux.cgroup_parent))
+        made = self._groups.missing(self._groups.pod_parent(pod.id, config.linux.cgroup_parent))
         network: Mapping[str, object] | None = {} if pod.own_network else None
         await self._handlers.keep(key)
-        with self._selinux_level(wanted) as level:
+        with self._selinux_level(config) as level:
             return await self._store.put_pod(
                 dataclasses.replace(pod, cgroups_made=made, network=network, selinux_level=level)
             )
 
     def _selinux_level(
-        self, wanted: api.PodSandboxConfig
+        self, config: api.PodSandboxConfig
     ) -> contextlib.AbstractContextManager[str]:
         if self._handlers.host_facts.selinux is None:
             return contextlib.nullcontext("")
-        return self._selinux_levels.held(spec.asked_level(wanted))
+        return self._selinux_levels.held(spec.asked_level(config))
 
     async def _make(self, pod: state.Pod) -> None:
         """Make all that a pod is, two things at a time.
@@ -253,12 +253,12 @@ class Pods:
 
     # -- stop and remove --------------------------------------------------------------------------
 
-    async def stop(self, wanted: str) -> None:
+    async def stop(self, pod_id: str) -> None:
         """End every container and give back the network (CRI StopPodSandbox). OK when unknown or
         stopped, and when all is ended but CNI's DEL failed: no namespace refers to it any more.
         """
         with contextlib.suppress(errors.NotFound):
-            pod = self._listed(wanted)
+            pod = self._listed(pod_id)
             async with self._locks.held(pod.id):
                 await self._stop(self._store.pod(pod.id))
 
@@ -283,14 +283,14 @@ class Pods:
         self._events.publish(events.STOPPED, pod.id, pod=pod.id)
         return noted
 
-    async def remove(self, wanted: str) -> None:
+    async def remove(self, pod_id: str) -> None:
         """Stop the pod and remove all that is its own (CRI RemovePodSandbox). OK when unknown.
 
         Raises what the CNI plugins said while they do not give the network back; until then the pod
         is listed.
         """
         with contextlib.suppress(errors.NotFound):
-            pod = self._listed(wanted)
+            pod = self._listed(pod_id)
             async with self._locks.held(pod.id):
                 if owed := await self._stop(self._store.pod(pod.id)):
                     raise owed
@@ -451,26 +451,26 @@ class Pods:
 
     # -- look -------------------------------------------------------------------------------------
 
-    def status(self, wanted: str) -> api.PodSandboxStatus:
+    def status(self, pod_id: str) -> api.PodSandboxStatus:
         """Return the CRI status. Raises NotFound."""
-        return podstatus.status(self._listed(wanted))
+        return podstatus.status(self._listed(pod_id))
 
-    def list(self, wanted: api.PodSandboxFilter) -> Sequence[api.PodSandbox]:
+    def list(self, selector: api.PodSandboxFilter) -> Sequence[api.PodSandbox]:
         """Return the pods that match every part of the filter; an unknown id matches none."""
-        return [podstatus.item(p) for p in self.matching(wanted)]
+        return [podstatus.item(p) for p in self.matching(selector)]
 
-    def matching(self, wanted: api.PodSandboxFilter) -> Sequence[state.Pod]:
+    def matching(self, selector: api.PodSandboxFilter) -> Sequence[state.Pod]:
         """Return the records behind `list`."""
-        return [p for p in self._store.pods() if podstatus.matches(p, wanted)]
+        return [p for p in self._store.pods() if podstatus.matches(p, selector)]
 
-    def record(self, wanted: str) -> state.Pod:
+    def record(self, pod_id: str) -> state.Pod:
         """Return the record behind a listed pod. Raises NotFound."""
-        return self._listed(wanted)
+        return self._listed(pod_id)
 
-    def _listed(self, wanted: str) -> state.Pod:
-        pod = self._store.pod(wanted)
+    def _listed(self, pod_id: str) -> state.Pod:
+        pod = self._store.pod(pod_id)
         if not podstatus.visible(pod):
-            raise errors.NotFound(f"pod sandbox {wanted[:80]!r} not found")
+            raise errors.NotFound(f"pod sandbox {pod_id[:80]!r} not found")
         return pod
 
     # -- what the shim and the CNI plugins are asked ----------------------------------------------

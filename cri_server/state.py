@@ -162,11 +162,11 @@ class Store:
 
     # -- pods -------------------------------------------------------------------------------------
 
-    def pod(self, wanted: str) -> Pod:
+    def pod(self, pod_id: str) -> Pod:
         """Return the pod with this id or unique prefix. Raises NotFound, InvalidArgument when
         ambiguous.
         """
-        return self._pods[names.resolve(wanted, self._pods.keys(), "pod sandbox")]
+        return self._pods[names.resolve(pod_id, self._pods.keys(), "pod sandbox")]
 
     def pods(self) -> list[Pod]:
         return list(self._pods.values())
@@ -211,9 +211,9 @@ class Store:
 
     # -- containers -------------------------------------------------------------------------------
 
-    def container(self, wanted: str) -> Container:
+    def container(self, container_id: str) -> Container:
         """Return the container with this id or unique prefix. Raises NotFound, InvalidArgument."""
-        return self._containers[names.resolve(wanted, self._containers.keys(), "container")]
+        return self._containers[names.resolve(container_id, self._containers.keys(), "container")]
 
     def containers(self, pod_id: str | None = None) -> list[Container]:
         """Return all containers, or those of one pod, oldest first."""

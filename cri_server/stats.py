@@ -37,7 +37,7 @@ class _Sample:
 
 
 class Stats:
-    """Answers ContainerStats, PodSandboxStats and their lists."""
+    """Answers ContainerStats, PodSandboxStats and their lists. Each id may be a unique prefix."""
 
     def __init__(
         self,
@@ -55,20 +55,20 @@ class Stats:
 
     # -- containers -------------------------------------------------------------------------------
 
-    async def container(self, wanted: str) -> api.ContainerStats:
+    async def container(self, container_id: str) -> api.ContainerStats:
         """Return the stats of one container. Raises NotFound, FailedPrecondition once it ended."""
-        container = self._containers.record(wanted)
+        container = self._containers.record(container_id)
         if container.finished_at:
             raise errors.FailedPrecondition(f"container {container.id[:13]} has ended: no stats")
         return (await self._read([container]))[0]
 
-    async def containers(self, wanted: api.ContainerStatsFilter) -> Sequence[api.ContainerStats]:
+    async def containers(self, selector: api.ContainerStatsFilter) -> Sequence[api.ContainerStats]:
         """Return the stats of all containers that match and have not ended."""
         records = self._containers.matching(
             api.ContainerFilter(
-                id=wanted.id,
-                pod_sandbox_id=wanted.pod_sandbox_id,
-                label_selector=wanted.label_selector,
+                id=selector.id,
+                pod_sandbox_id=selector.pod_sandbox_id,
+                label_selector=selector.label_selector,
             )
         )
         alive = [c for c in records if not c.finished_at]
@@ -114,17 +114,17 @@ class Stats:
 
     # -- pods -------------------------------------------------------------------------------------
 
-    async def pod(self, wanted: str) -> api.PodSandboxStats:
+    async def pod(self, pod_id: str) -> api.PodSandboxStats:
         """Return the stats of one pod. Raises NotFound, Unavailable when it is not ready."""
-        pod = self._pods.record(wanted)
+        pod = self._pods.record(pod_id)
         if pod.state is not state.PodState.READY:
             raise errors.Unavailable(f"pod sandbox {pod.id[:13]} is not ready: no stats")
         return (await self._read_pods([pod]))[0]
 
-    async def pods(self, wanted: api.PodSandboxStatsFilter) -> Sequence[api.PodSandboxStats]:
+    async def pods(self, selector: api.PodSandboxStatsFilter) -> Sequence[api.PodSandboxStats]:
         """Return the stats of all ready pods that match."""
         chosen = self._pods.matching(
-            api.PodSandboxFilter(id=wanted.id, label_selector=wanted.label_selector)
+            api.PodSandboxFilter(id=selector.id, label_selector=selector.label_selector)
         )
         self._forget()
         return await self._read_pods([p for p in chosen if p.state is state.PodState.READY])
