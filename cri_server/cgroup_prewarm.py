@@ -35,8 +35,8 @@ class Prewarm:
 
 
 def stay(mounts: Mapping[str, Path]) -> None:
-    """Move this process to where it is. Blocks for the grace period; who may not write does
-    without.
+    """Move this process to where it is. Blocks for the grace period; a server that may not write
+    does without.
     """
     with contextlib.suppress(OSError):
         if file := _own(mounts):

@@ -138,7 +138,7 @@ class Containers:
         layers = {layer for i in (plan.image, *plan.volumes.values()) for layer in i.layers}
         async with self._collector.claim(layers):  # a RemoveImage comes before us or after us
             container = await self._store.put_container(plan.container)
-            async with self._locks.held(container.id):  # a removal waits for the end of the making
+            async with self._locks.held(container.id):  # a removal waits until it is made or undone
                 return await self._make(plan)
 
     async def _make(self, plan: container_plan.ContainerPlan) -> str:
@@ -174,7 +174,7 @@ class Containers:
         return target.pid
 
     async def _undo(self, container: state.Container, why: str) -> None:
-        """Release a container whose making failed; if that fails too it stays listed, EXITED."""
+        """Release a container whose creation failed; if that fails too it stays listed, EXITED."""
         try:
             await self._bundles.remove(container)
             await self._store.forget_container(container)
@@ -229,7 +229,7 @@ class Containers:
         """Record a failed start, once nothing of it can come true any more."""
         if isinstance(error, errors.Unavailable):  # what the shim has begun may go on without it
             if await self._shims.reconnect(container.pod_id):
-                return  # it is we who end; the next server asks it what became of the start
+                return  # it is this server that ends; the next one asks it what became of the start
             await self._lost(container)
         elif not isinstance(error, errors.CriError):  # a bug of ours, at whatever point
             with contextlib.suppress(errors.CriError):
@@ -253,7 +253,7 @@ class Containers:
 
     async def _follow(self, container: state.Container) -> None:
         """See a container to its end, whatever fails on the way: nobody else would tell of it, and
-        who stops it waits for that. The root of a task of its own.
+        a call that stops it waits for that. The root of a task of its own.
         """
         see = functools.partial(self._see_end, container)
         await _persist(see, "end of a container not told", container.id)
@@ -303,8 +303,8 @@ class Containers:
 
     async def recover(self, container: state.Container, finding: Awaitable[Seen]) -> None:
         """Bring a record of an earlier server to what its shim says, and wait for its end if that
-        has come. It may take until after the server is ready: who wants to start, stop or remove
-        the container meanwhile waits.
+        has come. It may take until after the server is ready: calls that start, stop or remove
+        the container meanwhile wait.
         """
         async with self._locks.held(container.id):
             seen = (await finding or {}).get(container.id)

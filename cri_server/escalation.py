@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The way to the end of a container: its stop signal, a grace period, SIGKILL until it is dead.
 
-It goes on when those who asked for it go away, and ends with the container; asked again it can only
+It goes on when its callers go away, and ends with the container; asked again it can only
 become shorter. With the server it ends: the kubelet asks again. That the container has ended is
-told by who follows it (`containers`).
+told by `Containers.follow`.
 
 A signal goes through the shim. One that is slow, as its log's disk may be, costs nobody's life: the
 grace period goes on, and after it this one container is killed without it.
@@ -86,7 +86,9 @@ class Escalation:
     async def _signal(
         self, number: int, *, everything: bool = False, timeout: float = KILL_TIMEOUT
     ) -> bool:
-        """Have the shim send a signal; return whether it did. One that says nothing is suspect."""
+        """Have the shim send a signal; return whether it did. One that goes on saying nothing is
+        killed.
+        """
         request = shim_pb2.KillRequest(id=self._container.id, signal=number, all=everything)
         pod_id = self._container.pod_id
         try:

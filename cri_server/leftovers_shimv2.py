@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Leftovers of pods whose containerd shim has lost our own shim: processes, state, the home.
 
-All is found by the home (`shim.binary`): who has it in the environment is killed, the binary's
-`delete` is run for each container that is noted there, and the folder goes last. A home whose owner
-lives is left alone. All of it can be done again.
+All is found by the home (`shim.binary`): a process that has it in the environment is killed, the
+binary's `delete` is run for each container that is noted there, and the folder goes last. A home
+whose owner lives is left alone. All of it can be done again.
 """
 
 import asyncio

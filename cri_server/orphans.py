@@ -5,9 +5,9 @@
     kill(words) ─┼─► one look at all processes ─► whose words they are is killed ─► the answers
     kill(words) ─┘
 
-Who asks while a look goes on waits for the next one, which answers all of them. A process that
-hangs in the kernel may let nobody read its words, so a look has its `own_thread`: it is given up,
-and the next one passes that process by (hazards.md R24). Nothing outlives the server.
+A caller that asks while a look goes on waits for the next one, which answers all of them. A process
+that hangs in the kernel may let nobody read its words, so a look has its `own_thread`: it is given
+up, and the next one passes that process by (hazards.md R24). Nothing outlives the server.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ class _Request(NamedTuple):
 
 
 class Orphans:
-    """Finds and kills them, in one look for all who ask."""
+    """Finds and kills them, in one look for all callers."""
 
     def __init__(self) -> None:
         self._requests: list[_Request] = []
@@ -51,7 +51,7 @@ class Orphans:
             self._requests = []
             found = await _looked([r.words for r in asked])
             for request, any_found in zip(asked, found, strict=True):
-                if not request.answer.done():  # who asked may have gone
+                if not request.answer.done():  # the caller may have gone
                     request.answer.set_result(any_found)
 
 
@@ -65,7 +65,7 @@ async def _looked(asked: Sequence[tuple[str, ...]]) -> Sequence[bool]:
 
 
 def _kill(asked: Sequence[tuple[str, ...]]) -> Sequence[bool]:
-    """Kill what has all the words of one of those who ask; tell each whether there was any."""
+    """Kill what has all the words of one of the callers; tell each whether there was any."""
     wanted = [{word.encode() for word in words} for words in asked]
     found = [False] * len(asked)
     for each in list(process.candidates(word for words in asked for word in words)):

@@ -244,7 +244,7 @@ class Pods:
             return _Started(shim_pid, start_time, await self._sandboxes.start(pod))
 
     async def _undo(self, pod: state.Pod) -> None:
-        """Release a pod whose making failed; if that fails too it stays listed NOTREADY."""
+        """Release a pod whose creation failed; if that fails too it stays listed NOTREADY."""
         try:
             await self.release(pod)
         except Exception as e:
@@ -446,7 +446,7 @@ class Pods:
                 task.add_done_callback(self._ending.discard)
 
     async def close(self) -> None:
-        """Give up the pods in the making, before that by which they are taken back is closed."""
+        """Give up the pods in creation, before what their undo needs is closed."""
         await self._attempts.close()
 
     # -- look -------------------------------------------------------------------------------------

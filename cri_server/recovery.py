@@ -19,8 +19,8 @@ NOTREADY. The server answers UNAVAILABLE until `run` is done. That waits for not
 shims: a hung runtime or plugin is left to tasks behind it (`close` ends them). Until those are
 through, calls for the same pod or container wait for them, by its lock.
 
-A shim that does not answer within 5 s is not dead: its pod stays listed as it was, who wants its
-containers waits, and the above is done when the shim speaks, or said nothing for
+A shim that does not answer within 5 s is not dead: its pod stays listed as it was, calls for its
+containers wait, and the above is done when the shim speaks, or said nothing for
 `shims.UNRESPONSIVE_TIMEOUT` seconds and was killed.
 """
 
@@ -187,7 +187,7 @@ class Recovery:
         self._begin(self._forget_strays(pod, {pod.id, *(c.id for c in known)}, finding))
 
     async def _release(self, pod_id: str, limit: asyncio.Semaphore) -> None:
-        """Take back what was half made; who wants to remove it too, waits."""
+        """Take back what was half made; a call that removes it too waits."""
         try:
             async with limit, asyncio.timeout(POD_TIMEOUT), self._pods.held(pod_id):
                 pod = self._store.pod(pod_id)

@@ -134,7 +134,8 @@ def _cgroups(settings: config.Config) -> cgroups.Cgroups:
 def _make_directories(settings: config.Config) -> None:
     """Make root and state, closed to other users: images hold setuid files (CVE-2021-41103).
 
-    The folders of pods and containers can be passed through, by who is let into the one below.
+    The folders of pods and containers can be passed through, by users that are let into the one
+    below.
     """
     for directory in (settings.server.root, settings.server.state):
         directory.mkdir(parents=True, exist_ok=True)

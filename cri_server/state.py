@@ -7,7 +7,7 @@
 A record is a frozen value; a change is a new record that is on disk (temporary file, then rename)
 before it can be seen in memory, so a kill at any instruction leaves the old record or the new one.
 Only the end of something is believed without: stopping and removing must work on a full disk.
-Intent is recorded first: a record whose making never ended is found by `recovery` and removed.
+Intent is recorded first: a record whose creation never ended is found by `recovery` and removed.
 Files that cannot be read are set aside as `*.broken` and logged; they never keep the server from
 starting, which then takes away what they told of (`recovery`). A record of a later version than
 ours is not spoilt: with one of those the server does not start, for it would end what runs.
@@ -59,7 +59,7 @@ class PodState(StrEnum):
     CREATING = "creating"
     READY = "ready"
     STOPPED = "stopped"
-    FAILED = "failed"  # its making failed, and so did its removal
+    FAILED = "failed"  # its creation failed, and so did its removal
 
 
 PodName = tuple[str, str, str, int]
@@ -249,7 +249,7 @@ class Store:
     async def changing(self, container_id: str) -> AsyncIterator[Container]:
         """Give the record as it is now to a block that replaces it, one block at a time.
 
-        For who changes a container that runs, and so may end meanwhile.
+        For a change of a container that runs, and so may end meanwhile.
         """
         async with self._changes.held(container_id):
             yield self._containers[container_id]

@@ -132,7 +132,7 @@ class Container:
         if self.state is State.STOPPED:
             return
         self.require(State.RUNNING, verb="kill")
-        self.cgroup.thaw()  # who is paused hears no signal
+        self.cgroup.thaw()  # a paused process gets no signal
         if self._init:
             await self._init.signal(signum)
         if everything:
@@ -152,7 +152,7 @@ class Container:
         async with self._lock:
             self.streams.close()
             self._log.close()
-            self._stopped.set()  # for who waits for one that never ran
+            self._stopped.set()  # so that `wait` returns for one that never ran
             self._ledger.close(self._kills)
             for name in (runtimes.PID_FILE, runtimes.LOG_FILE, EXIT_FILE):
                 with contextlib.suppress(OSError):

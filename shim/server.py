@@ -42,7 +42,7 @@ _REHEARSALS = 8
 class Shim:
     """All of a shim but its pod. The zygote makes one; each fork of it takes a pod over and serves.
 
-    So the making costs memory once, and the forks share it.
+    So its memory is there once, and the forks share it.
     """
 
     def __init__(self) -> None:
