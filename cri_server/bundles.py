@@ -11,7 +11,7 @@ A hostile image must not steer us or the OCI runtime (hazards.md §3): the user 
 mount targets are made here, inside the mounted root, before any runtime looks at it.
 
 `create` and `remove` are a pair; `remove` takes away whatever is there. What the OCI runtime and
-the kernel have of a container is `remains`.
+the kernel have of a container is `leftovers`.
 """
 
 import asyncio
@@ -26,17 +26,17 @@ from cri_server import (
     cgroups,
     config,
     configjson,
+    container_plan,
     errors,
-    givens,
     handlers,
+    host_inputs,
     idmap,
-    orders,
+    leftovers,
     origins,
     overlayoptions,
     podfiles,
-    relabel,
-    remains,
     rootfs,
+    selinux_relabel,
     snapshots,
     spec,
     state,
@@ -62,12 +62,12 @@ class Bundles:
         files: podfiles.PodFiles,
         groups: cgroups.Cgroups,
         layers: snapshots.Snapshots,
-        giver: givens.Giver,
-        remains_host: remains.Remains,
+        resolver: host_inputs.Resolver,
+        leftover_host: leftovers.Leftovers,
     ) -> None:
         self.root = settings.server.state / "containers"
         self._files, self._groups, self._snapshots = files, groups, layers
-        self._handlers, self._giver, self._remains = live, giver, remains_host
+        self._handlers, self._resolver, self._leftovers = live, resolver, leftover_host
         self._documents = configjson.ConfigJson(live, files=files, groups=groups)
 
     def directory(self, container_id: str) -> Path:
@@ -75,42 +75,44 @@ class Bundles:
 
     # -- create -----------------------------------------------------------------------------------
 
-    async def create(self, order: orders.Order, recipe: steps.Steps) -> state.Container:
+    async def create(
+        self, plan: container_plan.ContainerPlan, recipe: steps.Steps
+    ) -> state.Container:
         """Make the bundle; return the record with the user and the cgroup that it will have.
 
         Raises InvalidArgument for what the host or the image cannot give, FailedPrecondition for
         snapshot options that the kernel refuses, DeadlineExceeded when a host path does not answer.
         """
         with recipe.step("host paths"):
-            found = await self._giver.look(order)
-        if order.volumes:
+            found = await self._resolver.resolve(plan)
+        if plan.volumes:
             with recipe.step("image volumes"):
-                found = await self._giver.with_images(order, found)
+                found = await self._resolver.add_image_volumes(plan, found)
         with recipe.step("rootfs"):
-            await asyncio.to_thread(self._mount, order)
-        if order.ids:
+            await asyncio.to_thread(self._mount, plan)
+        if plan.ids:
             with recipe.step("id-mapped mounts"):
-                bundle = self.directory(order.container.id)
-                found = await self._giver.with_copies(order, found, bundle)
+                bundle = self.directory(plan.container.id)
+                found = await self._resolver.add_idmapped_mounts(plan, found, bundle)
         with recipe.step("spec"):
-            return await asyncio.to_thread(self._furnish, order, found)
+            return await asyncio.to_thread(self._furnish, plan, found)
 
-    def _mount(self, order: orders.Order) -> None:
+    def _mount(self, plan: container_plan.ContainerPlan) -> None:
         """Mount the root, where nobody but the container's own root can reach it."""
-        container, folder = order.container, self.directory(order.container.id)
+        container, folder = plan.container, self.directory(plan.container.id)
         folder.mkdir(parents=True, mode=0o700)
-        podfiles.admit(folder, order.owner)
+        podfiles.admit(folder, plan.owner)
         root = folder / "rootfs"
         root.mkdir(mode=0o700)
         words = self._handlers.of(container.handler).snapshot_options
-        options = (*order.labels.mount_options, *overlayoptions.of_mount(words))
+        options = (*plan.labels.mount_options, *overlayoptions.of_mount(words))
         try:
             self._snapshots.mount(
                 container.id,
                 container.layers,
                 root,
                 options,
-                mapped=self._giver.mapped(order),
+                mapped=self._resolver.mapped(plan),
                 volatile=overlayoptions.SYNC not in words,
             )
         except OSError as e:
@@ -120,21 +122,23 @@ class Bundles:
             reason = f"{label}: {', '.join(words)}: {e.strerror}"
             raise errors.FailedPrecondition(reason) from e
 
-    def _furnish(self, order: orders.Order, found: givens.Givens) -> state.Container:
+    def _furnish(
+        self, plan: container_plan.ContainerPlan, found: host_inputs.HostInputs
+    ) -> state.Container:
         """Make config.json, what the runtime will mount on, and the notes of why it is so."""
-        bundle = self.directory(order.container.id)
+        bundle = self.directory(plan.container.id)
         root = str(bundle / "rootfs")
         with why.recorded() as noted:
-            user = rootfs.resolve_user(root, spec.user_request(order.config, order.image.config))
-            spec.check_user(user, order.ids, "run_as_user")
-            document = self._documents.document(order, found, user, bundle)
-            self._make_places(root, document, order, found)
+            user = rootfs.resolve_user(root, spec.user_request(plan.config, plan.image.config))
+            spec.check_user(user, plan.ids, "run_as_user")
+            document = self._documents.document(plan, found, user, bundle)
+            self._make_places(root, document, plan, found)
         configjson.write(bundle, document)
         origins.write(bundle, noted)
         if lowered := origins.lowered(noted):
-            log.debug("the host allows less", container=order.container.id, asked=lowered)
+            log.debug("the host allows less", container=plan.container.id, asked=lowered)
         return dataclasses.replace(
-            order.container,
+            plan.container,
             uid=user.uid,
             gid=user.gid,
             groups=tuple(document["process"]["user"]["additionalGids"]),  # with those of CDI
@@ -142,25 +146,29 @@ class Bundles:
         )
 
     def _make_places(
-        self, root: str, document: Any, order: orders.Order, found: givens.Givens
+        self,
+        root: str,
+        document: Any,
+        plan: container_plan.ContainerPlan,
+        found: host_inputs.HostInputs,
     ) -> None:
         """Make mount points, working directory and VOLUMEs; what moves is put right in the mounts
         of the document.
         """
-        plain = found.plain | {p for p in self._files.paths(order.pod.id) if os.path.isfile(p)}
+        plain = found.plain | {p for p in self._files.paths(plan.pod.id) if os.path.isfile(p)}
         document["mounts"] = rootfs.make_mountpoints(
-            root, document["mounts"], files=plain, images=found.images, owner=order.owner
+            root, document["mounts"], files=plain, images=found.images, owner=plan.owner
         )
         covered = [m["destination"] for m in document["mounts"]]
-        rootfs.make_workdir(root, document["process"]["cwd"], covered=covered, owner=order.owner)
-        asked = spec.image_volumes(order.config, order.image.config)
+        rootfs.make_workdir(root, document["process"]["cwd"], covered=covered, owner=plan.owner)
+        asked = spec.image_volumes(plan.config, plan.image.config)
         if not asked:
             return
-        folder = self._snapshots.volumes(order.container.id)
-        made = volumes.make(root, asked, folder, covered=covered, owner=order.owner)
+        folder = self._snapshots.volumes(plan.container.id)
+        made = volumes.make(root, asked, folder, covered=covered, owner=plan.owner)
         document["mounts"] = spec.with_volumes(document["mounts"], made)
-        if made and (label := order.labels.mount):
-            relabel.relabel(os.path.realpath(folder), label)
+        if made and (label := plan.labels.mount):
+            selinux_relabel.relabel(os.path.realpath(folder), label)
 
     # -- start ------------------------------------------------------------------------------------
 
@@ -198,7 +206,7 @@ class Bundles:
         """End whatever is there of the container; unmount and delete whatever is there of the
         bundle and its writable layer. Idempotent.
         """
-        await self._remains.remove(container.handler, container.id, container.cgroups_path)
+        await self._leftovers.remove(container.handler, container.id, container.cgroups_path)
         await asyncio.to_thread(self.sweep, container.id)
 
     def sweep(self, container_id: str) -> None:

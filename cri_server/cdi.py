@@ -7,7 +7,7 @@
 Nothing is read before somebody asks for a device; then every folder is listed and what has changed
 is read. A file that cannot be used takes nothing with it but its own devices, and is named when
 one of those is asked for. Its hooks run as root, so it must be root's alone. Functions block, and
-for ever when a device node lies on dead storage: callers use `apart`. Nothing is kept on disk.
+for ever when a device node lies on dead storage: callers use `own_thread`. Nothing is kept on disk.
 """
 
 import errno

@@ -12,7 +12,7 @@
 
 With a prefix the last part is `<prefix>-<id>`, or `<prefix>-<id>.scope`: some tools recognise
 containers by that. Such a tool looks for a pod's network at the pod's own container, so that a pod
-without an init gets an empty cgroup of that name (`mark`).
+without a sandbox container gets an empty cgroup of that name (`mark`).
 
 The OCI runtime (through systemd, with that driver) makes the directories and removes the
 container's own. It also makes missing parents, and leaves them: `missing` tells which before a pod

@@ -28,9 +28,9 @@ from cri_server import (
     cgroups,
     config,
     defaults,
+    handler_set,
     handlers,
     host,
-    roster,
 )
 from cri_server.network import conf
 from shim import linux, mounts
@@ -73,10 +73,10 @@ async def run(settings: config.Config, *, as_json: bool) -> int:
 async def look(settings: config.Config) -> list[Finding]:
     """Return a finding for everything that is looked at, in the order of the report."""
     hierarchy = cgroups.detect()
-    now = await roster.look(settings)
+    now = await handler_set.load(settings)
     driver = cgroups.driver(settings.runtime.cgroup_driver)
-    settings, reason = defaults.choose(settings, roster.named(now), hierarchy, driver)
-    facts = host.probe(hierarchy, roster.named(now), places=settings.server)
+    settings, reason = defaults.choose(settings, handler_set.named(now), hierarchy, driver)
+    facts = host.probe(hierarchy, handler_set.named(now), places=settings.server)
     return [
         _kernel(facts),
         *_cgroups(facts, driver),
@@ -84,7 +84,7 @@ async def look(settings: config.Config) -> list[Finding]:
         _user_namespaces(facts.no_user_namespaces),
         *_security(facts),
         *_runtimes(settings, facts, driver),
-        *_drop_ins(settings, roster.with_shortfalls(now, facts)),
+        *_drop_ins(settings, handler_set.with_shortfalls(now, facts)),
         _ok("default runtime", f"{settings.runtime.default}: {reason}"),
         *await asyncio.to_thread(lambda: list(_network(settings.network))),
         *await asyncio.to_thread(lambda: list(_networks(settings.network, now))),
@@ -238,7 +238,7 @@ def _runtimes(settings: config.Config, facts: host.Host, driver: str) -> Iterato
         yield from _quirks(name, facts, driver)
 
 
-def _drop_ins(settings: config.Config, now: roster.Roster) -> Iterator[Finding]:
+def _drop_ins(settings: config.Config, now: handler_set.HandlerSet) -> Iterator[Finding]:
     """What is wrong with files of conf.d, and with what the others ask for."""
     for problem in now.problems:
         lost = settings.runtime.default in now.refused and problem.handler in now.refused
@@ -295,7 +295,7 @@ def _network(settings: config.Network) -> Iterator[Finding]:
         yield _plugin(plugin.type, settings.bin_dirs)
 
 
-def _networks(settings: config.Network, now: roster.Roster) -> Iterator[Finding]:
+def _networks(settings: config.Network, now: handler_set.HandlerSet) -> Iterator[Finding]:
     """The networks of handlers that have their own."""
     for name, revision in now.current.items():
         place = handlers.place(revision.handler, settings)

@@ -158,7 +158,7 @@ class Handler:
         return {k: shimtypes.text(v) for k, v in self.options.items() if k != TIMEOUT}
 
     @property
-    def has_kernel(self) -> bool:
+    def has_guest_kernel(self) -> bool:
         """Whether the containers of a pod run in a kernel that its sandbox container is."""
         return self.dialect in KERNELS
 
@@ -177,7 +177,7 @@ class Handler:
     @property
     def has_sandbox(self) -> bool:
         """Whether each pod has a sandbox container."""
-        return self.sandbox == "container" or self.has_kernel
+        return self.sandbox == "container" or self.has_guest_kernel
 
     def __post_init__(self) -> None:
         if "/" in self.path:
@@ -187,7 +187,7 @@ class Handler:
                 _check_absolute(key, Path(value))
         if self.cni_conf_file and not _CNI_FILE.fullmatch(self.cni_conf_file):
             raise ConfigError(f"cni_conf_file: {self.cni_conf_file[:100]!r} is not NAME.conflist")
-        if self.has_kernel and self.sandbox == "namespaces":
+        if self.has_guest_kernel and self.sandbox == "namespaces":
             raise ConfigError(f"sandbox: {self.dialect} needs a sandbox container")
         if self.limits_pods and self.default_pids_limit:
             raise ConfigError(f"default_pids_limit: {self.dialect} cannot limit one container")

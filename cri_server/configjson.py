@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The config.json of a container: filled in from order and givens, written, changed.
+"""The config.json of a container: filled in from the plan and host inputs, written, changed.
 
 What is in it is decided by pure functions (`spec`); here they get their ContainerInput. Written
 once while the container is made; later only its limits change, by rename, so that a crash leaves
@@ -15,9 +15,9 @@ import structlog
 
 from cri_server import (
     cgroups,
-    givens,
+    container_plan,
     handlers,
-    orders,
+    host_inputs,
     origins,
     podfiles,
     revisions,
@@ -38,46 +38,54 @@ class ConfigJson:
         self._handlers, self._files, self._groups = live, files, groups
 
     def document(
-        self, order: orders.Order, found: givens.Givens, user: spec.User, bundle: Path
+        self,
+        plan: container_plan.ContainerPlan,
+        found: host_inputs.HostInputs,
+        user: spec.User,
+        bundle: Path,
     ) -> Any:
         """Return the document, to be written by `write`; raises as `spec.container`.
 
         That mount targets are safe is left to `rootfs`.
         """
-        document = spec.container(self._input(order, found, user, bundle))
+        document = spec.container(self._input(plan, found, user, bundle))
         found.note_shortfalls()
-        self._note_pooled(order)
+        self._note_pooled(plan)
         return document
 
-    def _note_pooled(self, order: orders.Order) -> None:
+    def _note_pooled(self, plan: container_plan.ContainerPlan) -> None:
         """Say which limits the handler cannot keep, for it can limit the pod alone."""
-        name = revisions.name_of(order.pod.handler)
-        if not self._handlers.of(order.pod.handler).limits_pods:
+        name = revisions.name_of(plan.pod.handler)
+        if not self._handlers.of(plan.pod.handler).limits_pods:
             return
-        of_pod = order.pod.config.linux.resources
-        if loose := pooled.unheld(order.config.linux.resources, of_pod):
+        of_pod = plan.pod.config.linux.resources
+        if loose := pooled.unheld(plan.config.linux.resources, of_pod):
             pooled.note(loose, f"[runtimes.{name}] dialect")
             what = "limits hold for the pod as a whole, not for this container"
-            log.warning(what, container=order.container.id, handler=name, asked=dict(loose))
+            log.warning(what, container=plan.container.id, handler=name, asked=dict(loose))
 
     def _input(
-        self, order: orders.Order, found: givens.Givens, user: spec.User, bundle: Path
+        self,
+        plan: container_plan.ContainerPlan,
+        found: host_inputs.HostInputs,
+        user: spec.User,
+        bundle: Path,
     ) -> spec.ContainerInput:
-        pod, container = order.pod, order.container
+        pod, container = plan.pod, plan.container
         parent = pod.config.linux.cgroup_parent
         return spec.ContainerInput(
             id=container.id,
             pod_id=pod.id,
-            config=order.config,
+            config=plan.config,
             sandbox=pod.config,
-            image=order.image.config,
+            image=plan.image.config,
             user=user,
-            namespaces=self._namespaces(order),
+            namespaces=self._namespaces(plan),
             cgroups_path=self._groups.container_path(pod.id, parent, container.id),
             rootfs=str(bundle / "rootfs"),
-            pod_files=self._pod_files(order),
+            pod_files=self._pod_files(plan),
             hostname=podfiles.hostname(pod),
-            host=order.facts,
+            host=plan.facts,
             defaults=self._handlers.defaults(pod.handler),
             sources={key: source.path for key, source in found.mounts.items()},
             devices=found.devices,
@@ -85,40 +93,40 @@ class ConfigJson:
             host_devices=found.host_devices,
             seccomp_profile=found.seccomp,
             selinux_level=pod.selinux_level,
-            annotations=self._annotations(order),
-            ids=order.ids,
+            annotations=self._annotations(plan),
+            ids=plan.ids,
             mapped=found.mapped,
             sysfs=found.sysfs,
             locked=found.locked,
         )
 
-    def _namespaces(self, order: orders.Order) -> dict[str, str]:
+    def _namespaces(self, plan: container_plan.ContainerPlan) -> dict[str, str]:
         """Return the namespaces to join; "pid" with "" is a new one of the container's own."""
-        joined = self._files.namespaces(order.pod)
+        joined = self._files.namespaces(plan.pod)
         pod_init = joined.pop("pid", "")
-        match spec.pid_mode(order.config, order.pod.config):
+        match spec.pid_mode(plan.config, plan.pod.config):
             case "own":
                 return {**joined, "pid": ""}
-            case "pod" if not self._handlers.of(order.pod.handler).joins_pids:
+            case "pod" if not self._handlers.of(plan.pod.handler).joins_pids:
                 return joined
             case "pod":
                 return {**joined, "pid": pod_init}
             case "target":
-                return {**joined, "pid": f"/proc/{order.target_pid}/ns/pid"}
+                return {**joined, "pid": f"/proc/{plan.target_pid}/ns/pid"}
             case "host":
                 return joined
 
-    def _pod_files(self, order: orders.Order) -> spec.PodFiles:
-        hostname, hosts, resolv_conf = self._files.paths(order.pod.id)
-        shm = self._files.shm(order.pod)
+    def _pod_files(self, plan: container_plan.ContainerPlan) -> spec.PodFiles:
+        hostname, hosts, resolv_conf = self._files.paths(plan.pod.id)
+        shm = self._files.shm(plan.pod)
         return spec.PodFiles(resolv_conf=resolv_conf, hostname=hostname, hosts=hosts, shm=shm)
 
-    def _annotations(self, order: orders.Order) -> dict[str, str]:
+    def _annotations(self, plan: container_plan.ContainerPlan) -> dict[str, str]:
         """Return the annotations that the handler's configuration lets through to the runtime."""
-        key = order.pod.handler
+        key = plan.pod.handler
         handler = self._handlers.of(key)
-        of_pod = handler.allowed(handler.pod_annotations, order.pod.config.annotations)
-        own = handler.allowed(handler.container_annotations, order.config.annotations)
+        of_pod = handler.allowed(handler.pod_annotations, plan.pod.config.annotations)
+        own = handler.allowed(handler.container_annotations, plan.config.annotations)
         note_annotations(of_pod, self._handlers.label(key, "pod_annotations"))
         note_annotations(own, self._handlers.label(key, "container_annotations"))
         return {**of_pod, **own}

@@ -23,17 +23,17 @@ import structlog
 
 from cri_server import (
     bundles,
+    cgroup_prewarm,
+    container_plan,
     containerstatus,
     errors,
     escalation,
     events,
     handlers,
     imagevolumes,
+    leftovers,
     locks,
-    moves,
     names,
-    orders,
-    remains,
     shims,
     spec,
     state,
@@ -57,7 +57,7 @@ Seen = Mapping[str, shim_pb2.Container] | None  # what a shim knows; None: there
 
 
 class Containers:
-    """What CreateContainer and its relatives do."""
+    """What CreateContainer and its relatives do. Each id may be a unique prefix of one."""
 
     def __init__(
         self,
@@ -67,17 +67,17 @@ class Containers:
         image_store: images.Store,
         collector: gc.Collector,
         bundle_host: bundles.Bundles,
-        remains_host: remains.Remains,
+        leftover_host: leftovers.Leftovers,
         shim_host: shims.Shims,
         update_host: updates.Updates,
         event_host: events.Events,
-        mover: moves.Moves,
+        prewarm: cgroup_prewarm.Prewarm,
     ) -> None:
         self._handlers, self._store, self._events = live, store, event_host
-        self._moves = mover
+        self._prewarm = prewarm
         self._images, self._collector = image_store, collector
         self._bundles, self._shims = bundle_host, shim_host
-        self._updates, self._remains = update_host, remains_host
+        self._updates, self._leftovers = update_host, leftover_host
         self._attempts, self._locks = names.Attempts(), locks.Locks()
         self._running: dict[str, asyncio.Event] = {}  # set when the container has ended
         self._stopping: dict[str, escalation.Escalation] = {}
@@ -85,37 +85,37 @@ class Containers:
 
     # -- create -----------------------------------------------------------------------------------
 
-    async def create(self, pod_id: str, wanted: api.ContainerConfig) -> str:
+    async def create(self, pod_id: str, config: api.ContainerConfig) -> str:
         """Prepare a container in a ready pod and return its id, or leave nothing behind.
 
         Raises NotFound for the pod or the image, FailedPrecondition for a pod that is not ready,
         InvalidArgument for a config that can never work; all before anything is made.
         """
         pod = self._ready_pod(pod_id)
-        self._moves.soon()  # it is mostly started at once
-        if not (wanted.metadata.name and wanted.image.image):
+        self._prewarm.start()  # it is mostly started at once
+        if not (config.metadata.name and config.image.image):
             raise errors.InvalidArgument("config.metadata.name or config.image.image is missing")
-        image = self._image(wanted.image.image)
+        image = self._image(config.image.image)
         facts = self._handlers.facts(pod.handler)
-        spec.validate_container(wanted, pod.config, facts, image=image.config)
-        self._handlers.check_memory(pod.handler, wanted.linux.resources)
-        self._check_annotations(pod, wanted)
-        log_path(pod.config, wanted)
-        wanted, volumes = imagevolumes.resolve(wanted, self._images)
-        now = self._store.container_time(pod.id, wanted.metadata.name)
-        container = _new(pod, wanted, image, now=now)
-        order = orders.Order(
+        spec.validate_container(config, pod.config, facts, image=image.config)
+        self._handlers.check_memory(pod.handler, config.linux.resources)
+        self._check_annotations(pod, config)
+        log_path(pod.config, config)
+        config, volumes = imagevolumes.resolve(config, self._images)
+        now = self._store.container_time(pod.id, config.metadata.name)
+        container = _new(pod, config, image, now=now)
+        plan = container_plan.ContainerPlan(
             pod=pod, container=container, image=image, facts=facts, volumes=volumes
         )
-        return await self._attempts.join(container.name, lambda: self._create(order))
+        return await self._attempts.join(container.name, lambda: self._create(plan))
 
-    def _check_annotations(self, pod: state.Pod, wanted: api.ContainerConfig) -> None:
+    def _check_annotations(self, pod: state.Pod, config: api.ContainerConfig) -> None:
         """Refuse what does not count; the pod's too, for the configuration may have changed."""
         handler, facts = self._handlers.of(pod.handler), self._handlers.facts(pod.handler)
         of_pod = handler.allowed(handler.pod_annotations, pod.config.annotations)
         spec.check_pod_annotations(pod.config, of_pod, facts)
-        own = handler.allowed(handler.container_annotations, wanted.annotations)
-        spec.check_container_annotations(wanted, own, facts)
+        own = handler.allowed(handler.container_annotations, config.annotations)
+        spec.check_container_annotations(config, own, facts)
 
     def _ready_pod(self, pod_id: str) -> state.Pod:
         pod = self._store.pod(pod_id)
@@ -123,30 +123,30 @@ class Containers:
             raise errors.FailedPrecondition(f"pod sandbox {pod.id[:13]} is not ready")
         return pod
 
-    def _image(self, wanted: str) -> images.Image:
-        image = self._images.find(wanted)
+    def _image(self, name: str) -> images.Image:
+        image = self._images.find(name)
         if image is None:
-            raise errors.NotFound(f"image {wanted[:200]!r} is not present: pull it first")
+            raise errors.NotFound(f"image {name[:200]!r} is not present: pull it first")
         return image
 
-    async def _create(self, order: orders.Order) -> str:
-        earlier = self._store.container_named(order.container.name)
+    async def _create(self, plan: container_plan.ContainerPlan) -> str:
+        earlier = self._store.container_named(plan.container.name)
         if earlier is not None and earlier.complete:
             return earlier.id
         if earlier is not None:
             await self.remove(earlier.id)
-        layers = {layer for i in (order.image, *order.volumes.values()) for layer in i.layers}
+        layers = {layer for i in (plan.image, *plan.volumes.values()) for layer in i.layers}
         async with self._collector.claim(layers):  # a RemoveImage comes before us or after us
-            container = await self._store.put_container(order.container)
-            async with self._locks.held(container.id):  # a removal waits for the end of the making
-                return await self._make(order)
+            container = await self._store.put_container(plan.container)
+            async with self._locks.held(container.id):  # a removal waits until it is made or undone
+                return await self._make(plan)
 
-    async def _make(self, order: orders.Order) -> str:
-        pod, container = order.pod, order.container
+    async def _make(self, plan: container_plan.ContainerPlan) -> str:
+        pod, container = plan.pod, plan.container
         recipe = steps.Steps("container made", pod=pod.id, container=container.id)
         try:
             target = self._target(pod, container.config)
-            whole = dataclasses.replace(order, target_pid=target)
+            whole = dataclasses.replace(plan, target_pid=target)
             container = await self._bundles.create(whole, recipe)
             with recipe.step("record"):
                 self._ready_pod(pod.id)  # it may have been stopped meanwhile
@@ -159,11 +159,11 @@ class Containers:
         self._publish(events.CREATED, container)
         return container.id
 
-    def _target(self, pod: state.Pod, wanted: api.ContainerConfig) -> int:
+    def _target(self, pod: state.Pod, config: api.ContainerConfig) -> int:
         """Return the pid whose PID namespace the container joins (NamespaceMode TARGET), 0 for
         none.
         """
-        options = wanted.linux.security_context.namespace_options
+        options = config.linux.security_context.namespace_options
         if options.pid != api.NamespaceMode.TARGET:
             return 0
         target = self._store.container(options.target_id)
@@ -174,7 +174,7 @@ class Containers:
         return target.pid
 
     async def _undo(self, container: state.Container, why: str) -> None:
-        """Release a container whose making failed; if that fails too it stays listed, EXITED."""
+        """Release a container whose creation failed; if that fails too it stays listed, EXITED."""
         try:
             await self._bundles.remove(container)
             await self._store.forget_container(container)
@@ -184,14 +184,14 @@ class Containers:
 
     # -- start ------------------------------------------------------------------------------------
 
-    async def start(self, wanted: str) -> None:
+    async def start(self, container_id: str) -> None:
         """Run a created container (CRI StartContainer).
 
         A failure leaves it EXITED with exit code 128, reason StartError and the runtime's message,
         so that the kubelet can show it. Raises NotFound, FailedPrecondition when it is not in state
         CREATED, else what the runtime said.
         """
-        container = self._store.container(wanted)
+        container = self._store.container(container_id)
         async with self._locks.held(container.id):
             container = self._store.container(container.id)
             if container.state != CREATED:
@@ -204,7 +204,7 @@ class Containers:
                 await self._bundles.let_go(container.id)
 
     async def _start(self, container: state.Container) -> None:
-        self._moves.soon()
+        self._prewarm.start()
         recipe = steps.Steps("container started", pod=container.pod_id, container=container.id)
         try:
             answer = await self._run(container, recipe)
@@ -219,7 +219,7 @@ class Containers:
 
     async def _run(self, container: state.Container, recipe: steps.Steps) -> shim_pb2.StartResponse:
         pod = self._ready_pod(container.pod_id)
-        async with self._shims.asked(pod.id) as shim:
+        async with self._shims.calling(pod.id) as shim:
             with recipe.step("shim create"):
                 await shim.create(self._bundles.request(container, pod))
             with recipe.step("runtime run"):
@@ -229,7 +229,7 @@ class Containers:
         """Record a failed start, once nothing of it can come true any more."""
         if isinstance(error, errors.Unavailable):  # what the shim has begun may go on without it
             if await self._shims.reconnect(container.pod_id):
-                return  # it is we who end; the next server asks it what became of the start
+                return  # it is this server that ends; the next one asks it what became of the start
             await self._lost(container)
         elif not isinstance(error, errors.CriError):  # a bug of ours, at whatever point
             with contextlib.suppress(errors.CriError):
@@ -253,7 +253,7 @@ class Containers:
 
     async def _follow(self, container: state.Container) -> None:
         """See a container to its end, whatever fails on the way: nobody else would tell of it, and
-        who stops it waits for that. The root of a task of its own.
+        a call that stops it waits for that. The root of a task of its own.
         """
         see = functools.partial(self._see_end, container)
         await _persist(see, "end of a container not told", container.id)
@@ -277,8 +277,8 @@ class Containers:
         """Kill what nobody watches any more; tries until it is dead, for only then has it ended."""
         log.warning("container lost with its shim", container=container.id)
         bundle = self._bundles.directory(container.id)
-        bury = functools.partial(self._remains.bury, container, bundle)
-        return await _persist(bury, "container not killed", container.id)
+        end = functools.partial(self._leftovers.kill_and_read_exit, container, bundle)
+        return await _persist(end, "container not killed", container.id)
 
     async def _ended(self, container_id: str, record: shim_pb2.ExitRecord) -> None:
         reason = record.reason or _reason(record)
@@ -303,8 +303,8 @@ class Containers:
 
     async def recover(self, container: state.Container, finding: Awaitable[Seen]) -> None:
         """Bring a record of an earlier server to what its shim says, and wait for its end if that
-        has come. It may take until after the server is ready: who wants to start, stop or remove
-        the container meanwhile waits.
+        has come. It may take until after the server is ready: calls that start, stop or remove
+        the container meanwhile wait.
         """
         async with self._locks.held(container.id):
             seen = (await finding or {}).get(container.id)
@@ -347,14 +347,14 @@ class Containers:
 
     # -- stop -------------------------------------------------------------------------------------
 
-    async def stop(self, wanted: str, timeout: float) -> None:
+    async def stop(self, container_id: str, timeout: float) -> None:
         """End a container: its stop signal, `timeout` seconds of grace, SIGKILL. OK when unknown or
         not running.
 
         Returns when the process is gone. A negative timeout counts as 0, which kills at once.
         """
         with contextlib.suppress(errors.NotFound):
-            container, timeout = self._store.container(wanted), max(timeout, 0.0)
+            container, timeout = self._store.container(container_id), max(timeout, 0.0)
             ended = self._running.get(container.id)
             if ended is None:
                 ended = await self._after_start(container, timeout)
@@ -380,7 +380,7 @@ class Containers:
     async def _abort_start(self, container: state.Container) -> None:
         """Have the shim end a start. That there is none yet, or none any more, is fine."""
         request = shim_pb2.KillRequest(id=container.id, signal=signal.SIGKILL, all=True)
-        with contextlib.suppress(errors.CriError), shims.translated():
+        with contextlib.suppress(errors.CriError), shims.translate_errors():
             shim = self._shims.of(container.pod_id)
             await shim.kill(request, timeout=escalation.KILL_TIMEOUT)
 
@@ -389,7 +389,7 @@ class Containers:
     ) -> escalation.Escalation:
         known = self._stopping.get(container.id)
         if known is None:
-            known = escalation.Escalation(self._shims, self._remains, container, ended)
+            known = escalation.Escalation(self._shims, self._leftovers, container, ended)
             self._stopping[container.id] = known
             known.task.add_done_callback(lambda _: self._stopping.pop(container.id))
         return known
@@ -398,7 +398,9 @@ class Containers:
         """Kill every container of the pod (CRI StopPodSandbox: no grace)."""
         known = self._store.containers(pod_id)
         if any(container.id in self._running for container in known):
-            self._shims.suspect(pod_id, mute=shims.MUTE_AT_STOP)
+            self._shims.kill_if_unresponsive(
+                pod_id, unresponsive_after=shims.UNRESPONSIVE_TIMEOUT_AT_STOP
+            )
         async with asyncio.TaskGroup() as group:
             for container in known:
                 if container.id in self._running:
@@ -408,12 +410,12 @@ class Containers:
 
     # -- remove -----------------------------------------------------------------------------------
 
-    async def remove(self, wanted: str) -> None:
+    async def remove(self, container_id: str) -> None:
         """Kill the container if it runs and remove all that is its own, but the log. OK when
         unknown.
         """
         with contextlib.suppress(errors.NotFound):
-            container = self._store.container(wanted)
+            container = self._store.container(container_id)
             while True:
                 await self.stop(container.id, 0)
                 if await self._removed(container.id):
@@ -435,7 +437,7 @@ class Containers:
     async def _forget_in_shim(self, container: state.Container) -> None:
         """Have the shim and the OCI runtime let go of a container; nothing to do without a shim."""
         with contextlib.suppress(errors.Unavailable):
-            async with self._shims.asked(container.pod_id) as shim:
+            async with self._shims.calling(container.pod_id) as shim:
                 await shim.delete(shim_pb2.DeleteRequest(id=container.id))
 
     async def remove_all(self, pod_id: str) -> None:
@@ -452,44 +454,44 @@ class Containers:
 
     # -- log --------------------------------------------------------------------------------------
 
-    async def reopen_log(self, wanted: str) -> None:
+    async def reopen_log(self, container_id: str) -> None:
         """Write to the log path anew from now on (CRI ReopenContainerLog, after the kubelet renamed
         the file).
         """
-        container = self.running(wanted)
-        async with self._shims.asked(container.pod_id) as shim:
+        container = self.running(container_id)
+        async with self._shims.calling(container.pod_id) as shim:
             await shim.reopen_log(shim_pb2.ReopenLogRequest(id=container.id))
 
     # -- look -------------------------------------------------------------------------------------
 
-    def record(self, wanted: str) -> state.Container:
+    def record(self, container_id: str) -> state.Container:
         """Return the record of a container. Raises NotFound."""
-        return self._store.container(wanted)
+        return self._store.container(container_id)
 
-    def running(self, wanted: str) -> state.Container:
+    def running(self, container_id: str) -> state.Container:
         """Return the record of a container that runs. Raises NotFound, FailedPrecondition."""
-        container = self._store.container(wanted)
+        container = self._store.container(container_id)
         if container.state != RUNNING:
             raise errors.FailedPrecondition(
                 f"container {container.id[:13]} is not running: {_state_name(container)}"
             )
         return container
 
-    def list(self, wanted: api.ContainerFilter) -> Sequence[api.Container]:
+    def list(self, selector: api.ContainerFilter) -> Sequence[api.Container]:
         """Return the containers that match every part of the filter; unknown ids match none."""
-        return [containerstatus.item(c) for c in self.matching(wanted)]
+        return [containerstatus.item(c) for c in self.matching(selector)]
 
-    def matching(self, wanted: api.ContainerFilter) -> Sequence[state.Container]:
+    def matching(self, selector: api.ContainerFilter) -> Sequence[state.Container]:
         """Return the records behind `list`."""
-        return [c for c in self._store.containers() if containerstatus.matches(c, wanted)]
+        return [c for c in self._store.containers() if containerstatus.matches(c, selector)]
 
     def of_pod(self, pod_id: str) -> Sequence[state.Container]:
         """Return the records of one pod's containers."""
         return [c for c in self._store.containers(pod_id) if containerstatus.visible(c)]
 
-    def status(self, wanted: str) -> api.ContainerStatus:
+    def status(self, container_id: str) -> api.ContainerStatus:
         """Return the CRI status. Raises NotFound."""
-        return containerstatus.status(self._store.container(wanted))
+        return containerstatus.status(self._store.container(container_id))
 
     def statuses(self, pod_id: str) -> Sequence[api.ContainerStatus]:
         """Return the statuses of all containers of a pod."""
@@ -500,23 +502,23 @@ class Containers:
         ]
 
 
-def log_path(pod: api.PodSandboxConfig, wanted: api.ContainerConfig) -> str:
+def log_path(pod: api.PodSandboxConfig, config: api.ContainerConfig) -> str:
     """Return the absolute log path, "" when output is discarded.
 
     Raises InvalidArgument for a path that leaves the pod's log directory (hazards V25), or is below
     none, or holds a control character.
     """
-    if not wanted.log_path:
+    if not config.log_path:
         return ""
     if not pod.log_directory:
         where = "the pod has no log_directory that it could be below"
-        raise errors.InvalidArgument(f"log_path {wanted.log_path[:200]!r}: {where}")
-    path = posixpath.normpath(posixpath.join(pod.log_directory, wanted.log_path.lstrip("/")))
+        raise errors.InvalidArgument(f"log_path {config.log_path[:200]!r}: {where}")
+    path = posixpath.normpath(posixpath.join(pod.log_directory, config.log_path.lstrip("/")))
     inside = posixpath.normpath(pod.log_directory).rstrip("/") + "/"
     if not path.startswith(inside):
-        raise errors.InvalidArgument(f"log_path {wanted.log_path[:200]!r} leaves the log directory")
+        raise errors.InvalidArgument(f"log_path {config.log_path[:200]!r} leaves the log directory")
     if any(ord(c) < 32 or ord(c) == 127 for c in path):
-        raise errors.InvalidArgument(f"log_path {wanted.log_path[:200]!r}: control character")
+        raise errors.InvalidArgument(f"log_path {config.log_path[:200]!r}: control character")
     return path
 
 
@@ -533,22 +535,22 @@ async def _persist(attempt: Callable[[], Awaitable[T]], failure: str, container_
 
 
 def _new(
-    pod: state.Pod, wanted: api.ContainerConfig, image: images.Image, *, now: int
+    pod: state.Pod, config: api.ContainerConfig, image: images.Image, *, now: int
 ) -> state.Container:
     return state.Container(
         id=names.new_id(),
         pod_id=pod.id,
         handler=pod.handler,
-        config=wanted,
-        raw=state.raw_config(wanted),
+        config=config,
+        raw=state.raw_config(config),
         created_at=now,
         boot_id=state.boot_id(),
         image_id=image.id,
         image_ref=next(iter(image.repo_digests), image.id),
-        image_name=next(iter(image.repo_tags), wanted.image.user_specified_image or image.id),
+        image_name=next(iter(image.repo_tags), config.image.user_specified_image or image.id),
         layers=image.layers,
-        log_path=log_path(pod.config, wanted),
-        stop_signal=spec.stop_signal(wanted, image.config),
+        log_path=log_path(pod.config, config),
+        stop_signal=spec.stop_signal(config, image.config),
     )
 
 

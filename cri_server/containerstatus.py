@@ -10,16 +10,16 @@ def visible(container: state.Container) -> bool:
     return container.complete or bool(container.finished_at)
 
 
-def matches(container: state.Container, wanted: api.ContainerFilter) -> bool:
+def matches(container: state.Container, selector: api.ContainerFilter) -> bool:
     """Tell whether a visible container matches every part of a filter; ids may be cut short."""
-    if not visible(container) or not container.id.startswith(wanted.id):
+    if not visible(container) or not container.id.startswith(selector.id):
         return False
-    if not container.pod_id.startswith(wanted.pod_sandbox_id):
+    if not container.pod_id.startswith(selector.pod_sandbox_id):
         return False
-    if wanted.HasField("state") and wanted.state.state != container.state:
+    if selector.HasField("state") and selector.state.state != container.state:
         return False
     labels = container.config.labels
-    return all(labels.get(k) == v for k, v in wanted.label_selector.items())
+    return all(labels.get(k) == v for k, v in selector.label_selector.items())
 
 
 def item(container: state.Container) -> api.Container:

@@ -6,7 +6,7 @@
 
 cAdvisor takes a cgroup whose name begins with `crio` and has an id of 64 digits for CRI-O's, asks
 here whose it is, and reads the rest by itself. A pod's network it reads from the pid of the
-container "POD": a pod without an init has a running container's, as CRI-O does it.
+container "POD": a pod without a sandbox container has a running container's, as CRI-O does it.
 
 The socket is HTTP (`localhttp`) and off by default. Nothing here waits or changes anything.
 """
@@ -145,7 +145,9 @@ class Crio:
         )
 
     def _pid(self, pod: state.Pod) -> int:
-        """Return a pid in the pod's network: its init's, else any container's; 0 without one."""
+        """Return a pid in the pod's network: its sandbox container's, else any other's; 0 without
+        one.
+        """
         inside = self._containers.of_pod(pod.id)
         return pod.pid or next((c.pid for c in inside if c.pid and not c.finished_at), 0)
 

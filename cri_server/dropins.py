@@ -4,9 +4,10 @@
     10-kata.toml, fast.toml ─► read ─► DropIns(handlers, problems, held)
 
 Each file is read for itself: one that is broken takes nothing away from another. What it could have
-said about is `held`: who knows an earlier state of those handlers goes on with it, and who does not
-must not take a handler of the same name from elsewhere, for that might isolate less. Hidden files
-and those of another suffix, as editors leave them, are none of ours. Blocks; nothing is remembered.
+said about is `held`: a caller that knows an earlier state of those handlers goes on with it, and
+one that does not must not take a handler of the same name from elsewhere, for that might isolate
+less. Hidden files and those of another suffix, as editors leave them, are none of ours. Blocks;
+nothing is remembered.
 """
 
 import os

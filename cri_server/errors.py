@@ -4,7 +4,6 @@
     CriError                     (code)
     ├── InvalidArgument          the request can never work; the message names the field
     ├── NotFound                 no such object
-    ├── AlreadyExists            another object owns the name
     ├── FailedPrecondition       right request, wrong state
     ├── Unavailable              try again later: starting up, network not ready
     ├── DeadlineExceeded         time ran out; what was started was ended
@@ -38,10 +37,6 @@ class InvalidArgument(CriError):
 
 class NotFound(CriError):
     code = "NOT_FOUND"
-
-
-class AlreadyExists(CriError):
-    code = "ALREADY_EXISTS"
 
 
 class FailedPrecondition(CriError):

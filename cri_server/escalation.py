@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The way to the end of a container: its stop signal, a grace period, SIGKILL until it is dead.
 
-It goes on when those who asked for it go away, and ends with the container; asked again it can only
+It goes on when its callers go away, and ends with the container; asked again it can only
 become shorter. With the server it ends: the kubelet asks again. That the container has ended is
-told by who follows it (`containers`).
+told by `Containers.follow`.
 
 A signal goes through the shim. One that is slow, as its log's disk may be, costs nobody's life: the
 grace period goes on, and after it this one container is killed without it.
@@ -16,7 +16,7 @@ import time
 
 import structlog
 
-from cri_server import errors, remains, shims, state
+from cri_server import errors, leftovers, shims, state
 from shim.pb import shim_pb2
 
 log = structlog.get_logger()
@@ -31,11 +31,11 @@ class Escalation:
     def __init__(
         self,
         shim_host: shims.Shims,
-        remains_host: remains.Remains,
+        leftover_host: leftovers.Leftovers,
         container: state.Container,
         ended: asyncio.Event,
     ) -> None:
-        self._shims, self._remains = shim_host, remains_host
+        self._shims, self._leftovers = shim_host, leftover_host
         self._container, self._ended = container, ended
         self._deadline = float("inf")
         self._shortened = asyncio.Event()
@@ -78,7 +78,7 @@ class Escalation:
         if await self._signal(signal.SIGKILL, everything=True):
             return
         try:
-            if await self._remains.kill(self._container):
+            if await self._leftovers.kill(self._container):
                 log.warning("killed without its shim", container=self._container.id)
         except OSError as e:
             log.error("container not killed", container=self._container.id, error=str(e))
@@ -86,15 +86,17 @@ class Escalation:
     async def _signal(
         self, number: int, *, everything: bool = False, timeout: float = KILL_TIMEOUT
     ) -> bool:
-        """Have the shim send a signal; return whether it did. One that says nothing is suspect."""
+        """Have the shim send a signal; return whether it did. One that goes on saying nothing is
+        killed.
+        """
         request = shim_pb2.KillRequest(id=self._container.id, signal=number, all=everything)
         pod_id = self._container.pod_id
         try:
-            with shims.translated():
+            with shims.translate_errors():
                 await self._shims.of(pod_id).kill(request, timeout=timeout)
         except errors.CriError as e:  # a lost shim ends the container through `_follow`
             log.warning("signal not delivered", container=self._container.id, error=e.message)
             if isinstance(e, errors.DeadlineExceeded):
-                self._shims.suspect(pod_id)
+                self._shims.kill_if_unresponsive(pod_id)
             return False
         return True

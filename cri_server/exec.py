@@ -11,7 +11,17 @@ from collections.abc import Sequence
 
 import msgspec
 
-from cri_server import bundles, config, configjson, containers, errors, moves, shims, spec, state
+from cri_server import (
+    bundles,
+    cgroup_prewarm,
+    config,
+    configjson,
+    containers,
+    errors,
+    shims,
+    spec,
+    state,
+)
 from shim import client
 from shim.pb import shim_pb2
 
@@ -26,7 +36,7 @@ class _Config(msgspec.Struct):
 
 
 class Exec:
-    """What ExecSync does."""
+    """What ExecSync does. `container_id` is an id or a unique prefix of one."""
 
     def __init__(
         self,
@@ -35,21 +45,23 @@ class Exec:
         container_host: containers.Containers,
         bundle_host: bundles.Bundles,
         shim_host: shims.Shims,
-        mover: moves.Moves,
+        prewarm: cgroup_prewarm.Prewarm,
     ) -> None:
-        self._moves = mover
+        self._prewarm = prewarm
         self._settings, self._containers = settings, container_host
         self._bundles, self._shims = bundle_host, shim_host
         self._decoder = msgspec.json.Decoder(_Config)
 
-    async def sync(self, wanted: str, cmd: Sequence[str], *, timeout: float) -> client.ExecResult:
+    async def sync(
+        self, container_id: str, cmd: Sequence[str], *, timeout: float
+    ) -> client.ExecResult:
         """Run `cmd` and return its output and exit code; `timeout` in seconds, 0 is no limit.
 
         Raises NotFound, FailedPrecondition when the container does not run, InvalidArgument without
         a command, DeadlineExceeded when the time is over (a kubelet probe then counts as failed);
         nothing of the exec is left then.
         """
-        container = self._containers.running(wanted)
+        container = self._containers.running(container_id)
         start = self.start(container, cmd)
         start.timeout_ms = max(int(timeout * 1000), 0)
         done = await self._run(container.pod_id, start)
@@ -70,7 +82,7 @@ class Exec:
         """
         if not cmd:
             raise errors.InvalidArgument("cmd is empty")
-        self._moves.soon()
+        self._prewarm.start()
         return shim_pb2.ExecStart(
             id=container.id,
             process=self._process(container.id, cmd, terminal=terminal),
@@ -83,7 +95,7 @@ class Exec:
         limit = (start.timeout_ms + start.drain_ms) / 1000 + SHIM_SLACK
         try:
             async with asyncio.timeout(limit if start.timeout_ms else None):
-                with shims.translated():
+                with shims.translate_errors():
                     return await self._shims.of(pod_id).exec_sync(start, max_bytes=OUTPUT_LIMIT)
         except TimeoutError as e:
             raise errors.DeadlineExceeded(

@@ -17,27 +17,27 @@ from cri_server import (
     apparmor,
     bundles,
     cdi,
+    cgroup_prewarm,
     cgroups,
     config,
     containers,
     crio,
     events,
     exec,
-    givens,
+    guest_stats,
     handlers,
+    host_inputs,
     imagehost,
     imagevolumes,
     info,
-    inits,
-    kernelstats,
+    leftovers,
     metrics,
-    moves,
     orphans,
     podfiles,
     pods,
     recovery,
-    relabel,
-    remains,
+    sandbox_container,
+    selinux_relabel,
     shims,
     snapshots,
     state,
@@ -76,7 +76,7 @@ class Graph:
         self.layers = snapshots.Snapshots(root)
         if policy := self._live.host_facts.selinux:
             for folder in self.layers.read_only:
-                relabel.once(os.path.realpath(folder), policy.read_only)
+                selinux_relabel.once(os.path.realpath(folder), policy.read_only)
         self._files = podfiles.PodFiles(settings.server.state)
         self.network = cni.Network(settings.network)
         self._stack.push_async_callback(self.network.close)
@@ -91,11 +91,11 @@ class Graph:
         self._stack.push_async_callback(self._shims.close)
         self._volumes = imagevolumes.ImageVolumes(settings.server.state, self.layers)
         self._profiles = apparmor.AppArmor()
-        self._moves = moves.Moves(self._groups.hierarchy.mounts)
-        self._stack.push_async_callback(self._moves.close)
+        self._prewarm = cgroup_prewarm.Prewarm(self._groups.hierarchy.mounts)
+        self._stack.push_async_callback(self._prewarm.close)
         self._orphans = orphans.Orphans()
-        self._remains = remains.Remains(settings, self._live, self._groups, self._orphans)
-        self._kernels = kernelstats.KernelStats(settings, self._live, self._shims)
+        self._leftovers = leftovers.Leftovers(settings, self._live, self._groups, self._orphans)
+        self._guests = guest_stats.GuestStats(settings, self._live, self._shims)
         devices = cdi.Registry(settings.runtime.cdi_spec_dirs)
         self._bundles = bundles.Bundles(
             settings,
@@ -103,8 +103,8 @@ class Graph:
             files=self._files,
             groups=self._groups,
             layers=self.layers,
-            giver=givens.Giver(self._files, self._volumes, devices, self._profiles),
-            remains_host=self._remains,
+            resolver=host_inputs.Resolver(self._files, self._volumes, devices, self._profiles),
+            leftover_host=self._leftovers,
         )
 
     def handlers_in_use(self) -> set[str]:
@@ -154,11 +154,11 @@ class Graph:
             image_store=self._images,
             collector=self.collector,
             bundle_host=self._bundles,
-            remains_host=self._remains,
+            leftover_host=self._leftovers,
             shim_host=self._shims,
             update_host=self._updates(),
             event_host=self.events,
-            mover=self._moves,
+            prewarm=self._prewarm,
         )
         self._stack.push_async_callback(self._containers.close)
         self.pods = pods.Pods(
@@ -170,8 +170,8 @@ class Graph:
             network=self.network,
             shim_host=self._shims,
             container_host=self._containers,
-            remains_host=self._remains,
-            init_host=self._inits(),
+            leftover_host=self._leftovers,
+            sandbox_host=self._sandboxes(),
             volumes=self._volumes,
             event_host=self.events,
         )
@@ -182,15 +182,15 @@ class Graph:
             container_host=self._containers,
             shim_host=self._shims,
             bundle_host=self._bundles,
-            remains_host=self._remains,
+            leftover_host=self._leftovers,
             orphan_host=self._orphans,
             files=self._files,
             layers=self.layers,
         )
         self._stack.push_async_callback(self.recovery.close)
 
-    def _inits(self) -> inits.Inits:
-        return inits.Inits(
+    def _sandboxes(self) -> sandbox_container.SandboxContainers:
+        return sandbox_container.SandboxContainers(
             live=self._live,
             files=self._files,
             groups=self._groups,
@@ -213,7 +213,7 @@ class Graph:
             container_host=self._containers,
             bundle_host=self._bundles,
             shim_host=self._shims,
-            mover=self._moves,
+            prewarm=self._prewarm,
         )
         self.runtime = runtime.RuntimeService(
             pod_host=self.pods,
@@ -251,7 +251,7 @@ class Graph:
             container_host=self._containers,
             groups=self._groups,
             layers=self.layers,
-            kernels=self._kernels,
+            guests=self._guests,
         )
 
     def _metrics(self) -> metrics.Metrics:
@@ -261,7 +261,7 @@ class Graph:
             container_host=self._containers,
             groups=self._groups,
             layers=self.layers,
-            kernels=self._kernels,
+            guests=self._guests,
         )
 
     def _info(self) -> info.Info:

@@ -4,9 +4,9 @@
     name, from a request ─► key ─► into the records of pod and containers
     key, from a record   ─► of, facts, defaults: as they were when the pod was made
 
-A change of the configuration gives `apply` another roster; what pods hold on to stays, in memory
-and on disk (`revisions`), until `sweep` finds that nobody holds on to it. Nothing here waits but
-for the disk, once for each revision that gets its first pod.
+A change of the configuration gives `apply` another set of handlers; what pods hold on to stays, in
+memory and on disk (`revisions`), until `sweep` finds that nobody holds on to it. Nothing here waits
+but for the disk, once for each revision that gets its first pod.
 """
 
 import asyncio
@@ -16,7 +16,17 @@ from pathlib import Path
 
 import structlog
 
-from cri_server import capability, config, dropins, errors, host, limits, revisions, roster, spec
+from cri_server import (
+    capability,
+    config,
+    dropins,
+    errors,
+    handler_set,
+    host,
+    limits,
+    revisions,
+    spec,
+)
 from cri_server.network import conf
 from cri_server.pb import api_pb2 as api
 
@@ -31,7 +41,7 @@ class Handlers:
         settings: config.Config,
         *,
         facts: host.Host,
-        now: roster.Roster,
+        now: handler_set.HandlerSet,
         store: revisions.Store,
     ) -> None:
         """`facts` are those of the host, whatever runtimes are in them."""
@@ -40,7 +50,7 @@ class Handlers:
         self._kept: dict[str, revisions.Revision] = {}
         self._kept_facts: dict[str, host.RuntimeFacts] = {}
         self._written: set[str] = set()
-        self._host, self._now = facts, roster.Roster()
+        self._host, self._now = facts, handler_set.HandlerSet()
         self.apply(now)
 
     # -- of now -----------------------------------------------------------------------------------
@@ -51,7 +61,7 @@ class Handlers:
         return self._host
 
     @property
-    def now(self) -> roster.Roster:
+    def now(self) -> handler_set.HandlerSet:
         return self._now
 
     @property
@@ -72,15 +82,15 @@ class Handlers:
         """
         return self._now.revision(name or self.default).key
 
-    def apply(self, now: roster.Roster) -> None:
+    def apply(self, now: handler_set.HandlerSet) -> None:
         """Have these be the handlers of now; pods keep theirs."""
         before = self._now
         for revision in before.current.values():
             self._kept[revision.key] = revision
             self._kept_facts[revision.key] = before.facts[revision.key]
-        facts = {**self._kept_facts, **now.facts, **roster.named(now)}
+        facts = {**self._kept_facts, **now.facts, **handler_set.named(now)}
         self._host = dataclasses.replace(self._host, runtimes=facts)
-        self._now = roster.with_shortfalls(now, self._host)
+        self._now = handler_set.with_shortfalls(now, self._host)
 
     # -- of a pod ---------------------------------------------------------------------------------
 

@@ -27,8 +27,8 @@ from cri_server import (
     commands,
     config,
     errors,
-    labels,
     limits,
+    selinux_host,
     spec,
     userns,
 )
@@ -109,7 +109,6 @@ class Host:
     oom_score_adj: int
     swap_accounting: bool
     hugepage_sizes: frozenset[str]
-    overlayfs: bool
     runtimes: Mapping[str, RuntimeFacts] = field(default_factory=dict)
     no_user_namespaces: str = ""
     no_seccomp_log: str = ""
@@ -195,8 +194,8 @@ def probe(
     """
     controllers = hierarchy.controllers()
     known = _known_capabilities()
-    selinux = labels.policy() if labels.enabled() else None
-    lacks = labels.lacking(selinux) if selinux else ""
+    selinux = selinux_host.policy() if selinux_host.enabled() else None
+    lacks = selinux_host.lacking(selinux) if selinux else ""
     return Host(
         kernel=os.uname().release,
         hierarchy=hierarchy,
@@ -212,7 +211,6 @@ def probe(
         oom_score_adj=int(_first_line("/proc/self/oom_score_adj") or 0),
         swap_accounting=_swap_accounting(hierarchy),
         hugepage_sizes=hugepage_sizes(_HUGEPAGES) if "hugetlb" in controllers else frozenset(),
-        overlayfs="overlay" in Path("/proc/filesystems").read_text(),
         runtimes=found,
         no_user_namespaces=userns.why_not(places.root, places.state) if places else "",
         no_seccomp_log=_why_no_seccomp_log(),

@@ -58,7 +58,7 @@ class ImageVolumes:
 
         `options` are mount options beside the usual ones: the pod's SELinux label. `mapped` is the
         pod's user namespace, whose root the files then belong to. `config` and `images` are from
-        `resolve`; who calls has claimed the layers. Raises CriError with the kubelet's prefix.
+        `resolve`; the caller has claimed the layers. Raises CriError with the kubelet's prefix.
         """
         found: dict[str, str] = {}
         for wanted in spec.image_mounts(config):

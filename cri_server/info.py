@@ -7,6 +7,7 @@ The network's state is the last one that its own poller saw. The `info` maps hol
 """
 
 import dataclasses
+import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -39,7 +40,9 @@ def package_version() -> str:
 
 
 class Info:
-    """Answers Version, Status, RuntimeConfig and the two *Status calls."""
+    """Answers Version, Status, RuntimeConfig and the two *Status calls. Each id may be a unique
+    prefix of one.
+    """
 
     def __init__(
         self,
@@ -71,11 +74,11 @@ class Info:
         driver = api.CgroupDriver.SYSTEMD if systemd else api.CgroupDriver.CGROUPFS
         return api.RuntimeConfigResponse(linux=api.LinuxRuntimeConfiguration(cgroup_driver=driver))
 
-    def update(self, wanted: api.RuntimeConfig) -> None:
+    def update(self, config: api.RuntimeConfig) -> None:
         """Remember the node's pod CIDR (CRI UpdateRuntimeConfig); `Status` shows it, plugins bring
         their own.
         """
-        self._pod_cidr = wanted.network_config.pod_cidr
+        self._pod_cidr = config.network_config.pod_cidr
 
     # -- status -----------------------------------------------------------------------------------
 
@@ -103,8 +106,8 @@ class Info:
 
     def _runtime_condition(self) -> api.RuntimeCondition:
         name = self._handlers.default
-        facts, roster = self._handlers.host_facts.runtimes.get(name), self._handlers.now
-        lost = roster.refused.get(name, "no OCI runtime is installed")
+        facts, now = self._handlers.host_facts.runtimes.get(name), self._handlers.now
+        lost = now.refused.get(name, "no OCI runtime is installed")
         error = facts.error if facts else lost
         return api.RuntimeCondition(
             type="RuntimeReady",
@@ -146,17 +149,17 @@ class Info:
         }
 
     def _handlers_info(self) -> dict[str, Any]:
-        roster = self._handlers.now
+        now = self._handlers.now
         current = {
             name: {
                 "source": r.source,
                 "revision": r.key,
                 "settings": dataclasses.asdict(r.handler),
-                "runtime": dataclasses.asdict(roster.facts[r.key]),
+                "runtime": dataclasses.asdict(now.facts[r.key]),
             }
-            for name, r in roster.current.items()
+            for name, r in now.current.items()
         }
-        problems = [dataclasses.asdict(p) for p in roster.problems]
+        problems = [dataclasses.asdict(p) for p in now.problems]
         folder = self._settings.drop_ins
         return {"folder": str(folder or ""), "current": current, "problems": problems}
 
@@ -188,15 +191,15 @@ class Info:
 
     # -- pods and containers ----------------------------------------------------------------------
 
-    def pod_status(self, wanted: str, *, verbose: bool) -> api.PodSandboxStatusResponse:
+    def pod_status(self, pod_id: str, *, verbose: bool) -> api.PodSandboxStatusResponse:
         """Return the pod's status with those of its containers, which spares the kubelet a call for
         each.
         """
-        pod = self._pods.record(wanted)
+        pod = self._pods.record(pod_id)
         return api.PodSandboxStatusResponse(
             status=self._pods.status(pod.id),
             containers_statuses=self._containers.statuses(pod.id),
-            timestamp=self._pods.now(),
+            timestamp=time.time_ns(),
             info={"info": _json(self._pod_info(pod.id))} if verbose else {},
         )
 
@@ -215,8 +218,8 @@ class Info:
             "config": _message(pod.config),
         }
 
-    def container_status(self, wanted: str, *, verbose: bool) -> api.ContainerStatusResponse:
-        container = self._containers.record(wanted)
+    def container_status(self, container_id: str, *, verbose: bool) -> api.ContainerStatusResponse:
+        container = self._containers.record(container_id)
         return api.ContainerStatusResponse(
             status=self._containers.status(container.id),
             info={"info": _json(self._container_info(container.id))} if verbose else {},

@@ -16,11 +16,11 @@ def of(
     groups: cgroups.Cgroups,
     *,
     shm_size: int,
-    labels: spec.Labels,
+    labels: spec.SelinuxLabels,
     init: bool,
 ) -> dict[str, object]:
     """Return the parts of the sandbox by name; its files exist. `labels` are what its containers
-    have in common; `init`: it has a process.
+    have in common; `init`: it has a sandbox container.
     """
     wanted = pod.config
     why.pod("sandbox.name", "metadata")
@@ -59,7 +59,7 @@ def _shm_size(wanted: api.PodSandboxConfig, size: int) -> dict[str, object]:
     return {}
 
 
-def _selinux(labels: spec.Labels) -> dict[str, object]:
+def _selinux(labels: spec.SelinuxLabels) -> dict[str, object]:
     """Return the labels by the names that they have in a config.json; none without SELinux."""
     if not labels.process:
         return {}

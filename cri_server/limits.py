@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Limits as people write them, in the configuration and in annotations: "nofile=1024:4096", "64Mi".
 
-Pure. What is wrong is a ValueError with a reason; who asks knows where it stood.
+Pure. What is wrong is a ValueError with a reason; the caller knows where it stood.
 """
 
 import re

@@ -30,8 +30,8 @@ class Locks:
 class Shared:
     """Any number at a time, or one alone.
 
-    Who wants to be alone waits until nobody is there, for ever if need be, and meanwhile holds up
-    nobody: one that hangs must not stop those that come after it.
+    A caller that wants to be alone waits until nobody is there, for ever if need be, and meanwhile
+    holds up nobody: one that hangs must not stop those that come after it.
     """
 
     def __init__(self) -> None:

@@ -3,7 +3,7 @@
 
 Which metrics there are is in `catalogue`. Everything is read in one hop to a thread, each file
 once; no process is started but for containers that the host's kernel cannot tell apart, which have
-what their own tells of them (`kernelstats`). A container that cannot be read has no metrics, and
+what their own tells of them (`guest_stats`). A container that cannot be read has no metrics, and
 never costs the others theirs. The values of a metric's labels come in the order of its
 descriptor's keys.
 """
@@ -19,7 +19,7 @@ from cri_server import (
     cgroups,
     config,
     containers,
-    kernelstats,
+    guest_stats,
     names,
     pods,
     processes,
@@ -43,9 +43,9 @@ class Metrics:
         container_host: containers.Containers,
         groups: cgroups.Cgroups,
         layers: snapshots.Snapshots,
-        kernels: kernelstats.KernelStats,
+        guests: guest_stats.GuestStats,
     ) -> None:
-        self._kernels = kernels
+        self._guests = guests
         self._pods, self._containers = pod_host, container_host
         self._groups, self._layers = groups, layers
         self._included = frozenset(settings.groups)
@@ -74,7 +74,7 @@ class Metrics:
         every = self._pods.matching(api.PodSandboxFilter())
         ready = [p for p in every if p.state is state.PodState.READY]
         running = {p.id: self._running(p.id) for p in ready}
-        inside = await self._kernels.read(c for of_pod in running.values() for c in of_pod)
+        inside = await self._guests.read(c for of_pod in running.values() for c in of_pod)
         return await asyncio.to_thread(self._read, ready, running, inside)
 
     def _running(self, pod_id: str) -> list[state.Container]:

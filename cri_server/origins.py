@@ -3,7 +3,7 @@
 
     containers/<id>/    config.json     origins.json
     pods/<id>/          sandbox.json    origins.json      what no config.json says of a sandbox
-    pods/<id>/sandbox/  config.json     origins.json      the pod's init, where it has one
+    pods/<id>/sandbox/  config.json     origins.json      the sandbox container, where there is one
 
     origins.json: {"process.cwd": [["image", "config.WorkingDir", "", ""]], …}
 

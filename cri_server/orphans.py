@@ -5,9 +5,9 @@
     kill(words) ─┼─► one look at all processes ─► whose words they are is killed ─► the answers
     kill(words) ─┘
 
-Who asks while a look goes on waits for the next one, which answers all of them. A process that
-hangs in the kernel may let nobody read its words, so a look is made `apart`: it is given up, and
-the next one passes that process by (hazards.md R24). Nothing outlives the server.
+A caller that asks while a look goes on waits for the next one, which answers all of them. A process
+that hangs in the kernel may let nobody read its words, so a look has its `own_thread`: it is given
+up, and the next one passes that process by (hazards.md R24). Nothing outlives the server.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import structlog
 
-from cri_server import apart, errors
+from cri_server import errors, own_thread
 from shim import process
 
 log = structlog.get_logger()
@@ -29,7 +29,7 @@ class _Request(NamedTuple):
 
 
 class Orphans:
-    """Finds and kills them, in one look for all who ask."""
+    """Finds and kills them, in one look for all callers."""
 
     def __init__(self) -> None:
         self._requests: list[_Request] = []
@@ -51,21 +51,21 @@ class Orphans:
             self._requests = []
             found = await _looked([r.words for r in asked])
             for request, any_found in zip(asked, found, strict=True):
-                if not request.answer.done():  # who asked may have gone
+                if not request.answer.done():  # the caller may have gone
                     request.answer.set_result(any_found)
 
 
 async def _looked(asked: Sequence[tuple[str, ...]]) -> Sequence[bool]:
     try:
         what = "a look at all processes"
-        return await apart.call(lambda: _kill(asked), within=LOOK_TIMEOUT, what=what)
+        return await own_thread.run(lambda: _kill(asked), within=LOOK_TIMEOUT, what=what)
     except Exception as e:  # the root of a task, for which others wait
         log.warning("not all processes looked at", error=repr(e))
         return [True] * len(asked)
 
 
 def _kill(asked: Sequence[tuple[str, ...]]) -> Sequence[bool]:
-    """Kill what has all the words of one of those who ask; tell each whether there was any."""
+    """Kill what has all the words of one of the callers; tell each whether there was any."""
     wanted = [{word.encode() for word in words} for words in asked]
     found = [False] * len(asked)
     for each in list(process.candidates(word for words in asked for word in words)):
@@ -80,7 +80,7 @@ def _kill(asked: Sequence[tuple[str, ...]]) -> Sequence[bool]:
 
 def _words(pid: int) -> frozenset[bytes]:
     try:
-        with apart.at(f"process {pid}"):
+        with own_thread.looking_at(f"process {pid}"):
             return process.words_of(pid)
     except errors.Unavailable:
         return frozenset()

@@ -21,7 +21,7 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from cri_server import relabel, spec, state, trees
+from cri_server import selinux_relabel, spec, state, trees
 from cri_server.pb import api_pb2 as api
 from cri_server.spec import why
 from shim import mounts
@@ -79,7 +79,7 @@ class PodFiles:
         """Return where the pod's user namespace is pinned, if it has its own."""
         return str(self.directory(pod.id) / "ns/user")
 
-    def create(self, pod: state.Pod, *, shm_size: int, labels: spec.Labels) -> None:
+    def create(self, pod: state.Pod, *, shm_size: int, labels: spec.SelinuxLabels) -> None:
         """Make the directory, its files and the shm mount of `shm_size` bytes; `labels` are the
         pod's for SELinux, and the pod's root is the owner.
         """
@@ -100,7 +100,7 @@ class PodFiles:
     def relabel(self, pod_id: str, label: str) -> None:
         """Give the files that containers share an SELinux label, "" for none."""
         for path in self.paths(pod_id) if label else ():
-            relabel.relabel(os.path.realpath(path), label)
+            selinux_relabel.relabel(os.path.realpath(path), label)
 
     def texts(self, pod_id: str) -> dict[str, str]:
         """Return what the pod's containers read in /etc, by path there."""

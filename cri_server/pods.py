@@ -2,7 +2,8 @@
 """Pod sandboxes: run, stop, remove, status, list.
 
 A sandbox is a directory of files, a cgroup, a shim, a set of pinned namespaces and a network. There
-is no pause process; only a pod whose containers share a PID namespace has one, as its init.
+is no pause process; only a pod whose containers share a PID namespace has a process, its sandbox
+container.
 
 Running a pod is the recipe in `_run`; its undo, StopPodSandbox, RemovePodSandbox and recovery all
 end in `_halt` and `release`, which remove whatever is there, each resource even when another
@@ -28,22 +29,22 @@ from cri_server import (
     handlers,
     host,
     imagevolumes,
-    inits,
     inventory,
-    labels,
+    leftovers,
     limits,
     locks,
     names,
     origins,
     podfiles,
     podstatus,
-    remains,
     revisions,
+    sandbox_container,
+    selinux_host,
     shims,
+    side_by_side,
     spec,
     state,
     steps,
-    together,
 )
 from cri_server.network import cni, netns
 from cri_server.pb import api_pb2 as api
@@ -53,15 +54,15 @@ from shim.pb import shim_pb2
 log = structlog.get_logger()
 
 
-class _Home(NamedTuple):
-    """What a pod lives in: its shim, and its init's pid or 0."""
+class _Started(NamedTuple):
+    """The shim of a pod, and the pid of its sandbox container or 0."""
 
     shim_pid: int
     start_time: int
     pid: int
 
 
-class _Network(NamedTuple):
+class _NetworkEvents(NamedTuple):
     """What has become of a pod's network: `made` its namespace, `attached` by the CNI plugins."""
 
     made: asyncio.Event
@@ -69,7 +70,7 @@ class _Network(NamedTuple):
 
 
 class Pods:
-    """What RunPodSandbox and its relatives do."""
+    """What RunPodSandbox and its relatives do. `pod_id` is an id or a unique prefix of one."""
 
     def __init__(
         self,
@@ -82,8 +83,8 @@ class Pods:
         network: cni.Network,
         shim_host: shims.Shims,
         container_host: containers.Containers,
-        remains_host: remains.Remains,
-        init_host: inits.Inits,
+        leftover_host: leftovers.Leftovers,
+        sandbox_host: sandbox_container.SandboxContainers,
         volumes: imagevolumes.ImageVolumes,
         event_host: events.Events,
     ) -> None:
@@ -91,15 +92,15 @@ class Pods:
         self._store, self._files = store, files
         self._events = event_host
         self._groups, self._network, self._shims = groups, network, shim_host
-        self._containers, self._remains = container_host, remains_host
-        self._volumes, self._inits = volumes, init_host
+        self._containers, self._leftovers = container_host, leftover_host
+        self._volumes, self._sandboxes = volumes, sandbox_host
         self._attempts, self._locks = names.Attempts(), locks.Locks()
-        self._levels = labels.Levels(store.selinux_levels)
+        self._selinux_levels = selinux_host.Levels(store.selinux_levels)
         self._ending: set[asyncio.Task[None]] = set()
 
     # -- run --------------------------------------------------------------------------------------
 
-    async def run(self, wanted: api.PodSandboxConfig, handler: str) -> str:
+    async def run(self, config: api.PodSandboxConfig, handler: str) -> str:
         """Bring a pod sandbox to ready and return its id, or leave nothing behind.
 
         The same metadata again waits for the attempt in flight or returns the finished pod
@@ -108,24 +109,24 @@ class Pods:
         """
         key = self._handlers.key(handler)
         served_by, facts = self._handlers.of(key), self._handlers.facts(key)
-        spec.validate_sandbox(wanted, facts)
-        allowed = served_by.allowed(served_by.pod_annotations, wanted.annotations)
-        spec.check_pod_annotations(wanted, allowed, facts)
+        spec.validate_sandbox(config, facts)
+        allowed = served_by.allowed(served_by.pod_annotations, config.annotations)
+        spec.check_pod_annotations(config, allowed, facts)
         known = self._handlers.host_facts.runtimes.get(key)
         await host.check_runtime(revisions.name_of(key), served_by, known)
-        m = wanted.metadata
+        m = config.metadata
         name = (m.name, m.namespace, m.uid, m.attempt)
-        return await self._attempts.join(name, lambda: self._run(name, wanted, handler, key))
+        return await self._attempts.join(name, lambda: self._run(name, config, handler, key))
 
     async def _run(
-        self, name: state.PodName, wanted: api.PodSandboxConfig, handler: str, key: str
+        self, name: state.PodName, config: api.PodSandboxConfig, handler: str, key: str
     ) -> str:
         earlier = self._store.pod_named(name)
         if earlier is not None and earlier.state is not state.PodState.FAILED:
             return earlier.id
         if earlier is not None:
             await self.remove(earlier.id)
-        pod = await self._begin(wanted, handler, key)
+        pod = await self._begin(config, handler, key)
         try:
             await self._make(pod)
         except BaseException as e:
@@ -136,38 +137,48 @@ class Pods:
             self._events.publish(kind, pod.id, pod=pod.id)
         return pod.id
 
-    async def _begin(self, wanted: api.PodSandboxConfig, handler: str, key: str) -> state.Pod:
+    async def _begin(self, config: api.PodSandboxConfig, handler: str, key: str) -> state.Pod:
         """Record the intent, with what has to be taken back if we are killed at the next line."""
         pod = state.new_pod(
-            wanted,
+            config,
             runtime_handler=handler,
             handler=key,
-            now=self._store.pod_time(wanted.metadata),
+            now=self._store.pod_time(config.metadata),
         )
-        made = self._groups.missing(self._groups.pod_parent(pod.id, wanted.linux.cgroup_parent))
+        made = self._groups.missing(self._groups.pod_parent(pod.id, config.linux.cgroup_parent))
         network: Mapping[str, object] | None = {} if pod.own_network else None
         await self._handlers.keep(key)
-        with self._level(wanted) as level:
+        with self._selinux_level(config) as level:
             return await self._store.put_pod(
                 dataclasses.replace(pod, cgroups_made=made, network=network, selinux_level=level)
             )
 
-    def _level(self, wanted: api.PodSandboxConfig) -> contextlib.AbstractContextManager[str]:
+    def _selinux_level(
+        self, config: api.PodSandboxConfig
+    ) -> contextlib.AbstractContextManager[str]:
         if self._handlers.host_facts.selinux is None:
             return contextlib.nullcontext("")
-        return self._levels.held(spec.asked_level(wanted))
+        return self._selinux_levels.held(spec.asked_level(config))
 
     async def _make(self, pod: state.Pod) -> None:
+        """Make all that a pod is, two things at a time.
+
+            files → netns ─┬─ CNI ADD ───────────────────────────────┐
+                           └─ shim → ipc, uts → sandbox container ───┴─ record READY
+
+        In a pod with a user namespace of its own the shim makes the netns too, and CNI waits for
+        that. A guest kernel takes its addresses at start: its sandbox container waits for CNI.
+        """
         recipe = steps.Steps("pod sandbox made", pod=pod.id)
         with recipe.step("files"):
             await asyncio.to_thread(self._create_files, pod)
-        network = _Network(asyncio.Event(), asyncio.Event())
+        network = _NetworkEvents(asyncio.Event(), asyncio.Event())
         if pod.own_network and not spec.ids(pod.config):  # else it belongs to the user namespace
             with recipe.step("network namespace"):
                 await asyncio.to_thread(netns.create, pod.netns, _sysctls(pod, network=True))
             network.made.set()
-        result, home = await together.both(
-            self._attach(pod, network, recipe), self._house(pod, network, recipe)
+        result, started = await side_by_side.both(
+            self._attach(pod, network, recipe), self._start_shim(pod, network, recipe)
         )
         with recipe.step("record"):
             await self._store.put_pod(
@@ -176,19 +187,19 @@ class Pods:
                     state=state.PodState.READY,
                     ips=result.ips if result else (),
                     network=result.raw if result else None,
-                    shim_pid=home.shim_pid,
-                    shim_start_time=home.start_time,
-                    pid=home.pid,
+                    shim_pid=started.shim_pid,
+                    shim_start_time=started.start_time,
+                    pid=started.pid,
                 )
             )
         self.watch(self._store.pod(pod.id))
-        if self._settings.server.crio_socket and not home.pid:
-            await asyncio.to_thread(self._groups.mark, self._inits.cgroup(pod))
+        if self._settings.server.crio_socket and not started.pid:
+            await asyncio.to_thread(self._groups.mark, self._sandboxes.cgroup(pod))
         recipe.done()
 
     def _create_files(self, pod: state.Pod) -> None:
         with why.recorded() as found:
-            size, init = self._shm_size(pod), self._inits.needed(pod)
+            size, init = self._shm_size(pod), self._sandboxes.needed(pod)
             labels = spec.labels_of_pod(
                 pod.config, pod.selinux_level, self._handlers.facts(pod.handler)
             )
@@ -205,7 +216,7 @@ class Pods:
         return spec.shm_size(allowed, limits.size(handler.default_shm_size), key=key)
 
     async def _attach(
-        self, pod: state.Pod, network: "_Network", recipe: steps.Steps
+        self, pod: state.Pod, network: "_NetworkEvents", recipe: steps.Steps
     ) -> cni.Result | None:
         result = None
         if pod.own_network:
@@ -217,21 +228,23 @@ class Pods:
         network.attached.set()
         return result
 
-    async def _house(self, pod: state.Pod, network: "_Network", recipe: steps.Steps) -> "_Home":
-        """Give the pod its shim, the other namespaces, and its init where it needs one."""
-        with recipe.step("shim"):  # unbroken: of a shim half born nobody would know
-            shim_pid, start_time = await together.unbroken(self._shims.fork(pod))
+    async def _start_shim(
+        self, pod: state.Pod, network: "_NetworkEvents", recipe: steps.Steps
+    ) -> "_Started":
+        """Start the shim, which makes the other namespaces, and the sandbox container if any."""
+        with recipe.step("shim"):  # uninterrupted: of a shim half born nobody would know
+            shim_pid, start_time = await side_by_side.uninterrupted(self._shims.fork(pod))
         with recipe.step("namespaces"):
-            async with self._shims.asked(pod.id) as shim:
+            async with self._shims.calling(pod.id) as shim:
                 await shim.create_sandbox(self._sandbox_request(pod))
         network.made.set()
-        if self._handlers.of(pod.handler).has_kernel:  # which takes its addresses at start
+        if self._handlers.of(pod.handler).has_guest_kernel:  # which takes its addresses at start
             await network.attached.wait()
         with recipe.step("init"):
-            return _Home(shim_pid, start_time, await self._inits.start(pod))
+            return _Started(shim_pid, start_time, await self._sandboxes.start(pod))
 
     async def _undo(self, pod: state.Pod) -> None:
-        """Release a pod whose making failed; if that fails too it stays listed NOTREADY."""
+        """Release a pod whose creation failed; if that fails too it stays listed NOTREADY."""
         try:
             await self.release(pod)
         except Exception as e:
@@ -240,12 +253,12 @@ class Pods:
 
     # -- stop and remove --------------------------------------------------------------------------
 
-    async def stop(self, wanted: str) -> None:
+    async def stop(self, pod_id: str) -> None:
         """End every container and give back the network (CRI StopPodSandbox). OK when unknown or
         stopped, and when all is ended but CNI's DEL failed: no namespace refers to it any more.
         """
         with contextlib.suppress(errors.NotFound):
-            pod = self._listed(wanted)
+            pod = self._listed(pod_id)
             async with self._locks.held(pod.id):
                 await self._stop(self._store.pod(pod.id))
 
@@ -270,14 +283,14 @@ class Pods:
         self._events.publish(events.STOPPED, pod.id, pod=pod.id)
         return noted
 
-    async def remove(self, wanted: str) -> None:
+    async def remove(self, pod_id: str) -> None:
         """Stop the pod and remove all that is its own (CRI RemovePodSandbox). OK when unknown.
 
         Raises what the CNI plugins said while they do not give the network back; until then the pod
         is listed.
         """
         with contextlib.suppress(errors.NotFound):
-            pod = self._listed(wanted)
+            pod = self._listed(pod_id)
             async with self._locks.held(pod.id):
                 if owed := await self._stop(self._store.pod(pod.id)):
                     raise owed
@@ -319,16 +332,16 @@ class Pods:
     def _unmark(self, pod: state.Pod) -> None:
         """Remove the empty cgroup that stood for the pod, where there is one."""
         with contextlib.suppress(errors.InvalidArgument):  # made under another cgroup driver
-            self._groups.remove_all(self._inits.cgroup(pod))
+            self._groups.remove_all(self._sandboxes.cgroup(pod))
 
     async def _stop_shim(self, pod: state.Pod) -> None:
         if not await self._shims.stop(pod, self._release_request(pod)):
-            await self._bury_init(pod)
+            await self._kill_sandbox(pod)
 
-    async def _bury_init(self, pod: state.Pod) -> None:
+    async def _kill_sandbox(self, pod: state.Pod) -> None:
         """End what a dead shim has left of the pod itself."""
-        if self._inits.needed(pod) or self._remains.has_home(pod.handler):
-            await self._remains.destroy(pod.handler, pod.id, self._inits.cgroup(pod))
+        if self._sandboxes.needed(pod) or self._leftovers.has_shim_folder(pod.handler):
+            await self._leftovers.kill_and_delete(pod.handler, pod.id, self._sandboxes.cgroup(pod))
 
     async def _detach(self, pod: state.Pod) -> errors.CriError | None:
         """Give the network back; return why that failed."""
@@ -362,7 +375,7 @@ class Pods:
         of its own: its size is that of its start, which its runtime changes with the containers'.
         """
         pod = self._listed(request.pod_sandbox_id)
-        if self._handlers.of(pod.handler).has_kernel:
+        if self._handlers.of(pod.handler).has_guest_kernel:
             name = revisions.name_of(pod.handler)
             raise errors.Unimplemented(f"handler {name}: a pod's resources are those of its start")
         spec.check_pod_update(request, self._handlers.facts(pod.handler))
@@ -381,8 +394,8 @@ class Pods:
         self._shims.watch(pod, self._sandbox_ended)
 
     async def _sandbox_ended(self, pod_id: str) -> None:
-        """Report a pod whose shim, init or network namespace is gone as NOTREADY, with nothing in
-        it running. The root of a task of its own.
+        """Report a pod whose shim, sandbox container or network namespace is gone as NOTREADY, with
+        nothing in it running. The root of a task of its own.
         """
         try:
             await self._end(pod_id)
@@ -398,7 +411,7 @@ class Pods:
                     await self._note_stopped(pod)
                     await self._containers.stop_all(pod_id)
                     if not await self._shims.reconnect(pod_id):
-                        await self._bury_init(pod)
+                        await self._kill_sandbox(pod)
 
     async def give_up(self, pod_id: str) -> None:
         """List a pod that could not be recovered as NOTREADY, so that the kubelet removes it."""
@@ -433,35 +446,31 @@ class Pods:
                 task.add_done_callback(self._ending.discard)
 
     async def close(self) -> None:
-        """Give up the pods in the making, before that by which they are taken back is closed."""
+        """Give up the pods in creation, before what their undo needs is closed."""
         await self._attempts.close()
 
     # -- look -------------------------------------------------------------------------------------
 
-    def status(self, wanted: str) -> api.PodSandboxStatus:
+    def status(self, pod_id: str) -> api.PodSandboxStatus:
         """Return the CRI status. Raises NotFound."""
-        return podstatus.status(self._listed(wanted))
+        return podstatus.status(self._listed(pod_id))
 
-    def list(self, wanted: api.PodSandboxFilter) -> Sequence[api.PodSandbox]:
+    def list(self, selector: api.PodSandboxFilter) -> Sequence[api.PodSandbox]:
         """Return the pods that match every part of the filter; an unknown id matches none."""
-        return [podstatus.item(p) for p in self.matching(wanted)]
+        return [podstatus.item(p) for p in self.matching(selector)]
 
-    def matching(self, wanted: api.PodSandboxFilter) -> Sequence[state.Pod]:
+    def matching(self, selector: api.PodSandboxFilter) -> Sequence[state.Pod]:
         """Return the records behind `list`."""
-        return [p for p in self._store.pods() if podstatus.matches(p, wanted)]
+        return [p for p in self._store.pods() if podstatus.matches(p, selector)]
 
-    def now(self) -> int:
-        """Return the time that a status is true for, nanoseconds since the epoch."""
-        return time.time_ns()
-
-    def record(self, wanted: str) -> state.Pod:
+    def record(self, pod_id: str) -> state.Pod:
         """Return the record behind a listed pod. Raises NotFound."""
-        return self._listed(wanted)
+        return self._listed(pod_id)
 
-    def _listed(self, wanted: str) -> state.Pod:
-        pod = self._store.pod(wanted)
+    def _listed(self, pod_id: str) -> state.Pod:
+        pod = self._store.pod(pod_id)
         if not podstatus.visible(pod):
-            raise errors.NotFound(f"pod sandbox {wanted[:80]!r} not found")
+            raise errors.NotFound(f"pod sandbox {pod_id[:80]!r} not found")
         return pod
 
     # -- what the shim and the CNI plugins are asked ----------------------------------------------
@@ -483,7 +492,6 @@ class Pods:
         """Return what names the namespaces; all that the shim needs to release them."""
         pins = self._files.namespaces(pod)
         return shim_pb2.CreateSandboxRequest(
-            id=pod.id,
             network_path=pins.get("network", ""),
             uts_path=pins.get("uts", ""),
             ipc_path=pins.get("ipc", ""),

@@ -14,14 +14,14 @@ def visible(pod: state.Pod) -> bool:
     return pod.state is not state.PodState.CREATING
 
 
-def matches(pod: state.Pod, wanted: api.PodSandboxFilter) -> bool:
+def matches(pod: state.Pod, selector: api.PodSandboxFilter) -> bool:
     """Tell whether a visible pod matches every part of a filter; an id may be cut short."""
-    if not visible(pod) or not pod.id.startswith(wanted.id):
+    if not visible(pod) or not pod.id.startswith(selector.id):
         return False
-    if wanted.HasField("state") and wanted.state.state != _state(pod):
+    if selector.HasField("state") and selector.state.state != _state(pod):
         return False
     labels = pod.config.labels
-    return all(labels.get(k) == v for k, v in wanted.label_selector.items())
+    return all(labels.get(k) == v for k, v in selector.label_selector.items())
 
 
 def item(pod: state.Pod) -> api.PodSandbox:
@@ -61,6 +61,6 @@ def _network_status(ips: Sequence[str]) -> api.PodSandboxNetworkStatus:
     return api.PodSandboxNetworkStatus(ip=ips[0] if ips else "", additional_ips=more)
 
 
-def _linux_status(wanted: api.PodSandboxConfig) -> api.LinuxPodSandboxStatus:
-    options = wanted.linux.security_context.namespace_options
+def _linux_status(config: api.PodSandboxConfig) -> api.LinuxPodSandboxStatus:
+    options = config.linux.security_context.namespace_options
     return api.LinuxPodSandboxStatus(namespaces=api.Namespace(options=options))

@@ -19,9 +19,9 @@ NOTREADY. The server answers UNAVAILABLE until `run` is done. That waits for not
 shims: a hung runtime or plugin is left to tasks behind it (`close` ends them). Until those are
 through, calls for the same pod or container wait for them, by its lock.
 
-A shim that does not answer within 5 s is not dead: its pod stays listed as it was, who wants its
-containers waits, and the above is done when the shim speaks, or was mute for `shims.MUTE` seconds
-and was killed.
+A shim that does not answer within 5 s is not dead: its pod stays listed as it was, calls for its
+containers wait, and the above is done when the shim speaks, or said nothing for
+`shims.UNRESPONSIVE_TIMEOUT` seconds and was killed.
 """
 
 import asyncio
@@ -37,11 +37,11 @@ from cri_server import (
     bundles,
     containers,
     errors,
+    leftovers,
     names,
     orphans,
     podfiles,
     pods,
-    remains,
     shims,
     snapshots,
     state,
@@ -67,7 +67,7 @@ class Recovery:
         container_host: containers.Containers,
         shim_host: shims.Shims,
         bundle_host: bundles.Bundles,
-        remains_host: remains.Remains,
+        leftover_host: leftovers.Leftovers,
         orphan_host: orphans.Orphans,
         files: podfiles.PodFiles,
         layers: snapshots.Snapshots,
@@ -78,7 +78,7 @@ class Recovery:
             container_host,
             shim_host,
         )
-        self._bundles, self._remains = bundle_host, remains_host
+        self._bundles, self._leftovers = bundle_host, leftover_host
         self._files, self._snapshots, self._orphans = files, layers, orphan_host
         self._tasks: set[asyncio.Task[None]] = set()
         self._findings: list[Finding] = []
@@ -126,7 +126,9 @@ class Recovery:
         """
         wanted = pod.state in (state.PodState.READY, state.PodState.STOPPED)
         try:
-            return await self._adopt(pod, shims.MUTE if wanted else shims.CONNECT_TIMEOUT)
+            return await self._adopt(
+                pod, shims.UNRESPONSIVE_TIMEOUT if wanted else shims.CONNECT_TIMEOUT
+            )
         except Exception as e:
             log.error("pod sandbox not recovered", pod=pod.id, error=repr(e))
             return None
@@ -185,7 +187,7 @@ class Recovery:
         self._begin(self._forget_strays(pod, {pod.id, *(c.id for c in known)}, finding))
 
     async def _release(self, pod_id: str, limit: asyncio.Semaphore) -> None:
-        """Take back what was half made; who wants to remove it too, waits."""
+        """Take back what was half made; a call that removes it too waits."""
         try:
             async with limit, asyncio.timeout(POD_TIMEOUT), self._pods.held(pod_id):
                 pod = self._store.pod(pod_id)
@@ -210,21 +212,21 @@ class Recovery:
     async def _forget_stray(self, pod: state.Pod, container_id: str) -> None:
         log.warning("container without a record: ended", pod=pod.id, container=container_id)
         try:
-            async with asyncio.timeout(POD_TIMEOUT), self._shims.asked(pod.id) as shim:
+            async with asyncio.timeout(POD_TIMEOUT), self._shims.calling(pod.id) as shim:
                 await shim.delete(shim_pb2.DeleteRequest(id=container_id))
         except Exception as e:
             log.error("container not ended", container=container_id, error=repr(e))
 
-    async def _adopt(self, pod: state.Pod, mute: float) -> containers.Seen:
+    async def _adopt(self, pod: state.Pod, unresponsive_after: float) -> containers.Seen:
         """Return what the pod's shim knows of its containers, None when there is no shim or it has
-        said nothing for `mute` seconds.
+        said nothing for `unresponsive_after` seconds.
         """
         self._shims.remember(pod)
         if pod.boot_id != state.boot_id() or not self._files.socket(pod.id).exists():
             return None
         try:
-            await self._shims.adopt(pod.id, mute=mute)
-            async with self._shims.asked(pod.id, mute=mute) as shim:
+            await self._shims.adopt(pod.id, unresponsive_after=unresponsive_after)
+            async with self._shims.calling(pod.id, unresponsive_after=unresponsive_after) as shim:
                 answer = await shim.state(shim_pb2.StateRequest())
         except errors.CriError as e:
             log.warning("shim not adopted", pod=pod.id, error=e.message)
@@ -243,7 +245,7 @@ class Recovery:
         left = _names(self._files.root) | of_containers | self._store.unreadable
         return _Rubbish(
             pods=tuple({i for i in left if names.is_id(i)} - pod_ids),
-            in_runtimes=tuple(x for x in self._remains.in_runtimes() if x[1] not in known),
+            in_runtimes=tuple(x for x in self._leftovers.in_runtimes() if x[1] not in known),
             folders=tuple(_names(self._files.root) - pod_ids),
             bundles=tuple(
                 (_names(self._bundles.root) | self._snapshots.writables()) - container_ids
@@ -278,7 +280,7 @@ class Recovery:
             log.warning("swept from runtime", handler=handler, container=container_id)
             bundle = self._bundles.directory(container_id)
             try:
-                await self._remains.destroy_unrecorded(handler, container_id, bundle)
+                await self._leftovers.kill_and_delete_unrecorded(handler, container_id, bundle)
             except Exception as e:
                 log.error("container not ended", container=container_id, error=repr(e))
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keeps the handlers as the drop-ins say, while the server runs.
 
-    conf.d changes ─► quiet, nothing half written ─► roster.look ─► handlers.apply
+    conf.d changes ─► quiet, nothing half written ─► handler_set.load ─► handlers.apply
 
 The folder is watched; what cannot be (a profile, a program that is installed later, a folder that
 is not there yet) is looked at every few seconds, by names, times and sizes. A look during which
@@ -13,7 +13,7 @@ import asyncio
 
 import structlog
 
-from cri_server import config, dropins, handlers, roster, watch
+from cri_server import config, dropins, handler_set, handlers, watch
 
 log = structlog.get_logger()
 EVERY = 2.0  # seconds between looks at what is not watched
@@ -56,7 +56,7 @@ class Reloader:
         if not watched.works and stamps != self._pending:  # it may be half written: once more
             self._pending = stamps
             return
-        found = await roster.look(self._settings, self._live.now, busy=busy)
+        found = await handler_set.load(self._settings, self._live.now, busy=busy)
         watched.drain()
         if writes != watched.writes:
             return
@@ -66,8 +66,8 @@ class Reloader:
     def _stamps(self) -> tuple[object, ...]:
         return dropins.stamps(self._folder, self._live.now.paths) if self._folder else ()
 
-    def _apply(self, found: roster.Roster) -> None:
-        for what, name in roster.differences(self._live.now, found):
+    def _apply(self, found: handler_set.HandlerSet) -> None:
+        for what, name in handler_set.differences(self._live.now, found):
             after = found.current.get(name)
             log.info(what, handler=name, file=after.source if after else "")
         self._live.apply(found)

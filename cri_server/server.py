@@ -22,13 +22,13 @@ from cri_server import (
     defaults,
     errors,
     graph,
+    handler_set,
     handlers,
     host,
     localhttp,
     pods,
     reloading,
     revisions,
-    roster,
     signals,
     state,
 )
@@ -63,8 +63,10 @@ async def running(settings: config.Config) -> AsyncIterator[None]:
     asyncio.get_running_loop().set_default_executor(workers)
     _make_directories(settings)
     groups = _cgroups(settings)
-    now = await roster.look(settings)
-    settings, reason = defaults.choose(settings, roster.named(now), groups.hierarchy, groups.driver)
+    now = await handler_set.load(settings)
+    settings, reason = defaults.choose(
+        settings, handler_set.named(now), groups.hierarchy, groups.driver
+    )
     log.info("default handler", handler=settings.runtime.default, reason=reason)
     facts = host.probe(groups.hierarchy, {}, places=settings.server)
     store = revisions.Store(settings.server.root)
@@ -101,9 +103,9 @@ async def running(settings: config.Config) -> AsyncIterator[None]:
         yield
 
 
-def _warn_of_old_runtimes(now: roster.Roster) -> None:
+def _warn_of_old_runtimes(now: handler_set.HandlerSet) -> None:
     """Name the published vulnerabilities of the upstream versions of what will run containers."""
-    for name, found in roster.named(now).items():
+    for name, found in handler_set.named(now).items():
         if known := advisories.known(found.program, found.version):
             log.warning(
                 "upstream version of the runtime has known vulnerabilities",
@@ -132,7 +134,8 @@ def _cgroups(settings: config.Config) -> cgroups.Cgroups:
 def _make_directories(settings: config.Config) -> None:
     """Make root and state, closed to other users: images hold setuid files (CVE-2021-41103).
 
-    The folders of pods and containers can be passed through, by who is let into the one below.
+    The folders of pods and containers can be passed through, by users that are let into the one
+    below.
     """
     for directory in (settings.server.root, settings.server.state):
         directory.mkdir(parents=True, exist_ok=True)

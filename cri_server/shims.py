@@ -5,10 +5,11 @@ death.
 A shim outlives the server. What ties them together is the socket in the pod's directory, and
 nothing else: `adopt` connects to it and makes sure that the pod's own shim answers. A shim that
 died leaves namespaces and processes behind, which the callers remove by themselves (`netns`,
-`cgroups`, `remains.Remains.bury`).
+`cgroups`, `leftovers.Leftovers`).
 
 With a shim goes its pod, so one that is slow is waited for: a shim writes logs, and their disk may
-stall. It is gone when nobody serves its socket, and given up when it was mute for `MUTE` seconds.
+stall. It is gone when nobody serves its socket, and given up when it has not answered for
+`UNRESPONSIVE_TIMEOUT` seconds.
 """
 
 import asyncio
@@ -31,8 +32,9 @@ PROTOCOL_VERSION = 1
 CONNECT_TIMEOUT = (
     5.0  # seconds: a stopped shim must not keep the server from starting (hazards R07)
 )
-MUTE = 60.0  # seconds after which a shim that says nothing is killed; its log's disk may be slow
-MUTE_AT_STOP = 10.0  # the same when its pod is to end anyway
+# Seconds after which a shim that says nothing is killed; its log's disk may be slow.
+UNRESPONSIVE_TIMEOUT = 60.0
+UNRESPONSIVE_TIMEOUT_AT_STOP = 10.0  # the same when its pod is to end anyway
 AGAIN = 1.0  # seconds until a shim is looked for again that could not be asked
 
 _CODES: dict[int, type[errors.CriError]] = {
@@ -48,7 +50,7 @@ _CODES: dict[int, type[errors.CriError]] = {
 
 
 @contextlib.contextmanager
-def translated() -> Iterator[None]:
+def translate_errors() -> Iterator[None]:
     """Raise what a shim says as one of our errors: same code, same message."""
     try:
         yield
@@ -85,30 +87,35 @@ class Shims:
         return found
 
     @contextlib.asynccontextmanager
-    async def asked(self, pod_id: str, *, mute: float = MUTE) -> AsyncIterator[client.ShimClient]:
+    async def calling(
+        self, pod_id: str, *, unresponsive_after: float = UNRESPONSIVE_TIMEOUT
+    ) -> AsyncIterator[client.ShimClient]:
         """Give a pod's shim for a call that may take long; what it says becomes one of our errors.
 
-        Raises Unavailable when it is gone. One that does not even answer a ping for `mute` seconds
-        is killed, which ends the call: what it was doing must not come true later, unseen.
+        Raises Unavailable when it is gone. One that does not even answer a ping for
+        `unresponsive_after` seconds is killed, which ends the call: what it was doing must not come
+        true later, unseen.
         """
         shim = self.of(pod_id)
-        watchdog = asyncio.create_task(self._bark(pod_id, shim, mute), name="watchdog")
+        watchdog = asyncio.create_task(
+            self._ping_regularly(pod_id, shim, unresponsive_after), name="watchdog"
+        )
         try:
-            with translated():
+            with translate_errors():
                 yield shim
         finally:
             watchdog.cancel()
 
-    async def _bark(self, pod_id: str, shim: client.ShimClient, mute: float) -> None:
+    async def _ping_regularly(self, pod_id: str, shim: client.ShimClient, within: float) -> None:
         answers = True
         while answers:
-            await asyncio.sleep(mute / 2)
-            answers = await self._answers(pod_id, shim, mute / 2)
+            await asyncio.sleep(within / 2)
+            answers = await self._answers(pod_id, shim, within / 2)
 
-    async def _answers(self, pod_id: str, shim: client.ShimClient, mute: float) -> bool:
-        """Say whether a shim is there; one that says nothing for `mute` seconds is killed."""
+    async def _answers(self, pod_id: str, shim: client.ShimClient, within: float) -> bool:
+        """Say whether a shim is there; one that says nothing for `within` seconds is killed."""
         try:
-            await shim.ping(timeout=mute)
+            await shim.ping(timeout=within)
         except shim_errors.DeadlineExceeded:
             log.error("shim does not answer: killed, with all in its pod", pod=pod_id)
             self.kill(pod_id)
@@ -117,27 +124,34 @@ class Shims:
             return False
         return True
 
-    def suspect(self, pod_id: str, *, mute: float = MUTE) -> None:
-        """Kill the pod's shim unless it says something within `mute` seconds; do not wait for it.
+    def kill_if_unresponsive(
+        self, pod_id: str, *, unresponsive_after: float = UNRESPONSIVE_TIMEOUT
+    ) -> None:
+        """Kill the pod's shim unless it says something within `unresponsive_after` seconds; do not
+        wait for it.
 
-        For who has waited in vain, but not for long enough to condemn the whole pod.
+        For a caller that has waited in vain, but not for long enough to condemn the whole pod.
         """
-        key = (pod_id, mute)
+        key = (pod_id, unresponsive_after)
         if key not in self._suspects:
-            task = asyncio.create_task(self._judge(pod_id, mute), name=f"suspect {pod_id[:13]}")
+            task = asyncio.create_task(
+                self._check_suspect(pod_id, unresponsive_after), name=f"suspect {pod_id[:13]}"
+            )
             self._suspects[key] = task
             task.add_done_callback(lambda _: self._suspects.pop(key))
 
-    async def _judge(self, pod_id: str, mute: float) -> None:
-        if await self.reconnect(pod_id, mute=mute) and (shim := self._clients.get(pod_id)):
-            await self._answers(pod_id, shim, mute)
+    async def _check_suspect(self, pod_id: str, within: float) -> None:
+        if await self.reconnect(pod_id, unresponsive_after=within) and (
+            shim := self._clients.get(pod_id)
+        ):
+            await self._answers(pod_id, shim, within)
 
     async def fork(self, pod: state.Pod) -> tuple[int, int]:
         """Start the pod's shim, connect to it and return its pid and start time."""
         path = str(self._files.socket(pod.id))
         handler = self.handler(pod.handler)
         wanted = self._handlers.of(pod.handler)
-        with translated():
+        with translate_errors():
             async with self._programs.lent(wanted) as program:
                 handler.options["program"] = program.identity
                 pid = await self._zygotes.fork(pod.id, path, handler=handler, program=program.fd)
@@ -150,19 +164,22 @@ class Shims:
         if pod.boot_id == state.boot_id() and pod.shim_pid:
             self._pids[pod.id] = (pod.shim_pid, pod.shim_start_time)
 
-    async def adopt(self, pod_id: str, *, mute: float = MUTE) -> client.ShimClient:
+    async def adopt(
+        self, pod_id: str, *, unresponsive_after: float = UNRESPONSIVE_TIMEOUT
+    ) -> client.ShimClient:
         """Connect to the shim of a pod that an earlier server started.
 
-        Raises Unavailable when it is not there, or no longer: one that is mute for `mute` seconds
-        is killed. What we lack ourselves says nothing about it, and is waited for.
+        Raises Unavailable when it is not there, or no longer: one that says nothing for
+        `unresponsive_after` seconds is killed. What we lack ourselves says nothing about it, and is
+        waited for.
         """
-        deadline = time.monotonic() + mute
+        deadline = time.monotonic() + unresponsive_after
         while True:
             try:
                 return await self._connect(pod_id, max(deadline - time.monotonic(), 0.0))
             except errors.ResourceExhausted as e:
                 log.warning("shim not found out about", pod=pod_id, error=e.message)
-                deadline = time.monotonic() + mute
+                deadline = time.monotonic() + unresponsive_after
             except errors.DeadlineExceeded as e:
                 if time.monotonic() >= deadline:
                     log.error("shim does not answer: killed, with all in its pod", pod=pod_id)
@@ -170,11 +187,11 @@ class Shims:
                     raise errors.Unavailable(e.message) from e
             await asyncio.sleep(AGAIN)
 
-    async def _connect(self, pod_id: str, mute: float) -> client.ShimClient:
-        with translated():
+    async def _connect(self, pod_id: str, within: float) -> client.ShimClient:
+        with translate_errors():
             shim = await client.ShimClient.connect(str(self._files.socket(pod_id)))
             try:
-                answer = await shim.ping(timeout=mute)
+                answer = await shim.ping(timeout=within)
                 if answer.pod_id != pod_id or answer.version != PROTOCOL_VERSION:
                     raise errors.Unavailable(f"another shim answers for pod sandbox {pod_id[:13]}")
                 self._pids[pod_id] = _identity(answer.pid)
@@ -191,7 +208,9 @@ class Shims:
         known = self._clients.get(pod_id)
         return known if known is not None and not known.closed.done() else None
 
-    async def reconnect(self, pod_id: str, *, mute: float = MUTE) -> bool:
+    async def reconnect(
+        self, pod_id: str, *, unresponsive_after: float = UNRESPONSIVE_TIMEOUT
+    ) -> bool:
         """Say whether the shim is still there, with a new connection if the old one is lost; as
         `adopt` it waits until that is known.
         """
@@ -199,7 +218,7 @@ class Shims:
             return True
         try:
             if pod_id not in self._given_up:
-                await self.adopt(pod_id, mute=mute)
+                await self.adopt(pod_id, unresponsive_after=unresponsive_after)
                 return True
         except errors.Unavailable:
             self._clients.pop(pod_id, None)
@@ -207,7 +226,7 @@ class Shims:
 
     def kill(self, pod_id: str) -> None:
         """Kill a shim that does not answer, and give it up: one that hangs in the kernel dies when
-        it wakes. What was in its pod is then found dead or buried.
+        it wakes. What was in its pod is then found dead or gone.
         """
         self._given_up.add(pod_id)
         pid, start_time = self._pids.get(pod_id, (0, 0))
@@ -241,10 +260,10 @@ class Shims:
         watcher = self._watchers.pop(pod.id, None)
         if watcher is not None:
             watcher.cancel()
-        found = await self.reconnect(pod.id, mute=MUTE_AT_STOP)
+        found = await self.reconnect(pod.id, unresponsive_after=UNRESPONSIVE_TIMEOUT_AT_STOP)
         alive = found and await self._stop(pod.id, request)
         if not alive:
-            self.kill(pod.id)  # it may be there and mute
+            self.kill(pod.id)  # it may be there and not answer
         self._pids.pop(pod.id, None)
         self._given_up.discard(pod.id)
         for path in (
@@ -259,7 +278,9 @@ class Shims:
     async def _stop(self, pod_id: str, request: shim_pb2.CreateSandboxRequest) -> bool:
         alive = True
         try:
-            async with self.asked(pod_id, mute=MUTE_AT_STOP) as shim:
+            async with self.calling(
+                pod_id, unresponsive_after=UNRESPONSIVE_TIMEOUT_AT_STOP
+            ) as shim:
                 await shim.stop_sandbox(shim_pb2.StopSandboxRequest(sandbox=request))
                 await shim.shutdown()
                 await asyncio.shield(shim.closed)
@@ -308,7 +329,7 @@ def _identity(pid: int) -> tuple[int, int]:
 
 
 async def _init_ended(shim: client.ShimClient, pod_id: str) -> bool:
-    """Wait for the end of a pod's init; False when the shim was lost before."""
+    """Wait for the end of a sandbox container; False when the shim was lost before."""
     try:
         await shim.wait(shim_pb2.WaitRequest(id=pod_id))
     except shim_errors.ShimError as e:

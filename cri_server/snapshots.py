@@ -109,11 +109,11 @@ class Snapshots:
         return self._layers_dir / key / "fs"
 
     def staging_path(self) -> Path:
-        """Return a name for a layer in the making; `stage` makes it."""
+        """Return a name for a layer that is not complete; `stage` makes it."""
         return self._tmp / f"layer-{secrets.token_hex(8)}"
 
     def stage(self, folder: Path) -> None:
-        """Make a folder for a layer in the making, with an empty fs/ in it."""
+        """Make a folder for a layer that is not complete, with an empty fs/ in it."""
         folder.mkdir(mode=0o700)
         (folder / "fs").mkdir()
         (folder / "fs").chmod(0o755)  # whatever our umask is
@@ -165,7 +165,7 @@ class Snapshots:
         """Return what lies in the folders for layers and temporary things and is no layer.
 
         A layer that containers stand on is none of it, whatever became of its layer.json. Only for
-        the start: later there are layers in the making.
+        the start: later there are layers that are not complete.
         """
         unknown = set(os.listdir(self._layers_dir)) - self.layers() - set(in_use)
         return [*(self._layers_dir / key for key in unknown), *self._tmp.iterdir()]

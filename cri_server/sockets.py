@@ -20,7 +20,7 @@ _HEADER, _MESSAGE, _ATTRIBUTE = struct.Struct("=IHHII"), struct.Struct("=BBBxI8x
 
 
 def listener(path: Path) -> int | None:
-    """Return the pid of who listens at `path`, None when nobody does. Raises OSError."""
+    """Return the pid of the process that listens at `path`, None without one. Raises OSError."""
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(os.fspath(path))
@@ -32,7 +32,7 @@ def listener(path: Path) -> int | None:
 
 
 def clients(path: Path) -> dict[int, str]:
-    """Return the pids and names (comm) of who is connected to who listens at `path`.
+    """Return the pids and names (comm) of the processes that are connected to `path`.
 
     Raises OSError where the kernel does not tell.
     """

@@ -7,7 +7,7 @@
 A record is a frozen value; a change is a new record that is on disk (temporary file, then rename)
 before it can be seen in memory, so a kill at any instruction leaves the old record or the new one.
 Only the end of something is believed without: stopping and removing must work on a full disk.
-Intent is recorded first: a record whose making never ended is found by `recovery` and removed.
+Intent is recorded first: a record whose creation never ended is found by `recovery` and removed.
 Files that cannot be read are set aside as `*.broken` and logged; they never keep the server from
 starting, which then takes away what they told of (`recovery`). A record of a later version than
 ours is not spoilt: with one of those the server does not start, for it would end what runs.
@@ -59,7 +59,7 @@ class PodState(StrEnum):
     CREATING = "creating"
     READY = "ready"
     STOPPED = "stopped"
-    FAILED = "failed"  # its making failed, and so did its removal
+    FAILED = "failed"  # its creation failed, and so did its removal
 
 
 PodName = tuple[str, str, str, int]
@@ -83,7 +83,7 @@ class Pod:
     cgroups_made: tuple[str, ...] = ()  # parents that were not there before this pod
     shim_pid: int = 0
     shim_start_time: int = 0  # with the pid: which process; see shim.process.start_time
-    pid: int = 0  # the sandbox container's init, where there is one
+    pid: int = 0  # the sandbox container's, where there is one
     stopped_at: int = 0
     selinux_level: str = ""  # the pair of categories that is the pod's; "" without SELinux
     overhead: str = ""  # LinuxContainerResources as JSON, after updates; "": as in the config
@@ -162,11 +162,11 @@ class Store:
 
     # -- pods -------------------------------------------------------------------------------------
 
-    def pod(self, wanted: str) -> Pod:
+    def pod(self, pod_id: str) -> Pod:
         """Return the pod with this id or unique prefix. Raises NotFound, InvalidArgument when
         ambiguous.
         """
-        return self._pods[names.resolve(wanted, self._pods.keys(), "pod sandbox")]
+        return self._pods[names.resolve(pod_id, self._pods.keys(), "pod sandbox")]
 
     def pods(self) -> list[Pod]:
         return list(self._pods.values())
@@ -211,9 +211,9 @@ class Store:
 
     # -- containers -------------------------------------------------------------------------------
 
-    def container(self, wanted: str) -> Container:
+    def container(self, container_id: str) -> Container:
         """Return the container with this id or unique prefix. Raises NotFound, InvalidArgument."""
-        return self._containers[names.resolve(wanted, self._containers.keys(), "container")]
+        return self._containers[names.resolve(container_id, self._containers.keys(), "container")]
 
     def containers(self, pod_id: str | None = None) -> list[Container]:
         """Return all containers, or those of one pod, oldest first."""
@@ -249,7 +249,7 @@ class Store:
     async def changing(self, container_id: str) -> AsyncIterator[Container]:
         """Give the record as it is now to a block that replaces it, one block at a time.
 
-        For who changes a container that runs, and so may end meanwhile.
+        For a change of a container that runs, and so may end meanwhile.
         """
         async with self._changes.held(container_id):
             yield self._containers[container_id]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What containers and pods use: cgroup files, network counters, writable layers. No `du`, and no
-process but for containers that the host's kernel cannot tell apart (`kernelstats`).
+process but for containers that the host's kernel cannot tell apart (`guest_stats`).
 
 All containers of a list are read in one hop to a thread. A container that cannot be read costs its
 own figures and never the list. `usage_nano_cores` needs two samples: it is absent in the first
@@ -17,7 +17,7 @@ from cri_server import (
     cgroups,
     containers,
     errors,
-    kernelstats,
+    guest_stats,
     pods,
     snapshots,
     state,
@@ -37,7 +37,7 @@ class _Sample:
 
 
 class Stats:
-    """Answers ContainerStats, PodSandboxStats and their lists."""
+    """Answers ContainerStats, PodSandboxStats and their lists. Each id may be a unique prefix."""
 
     def __init__(
         self,
@@ -46,29 +46,29 @@ class Stats:
         container_host: containers.Containers,
         groups: cgroups.Cgroups,
         layers: snapshots.Snapshots,
-        kernels: kernelstats.KernelStats,
+        guests: guest_stats.GuestStats,
     ) -> None:
-        self._kernels = kernels
+        self._guests = guests
         self._pods, self._containers = pod_host, container_host
         self._groups, self._layers = groups, layers
         self._samples: dict[str, tuple[_Sample, int | None]] = {}
 
     # -- containers -------------------------------------------------------------------------------
 
-    async def container(self, wanted: str) -> api.ContainerStats:
+    async def container(self, container_id: str) -> api.ContainerStats:
         """Return the stats of one container. Raises NotFound, FailedPrecondition once it ended."""
-        container = self._containers.record(wanted)
+        container = self._containers.record(container_id)
         if container.finished_at:
             raise errors.FailedPrecondition(f"container {container.id[:13]} has ended: no stats")
         return (await self._read([container]))[0]
 
-    async def containers(self, wanted: api.ContainerStatsFilter) -> Sequence[api.ContainerStats]:
+    async def containers(self, selector: api.ContainerStatsFilter) -> Sequence[api.ContainerStats]:
         """Return the stats of all containers that match and have not ended."""
         records = self._containers.matching(
             api.ContainerFilter(
-                id=wanted.id,
-                pod_sandbox_id=wanted.pod_sandbox_id,
-                label_selector=wanted.label_selector,
+                id=selector.id,
+                pod_sandbox_id=selector.pod_sandbox_id,
+                label_selector=selector.label_selector,
             )
         )
         alive = [c for c in records if not c.finished_at]
@@ -76,7 +76,7 @@ class Stats:
         return await self._read(alive)
 
     async def _read(self, records: Sequence[state.Container]) -> list[api.ContainerStats]:
-        inside = await self._kernels.read(records)
+        inside = await self._guests.read(records)
         return await asyncio.to_thread(lambda: [self._one(c, inside) for c in records])
 
     def _one(
@@ -114,17 +114,17 @@ class Stats:
 
     # -- pods -------------------------------------------------------------------------------------
 
-    async def pod(self, wanted: str) -> api.PodSandboxStats:
+    async def pod(self, pod_id: str) -> api.PodSandboxStats:
         """Return the stats of one pod. Raises NotFound, Unavailable when it is not ready."""
-        pod = self._pods.record(wanted)
+        pod = self._pods.record(pod_id)
         if pod.state is not state.PodState.READY:
             raise errors.Unavailable(f"pod sandbox {pod.id[:13]} is not ready: no stats")
         return (await self._read_pods([pod]))[0]
 
-    async def pods(self, wanted: api.PodSandboxStatsFilter) -> Sequence[api.PodSandboxStats]:
+    async def pods(self, selector: api.PodSandboxStatsFilter) -> Sequence[api.PodSandboxStats]:
         """Return the stats of all ready pods that match."""
         chosen = self._pods.matching(
-            api.PodSandboxFilter(id=wanted.id, label_selector=wanted.label_selector)
+            api.PodSandboxFilter(id=selector.id, label_selector=selector.label_selector)
         )
         self._forget()
         return await self._read_pods([p for p in chosen if p.state is state.PodState.READY])
@@ -133,7 +133,7 @@ class Stats:
         alive = {
             p.id: [c for c in self._containers.of_pod(p.id) if not c.finished_at] for p in chosen
         }
-        used = await self._kernels.read(c for of_pod in alive.values() for c in of_pod)
+        used = await self._guests.read(c for of_pod in alive.values() for c in of_pod)
 
         def read() -> list[api.PodSandboxStats]:
             networks = counters.read(p.netns for p in chosen if p.netns)

@@ -158,15 +158,23 @@ class Updates:
     async def _run(self, container: state.Container, limits: spec.Resources) -> None:
         """Have the runtime set the limits, and then write what it would not."""
         directories = self._groups.directories(container.cgroups_path)
-        files = dict(_pages(limits, directories))
-        handler = self._handlers.of(container.handler)
-        if Path(handler.path).name == "crun" and "cpu" in directories:
-            limits, quota = _without_quota(limits, directories["cpu"])
-            files |= quota
-        request = shim_pb2.UpdateRequest(id=container.id, resources=msgspec.json.encode(limits))
-        async with self._shims.asked(container.pod_id) as shim:
+        dialect = self._handlers.of(container.handler).dialect
+        told, files = split(limits, directories, dialect)
+        request = shim_pb2.UpdateRequest(id=container.id, resources=msgspec.json.encode(told))
+        async with self._shims.calling(container.pod_id) as shim:
             await shim.update(request)
         await asyncio.to_thread(_write_all, files)
+
+
+def split(
+    limits: spec.Resources, directories: Mapping[str, str], dialect: str
+) -> tuple[spec.Resources, dict[str, str]]:
+    """Return what the runtime is told to set, and the files that are written after it."""
+    files = dict(_pages(limits, directories))
+    if dialect == "crun" and "cpu" in directories:
+        limits, quota = _without_quota(limits, directories["cpu"])
+        files |= quota
+    return limits, files
 
 
 def _pages(limits: spec.Resources, directories: Mapping[str, str]) -> Iterator[tuple[str, str]]:

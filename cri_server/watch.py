@@ -6,8 +6,8 @@
 
 inotify(7) of the folder alone, so a file that is renamed into it counts at once and one that is
 written in place when its writer closes it. Where there is no inotify (128 instances a user, and
-others use them too) or no folder yet, `works` is False and `wait` ends with its time: who waits
-has to look by itself. Nothing outlives the process.
+others use them too) or no folder yet, `works` is False and `wait` ends with its time: its
+caller has to look by itself. Nothing outlives the process.
 """
 
 import asyncio

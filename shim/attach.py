@@ -13,7 +13,7 @@ from shim.pb import shim_pb2 as pb
 
 
 class Client(Protocol):
-    """Who asked. `recv` gives None when nothing more will come; whoever runs the call cancels it
+    """The caller. `recv` gives None when nothing more will come; whoever runs the call cancels it
     when lost.
     """
 

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 SERVICE = "shim.v1.Shim"
 HandlerSpec = pb.Handler
-ShimError = errors.ShimError
 
 _START_SECONDS = 30.0
 _FORK_SECONDS = 10.0

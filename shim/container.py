@@ -48,10 +48,7 @@ _WIRE = {
 
 
 class Spec(NamedTuple):
-    """What a container is made from. `silent`: nobody reads its output, so it gets /dev/null.
-
-    `owner`: uid and gid of its root on the host.
-    """
+    """What a container is made from. `owner`: uid and gid of its root on the host."""
 
     id: str
     bundle: str
@@ -60,7 +57,6 @@ class Spec(NamedTuple):
     terminal: bool = False
     stdin: bool = False
     stdin_once: bool = False
-    silent: bool = False
     owner: tuple[int, int] = stdio.ROOT
 
 
@@ -87,7 +83,6 @@ class Container:
         self.streams = stdio.Streams(
             terminal=spec.terminal,
             stdin=spec.stdin,
-            silent=spec.silent,
             log=self._log,
             owner=spec.owner,
             fifos=runtime.opens_fifos,
@@ -137,7 +132,7 @@ class Container:
         if self.state is State.STOPPED:
             return
         self.require(State.RUNNING, verb="kill")
-        self.cgroup.thaw()  # who is paused hears no signal
+        self.cgroup.thaw()  # a paused process gets no signal
         if self._init:
             await self._init.signal(signum)
         if everything:
@@ -157,7 +152,7 @@ class Container:
         async with self._lock:
             self.streams.close()
             self._log.close()
-            self._stopped.set()  # for who waits for one that never ran
+            self._stopped.set()  # so that `wait` returns for one that never ran
             self._ledger.close(self._kills)
             for name in (runtimes.PID_FILE, runtimes.LOG_FILE, EXIT_FILE):
                 with contextlib.suppress(OSError):

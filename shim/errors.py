@@ -70,8 +70,8 @@ def from_code(code: int, message: str) -> ShimError:
 def of_the_other(error: OSError, who: str) -> ShimError:
     """Return what a failed system call tells of the process at the other end.
 
-    Unavailable: it is gone. What says nothing about it is not that: ResourceExhausted when it is we
-    who lack something, DeadlineExceeded when its queue is full.
+    Unavailable: it is gone. What says nothing about it is not that: ResourceExhausted when we
+    lack something ourselves, DeadlineExceeded when its queue is full.
     """
     if error.errno in _SHORT:
         return ResourceExhausted(f"{who}: not asked: {error.strerror}")

@@ -22,7 +22,7 @@ _KILLED_SECONDS = 2.0
 
 
 class Client(Protocol):
-    """Who asked. `recv` gives None when nothing more will come; whoever runs the call cancels it
+    """The caller. `recv` gives None when nothing more will come; whoever runs the call cancels it
     when lost.
     """
 

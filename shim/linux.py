@@ -127,7 +127,6 @@ CLOSE_RANGE_CLOEXEC = 0x4
 # capabilities(7): the ones that somebody here asks about
 CAP_NET_ADMIN = 12
 CAP_SYS_PTRACE = 19
-CAP_SYS_ADMIN = 21
 CAP_SYS_RESOURCE = 24
 CAP_BPF = 39
 
@@ -356,11 +355,6 @@ def effective_capabilities() -> int:
     data = (_CapData * 2)()
     _check(_libc.capget(ctypes.byref(header), ctypes.byref(data)))
     return int(data[0].effective) | int(data[1].effective) << 32
-
-
-def has_capability(number: int) -> bool:
-    """Say whether CAP_* is effective."""
-    return bool(effective_capabilities() >> number & 1)
 
 
 def bounding_capabilities() -> int:

@@ -335,7 +335,7 @@ async def _ready(fd: int, event: int) -> None:
 
 
 def close(fd: int) -> None:
-    """Close a descriptor; who waits for it gets OSError EBADF instead of waiting for ever."""
+    """Close a descriptor; a task waiting for it gets OSError EBADF, not an endless wait."""
     loop = _loop()
     slots = loop.waiters.get(fd, {})
     for task in slots.values():

@@ -279,7 +279,7 @@ def descends(pid: int, ancestor: int) -> bool:
     while above not in (0, ancestor):
         try:
             above = int(_stat(above)[1])
-        except ProcessLookupError:  # it has ended: who was below it has another parent now
+        except ProcessLookupError:  # it has ended: what was below it has another parent now
             above = int(_stat(pid)[1])
     return above == ancestor
 

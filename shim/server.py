@@ -42,7 +42,7 @@ _REHEARSALS = 8
 class Shim:
     """All of a shim but its pod. The zygote makes one; each fork of it takes a pod over and serves.
 
-    So the making costs memory once, and the forks share it.
+    So its memory is there once, and the forks share it.
     """
 
     def __init__(self) -> None:
@@ -189,11 +189,8 @@ class Service:
         return pb.PingResponse(pod_id=self.pod_id, pid=os.getpid(), version=VERSION)
 
     async def create_sandbox(self, request: pb.CreateSandboxRequest) -> pb.CreateSandboxResponse:
-        spec = None
-        if request.bundle:
-            spec = container.Spec(id=request.id, bundle=request.bundle, silent=True, cgroups={})
-        pid = await self._pod.create_sandbox(_namespaces(request), spec)
-        return pb.CreateSandboxResponse(pid=pid)
+        await self._pod.create_sandbox(_namespaces(request))
+        return pb.CreateSandboxResponse()
 
     async def stop_sandbox(self, request: pb.StopSandboxRequest) -> pb.StopSandboxResponse:
         await self._pod.stop_sandbox(list(_paths(request.sandbox).values()))

@@ -43,11 +43,10 @@ class Streams:
     """The streams of one process. `connect` once, then `drain`, then `close`, which may also come
     at any time.
 
-    `silent`: there is no input and nobody will ever read the output, so all are /dev/null. `owner`
-    gets the pipes, so that it can open /dev/stdout by name; OCI runtimes can give them to others
-    inside a user namespace only if they belong to one of its users. `fifos`: the pipes have names,
-    and the runtime makes the terminal, see `runtimes.Stdio`. With `waits` the process waits for its
-    clients as long as they are there.
+    `owner` gets the pipes, so that it can open /dev/stdout by name; OCI runtimes can give them to
+    others inside a user namespace only if they belong to one of its users. `fifos`: the pipes have
+    names, and the runtime makes the terminal, see `runtimes.Stdio`. With `waits` the process waits
+    for its clients as long as they are there.
     """
 
     def __init__(
@@ -55,7 +54,6 @@ class Streams:
         *,
         terminal: bool,
         stdin: bool,
-        silent: bool = False,
         log: logfile.LogFile | None = None,
         owner: tuple[int, int] = ROOT,
         fifos: bool = False,
@@ -63,7 +61,6 @@ class Streams:
     ) -> None:
         self._fifos = fifos
         self._remote: runtimes.Process | None = None  # whose terminal and stdin the runtime holds
-        self._silent = silent
         self._owner = owner
         self._stall = None if waits else _STALL_SECONDS
         self._terminal = terminal
@@ -81,9 +78,6 @@ class Streams:
         """Let `launch` start the process with our streams and return it. Output is read from the
         start.
         """
-        if self._silent:
-            self._input_ready.set()
-            return await launch(runtimes.Stdio())
         if self._fifos:
             return await self._connect_fifos(directory, launch)
         if self._terminal:

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One pod: its namespaces, its sandbox container if it has one, its containers.
+"""One pod: its namespaces and its containers.
 
 What the shim knows is here and in the containers, in memory; what must outlive it is in exit
 records, logs and mounts. A verb that fails leaves things as they were, or says in the container's
 state what became of it.
 """
-
-from collections.abc import Iterator
 
 from shim import container, diagnostics, errors, loop, oom, reaper, runtimes, sandbox
 
@@ -19,19 +17,17 @@ class Supervisor:
         self._children = children
         self._ledger = oom.Ledger()
         self._containers: dict[str, container.Container] = {}
-        self._sandbox: container.Container | None = None
         self._lock = loop.Lock()
         self.ending = loop.Event()
 
     # ---- the sandbox
 
-    async def create_sandbox(self, wanted: sandbox.Namespaces, spec: container.Spec | None) -> int:
-        """Make the namespaces and run the sandbox container, if any; return its pid or 0."""
+    async def create_sandbox(self, wanted: sandbox.Namespaces) -> None:
+        """Make the namespaces and what the runtime has for a pod, or nothing."""
         async with self._lock:
             await sandbox.create(wanted, self._children)
             try:
                 await self.runtime.prepare()
-                return await self._start_sandbox(spec) if spec else 0
             except BaseException:
                 self._release(wanted)
                 raise
@@ -41,7 +37,7 @@ class Supervisor:
         after all.
         """
         async with self._lock:
-            stops = [loop.spawn(self._stop(one), name="stop") for one in self._all()]
+            stops = [loop.spawn(self._stop(one), name="stop") for one in self.list()]
             failures = [error for stop in stops if (error := await stop.join())]
             try:
                 sandbox.release(paths)
@@ -52,7 +48,7 @@ class Supervisor:
 
     def shut_down(self) -> None:
         """End the shim soon. Raises FailedPrecondition while a container runs."""
-        for one in self._all():
+        for one in self.list():
             if one.state in (container.State.STARTING, container.State.RUNNING):
                 raise errors.FailedPrecondition(f"container {one.spec.id} is {one.state}")
         self.ending.set()
@@ -61,20 +57,19 @@ class Supervisor:
 
     def create(self, spec: container.Spec) -> None:
         """Take a container over. Raises FailedPrecondition when there is one of that id."""
-        if any(one.spec.id == spec.id for one in self._all()):
+        if spec.id in self._containers:
             raise errors.FailedPrecondition(f"container {spec.id} exists already")
         self._containers[spec.id] = self._make(spec)
 
     def get(self, container_id: str) -> container.Container:
-        """Return a container, the sandbox container included. Raises NotFound."""
-        for one in self._all():
-            if one.spec.id == container_id:
-                return one
-        raise errors.NotFound(f"container {container_id} is not known to this shim")
+        """Return a container. Raises NotFound."""
+        if container_id not in self._containers:
+            raise errors.NotFound(f"container {container_id} is not known to this shim")
+        return self._containers[container_id]
 
     def list(self) -> list[container.Container]:
-        """Return all containers, the sandbox container first."""
-        return list(self._all())
+        """Return all containers, the oldest first: the sandbox container, if there is one."""
+        return list(self._containers.values())
 
     async def delete(self, container_id: str) -> container.Container | None:
         """End and forget a container; return what it was, None when it is not known."""
@@ -84,30 +79,13 @@ class Supervisor:
             return None
         await one.delete()
         self._containers.pop(container_id, None)
-        if one is self._sandbox:
-            self._sandbox = None
         return one
 
     # ---- inside
 
-    def _all(self) -> Iterator[container.Container]:
-        if self._sandbox:
-            yield self._sandbox
-        yield from self._containers.values()
-
     def _make(self, spec: container.Spec) -> container.Container:
-        first = next(self._all(), None) if self.runtime.shares_kernel else None
+        first = next(iter(self.list()), None) if self.runtime.shares_kernel else None
         return container.Container(spec, runtime=self.runtime, ledger=self._ledger, kernel=first)
-
-    async def _start_sandbox(self, spec: container.Spec) -> int:
-        one = self._make(spec)
-        try:
-            await one.start()
-        except BaseException:
-            await one.delete()
-            raise
-        self._sandbox = one
-        return one.pid
 
     async def _stop(self, one: container.Container) -> errors.ShimError | None:
         """End a container and let the runtime forget it; its record stays until `delete`."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folders of a layer in the making: found by name, made where they are missing.
+"""The folders of a layer that is being unpacked: found by name, made where they are missing.
 
 A name is resolved with openat2(RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS) below the layer's root,
 which is all that a symlink in it can reach. What is known of a folder is kept by inode, for names

@@ -245,11 +245,6 @@ def _kind(header: tarheader.Header, pax: Mapping[str, bytes]) -> Kind:
     return kind
 
 
-def _xattrs(pax: Mapping[str, bytes]) -> Mapping[str, bytes]:
-    prefix = tarheader.XATTR
-    return {k[len(prefix) :]: v for k, v in pax.items() if k.startswith(prefix)}
-
-
 def _check_segments(numbers: Sequence[int]) -> None:
     if len(numbers) % 2 or len(numbers) > 2 * MAX_SPARSE_SEGMENTS:
         raise Malformed("an odd number of values, or too many, in the map of a sparse file")

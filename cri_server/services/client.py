@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 
 import grpc
-import structlog
 
 from cri_server.pb import api_pb2 as api
 from cri_server.pb import api_pb2_grpc
@@ -21,7 +20,6 @@ from cri_server.services import archives
 if TYPE_CHECKING:
     from cri_server.pb.api_pb2_grpc import RuntimeServiceAsyncStub
 
-log = structlog.get_logger()
 T = TypeVar("T")
 POLL = 0.3  # seconds
 CALL = 10.0  # seconds that a Version may take

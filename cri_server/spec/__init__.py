@@ -3,7 +3,7 @@
 
     validate_sandbox, validate_container    refuse what can never work, before anything is done
     container                               the config.json of a container
-    sandbox                                 the config.json of a pod's init (shared PID namespace)
+    sandbox                                 the config.json of a sandbox container
     process                                 the process of an exec
     resources, merged, restored             the limits of a container, and of an update
     sysctls, pid_mode, user_request, …      what pods and containers must know of a request before
@@ -104,7 +104,6 @@ __all__ = [
     "shm_size",
     "source_key",
     "stop_signal",
-    "stop_signal_name",
     "stop_signal_value",
     "sysctls",
     "user_request",
@@ -139,7 +138,7 @@ restored = updates.restored
 user_request = security.user_request
 apparmor_profile = security.apparmor
 seccomp_path = security.seccomp_path
-Labels = selinux.Labels
+SelinuxLabels = selinux.SelinuxLabels
 asked_level = selinux.asked_level
 labels_of_pod = selinux.of_sandbox
 labels_of_container = selinux.of_container
@@ -152,7 +151,6 @@ explained = imagevolumes.explained
 image_volumes = mounts.image_volumes
 with_volumes = mounts.with_volumes
 stop_signal = signals.stop_signal
-stop_signal_name = signals.stop_signal_name
 stop_signal_value = signals.stop_signal_value
 
 

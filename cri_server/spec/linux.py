@@ -74,7 +74,7 @@ def joined(paths: Mapping[str, str]) -> Iterable[oci.Namespace]:
     """Yield an entry for each kind in `paths`; an empty path means a new one."""
     for kind in _JOINED:
         path = paths.get(kind)
-        if kind in _POD_FIELDS:  # "pid" is explained by who chose it
+        if kind in _POD_FIELDS:  # "pid" is explained where it is chosen
             field = f"linux.security_context.namespace_options.{_POD_FIELDS[kind]}"
             whose = "the host's" if path is None else "the pod's"
             why.pod(f"linux.namespaces[{kind}]", field, whose)

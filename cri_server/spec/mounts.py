@@ -139,7 +139,7 @@ def _mount(destination: str, kind: str, *options: str) -> oci.Mount:
 
 
 def minimal() -> list[oci.Mount]:
-    """Return what the OCI runtimes need to start any process at all: for the pod's init."""
+    """Return what the OCI runtimes need to start any process at all: for the sandbox container."""
     return [
         _mount("/proc", "proc", "nosuid", "noexec", "nodev"),
         _mount("/dev", "tmpfs", "nosuid", "noexec", "strictatime", "mode=755", "size=64k"),

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a PodSandboxConfig asks for: checks, sysctls, namespaces, and the spec of the pod's init.
+"""What a PodSandboxConfig asks for: checks, sysctls, namespaces, and the spec of the sandbox
+container.
 
 Pure. The namespaces themselves are made by the shim; only a shared PID namespace needs a process to
 hold it.
@@ -257,11 +258,11 @@ def _namespaced(name: str, config: api.PodSandboxConfig) -> bool:
     return own_ipc(config) and _IPC_SYSCTLS.fullmatch(name) is not None
 
 
-# -- the pod's init --------------------------------------------------------------------------------
+# -- the sandbox container -------------------------------------------------------------------------
 
 
 def init_user(config: api.PodSandboxConfig) -> types.User:
-    """Return who the pod's init runs as: the sandbox's run_as_user, else nobody.
+    """Return who the sandbox container runs as: the sandbox's run_as_user, else nobody.
 
     Raises InvalidArgument, also for one whom the pod's user namespace does not have.
     """
@@ -283,7 +284,9 @@ def init_user(config: api.PodSandboxConfig) -> types.User:
 
 
 def sandbox(wanted: types.SandboxInput) -> oci.Spec:
-    """Return the spec of the pod's init: holds the PID namespace, reaps, can do nothing else."""
+    """Return the spec of the sandbox container: holds the PID namespace, reaps, can do nothing
+    else.
+    """
     _explain(wanted)
     nothing = oci.Capabilities(bounding=[], effective=[], permitted=[], inheritable=[], ambient=[])
     bound = [
@@ -322,7 +325,7 @@ def sandbox(wanted: types.SandboxInput) -> oci.Spec:
 
 
 def _explain(wanted: types.SandboxInput) -> None:
-    """Note the origin of what is the same for each pod's init."""
+    """Note the origin of what is the same for each sandbox container."""
     for part, because in _REASONS.items():
         if wanted.init or part != f"mounts[{INIT}]":
             why.default(part, because)

@@ -12,7 +12,7 @@ container's before the pod's. A privileged container is not confined whatever th
 containerd. Without SELinux on the host nothing is labelled, and the options are only checked.
 
 Pure. Which levels are taken, and what the host's policy calls its types, is known to
-`cri_server.labels`.
+`cri_server.selinux_host`.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ class Label:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Labels:
+class SelinuxLabels:
     """What a container's processes and its files are labelled; both "" without SELinux."""
 
     process: str = ""
@@ -111,12 +111,12 @@ def _categories_exist(level: str) -> bool:
 # -- labels ----------------------------------------------------------------------------------------
 
 
-def of_sandbox(config: api.PodSandboxConfig, level: str, host: types.HostFacts) -> Labels:
+def of_sandbox(config: api.PodSandboxConfig, level: str, host: types.HostFacts) -> SelinuxLabels:
     """Return the labels that the pod's containers have in common; `mount` is for shared files."""
     context = config.linux.security_context
     if host.selinux is None:
         _note_void("sandbox.selinuxLabel", context.selinux_options)
-        return Labels()
+        return SelinuxLabels()
     options, asked = context.namespace_options, _parts(context.selinux_options, level)
     process, mount = "sandbox.selinuxLabel", "sandbox.mountLabel"
     _note(asked, context, process=process, mount=mount, says=why.pod)
@@ -128,15 +128,15 @@ def of_sandbox(config: api.PodSandboxConfig, level: str, host: types.HostFacts) 
     )
 
 
-def of_init(host: types.HostFacts) -> Labels:
-    """Return the labels of the pod's init: not confined, as it is a program of the host's, which
-    no policy lets a confined container begin with.
+def of_init(host: types.HostFacts) -> SelinuxLabels:
+    """Return the labels of the sandbox container: not confined, as it is a program of the host's,
+    which no policy lets a confined container begin with.
     """
     if host.selinux is None:
-        return Labels()
+        return SelinuxLabels()
     process = dataclasses.replace(parse(host.selinux.process), type=host.selinux.unconfined)
     why.default("process.selinuxLabel", "it is a program of the host's")
-    return Labels(process=str(process))
+    return SelinuxLabels(process=str(process))
 
 
 def of_container(
@@ -144,12 +144,12 @@ def of_container(
     sandbox: api.PodSandboxConfig,
     level: str,
     host: types.HostFacts,
-) -> Labels:
+) -> SelinuxLabels:
     """Return the labels of a container in a pod with this level."""
     if host.selinux is None:
         for asking in (sandbox.linux.security_context, context):
             _note_void("process.selinuxLabel", asking.selinux_options)
-        return Labels()
+        return SelinuxLabels()
     of_pod = sandbox.linux.security_context
     asked = _parts(of_pod.selinux_options, level) | _parts(context.selinux_options, "")
     options = of_pod.namespace_options
@@ -163,7 +163,7 @@ def of_container(
     )
 
 
-def label(document: oci.Spec, labels: Labels) -> None:
+def label(document: oci.Spec, labels: SelinuxLabels) -> None:
     """Put the labels into a spec; none without SELinux."""
     if labels.process:
         document["process"]["selinuxLabel"] = labels.process
@@ -180,7 +180,7 @@ def _parts(options: api.SELinuxOption, level: str) -> dict[str, str]:
 
 def _labels(
     asked: dict[str, str], policy: types.SelinuxPolicy, *, privileged: bool, unconfined: bool
-) -> Labels:
+) -> SelinuxLabels:
     process, file = parse(policy.process), parse(policy.file)
     same = {part: asked[part] for part in ("user", "level") if part in asked}
     file = dataclasses.replace(file, **same)
@@ -191,7 +191,7 @@ def _labels(
         process = dataclasses.replace(process, **{**free, "type": policy.unconfined})
     else:
         process = dataclasses.replace(process, **asked)
-    return Labels(process=str(process), mount=str(file))
+    return SelinuxLabels(process=str(process), mount=str(file))
 
 
 def _note(

@@ -56,11 +56,6 @@ def parse(text: str) -> int:
     return number
 
 
-def stop_signal_name(number: int) -> str:
-    """Return CRI's name of a host's signal, "SIGRTMINPLUS3"; "RUNTIME_DEFAULT" if it has none."""
-    return _NAMES.get(number, "RUNTIME_DEFAULT")
-
-
 def stop_signal_value(number: int) -> api.Signal.ValueType:
     """Return CRI's enum value of the host's signal `number`, for ContainerStatus.stop_signal."""
     return api.Signal.ValueType(_VALUES.get(number, 0))
@@ -68,5 +63,4 @@ def stop_signal_value(number: int) -> api.Signal.ValueType:
 
 # Where two names share a number (SIGIOT, SIGCLD, SIGPOLL) the usual one wins.
 _RARE = ("SIGIOT", "SIGCLD", "SIGPOLL")
-_NAMES = {_from_cri(v): n for v, n in _CRI.items() if n not in _RARE}
 _VALUES = {_from_cri(v): v for v, n in _CRI.items() if n not in _RARE}

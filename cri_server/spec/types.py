@@ -248,8 +248,8 @@ class ContainerInput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SandboxInput:
-    """All that the spec of a pod's init follows from: `init` is catatonit's path on the host,
-    `rootfs` a folder of ours.
+    """All that the spec of a sandbox container follows from: `init` is catatonit's path on the
+    host, `rootfs` a folder of ours.
 
     `namespaces` as in ContainerInput, without "pid": the point of this container is to hold a new
     one. `kernel`: all containers of the pod run in what it starts, and its limits are the pod's;

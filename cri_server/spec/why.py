@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why each part of a config.json is as it is: noted where it is decided, kept by who records.
+"""Why each part of a config.json is as it is: noted where it is decided, kept by whoever records.
 
-    with why.recorded() as origins:                     who wants to know
+    with why.recorded() as origins:                     a caller that wants to know
         document = spec.container(wanted)
 
     why.image("process.cwd", "config.WorkingDir")       at the line that decides

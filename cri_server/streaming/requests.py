@@ -75,7 +75,7 @@ class Requests:
         if pod.state is not state.PodState.READY:
             raise errors.FailedPrecondition(f"pod sandbox {pod.id[:13]} is not ready")
         found = self._handlers.find(pod.handler)
-        has_stack = pod.own_network and found is not None and found.handler.has_kernel
+        has_stack = pod.own_network and found is not None and found.handler.has_guest_kernel
         return portforward.Place(netns=pod.netns, addresses=pod.ips if has_stack else ())
 
 

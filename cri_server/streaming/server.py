@@ -132,7 +132,7 @@ class Server:
         self, session: "asyncio.Task[None]", writer: asyncio.StreamWriter
     ) -> Iterator[None]:
         """Count a connection that has shown no token. When there are too many the oldest has to
-        go: who has a token shows it at once, so no crowd that is silent keeps him out.
+        go: a client with a token shows it at once, so no crowd of silent ones keeps it out.
         """
         if len(self._strangers) >= MOST_STRANGERS:
             self._strangers.pop(next(iter(self._strangers))).transport.abort()

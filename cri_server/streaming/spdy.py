@@ -7,8 +7,8 @@
 `receive` takes bytes as they come and returns events; the other methods return the bytes to send.
 Nothing is collected: the payload of a data frame is passed on as it arrives, so a frame may be as
 long as the format allows; control frames and the headers inside them are bounded. The peers' client
-knows no flow control but that of TCP, and neither do we: who does not read from the socket holds
-the sender back.
+knows no flow control but that of TCP, and neither do we: a peer that does not read from the socket
+holds the sender back.
 """
 
 import itertools

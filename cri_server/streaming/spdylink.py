@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One SPDY connection: its socket read by one task, its streams for whoever opened them.
 
-A stream belongs to who accepts it; what arrives on it waits in its mailbox. The connection ends
-when the client leaves, when it is silent for too long or sends what is no SPDY, and when `close` is
-called; a stream's reader then sees the end, its writer `Gone`.
+A stream belongs to the task that accepts it; what arrives on it waits in its mailbox. The
+connection ends when the client leaves, when it is silent for too long or sends what is no SPDY, and
+when `close` is called; a stream's reader then sees the end, its writer `Gone`.
 """
 
 import asyncio

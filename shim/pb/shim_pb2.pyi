@@ -222,8 +222,6 @@ class CreateSandboxRequest(_message.Message):
     UTS_PATH_FIELD_NUMBER: _builtins.int
     HOSTNAME_FIELD_NUMBER: _builtins.int
     SYSCTLS_FIELD_NUMBER: _builtins.int
-    BUNDLE_FIELD_NUMBER: _builtins.int
-    ID_FIELD_NUMBER: _builtins.int
     USER_PATH_FIELD_NUMBER: _builtins.int
     UID_MAPPINGS_FIELD_NUMBER: _builtins.int
     GID_MAPPINGS_FIELD_NUMBER: _builtins.int
@@ -233,12 +231,6 @@ class CreateSandboxRequest(_message.Message):
     uts_path: _builtins.str
     hostname: _builtins.str
     """Set in the new UTS namespace; empty leaves the host's name."""
-    bundle: _builtins.str
-    """The bundle of the sandbox container (config.json written), for a runtime whose sandbox is one piece with it (a VM).
-    The init of a runc pod with a shared PID namespace is started by Create and Start, while the network is attached.
-    """
-    id: _builtins.str
-    """Its id for the OCI runtime."""
     user_path: _builtins.str
     """User namespace mappings of the pod; none means: the host's user namespace."""
     @_builtins.property
@@ -257,15 +249,13 @@ class CreateSandboxRequest(_message.Message):
         uts_path: _builtins.str = ...,
         hostname: _builtins.str = ...,
         sysctls: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
-        bundle: _builtins.str = ...,
-        id: _builtins.str = ...,
         user_path: _builtins.str = ...,
         uid_mappings: _abc.Iterable[Global___IdMapping] | None = ...,
         gid_mappings: _abc.Iterable[Global___IdMapping] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "gid_mappings", b"gid_mappings", "hostname", b"hostname", "id", b"id", "ipc_path", b"ipc_path", "network_path", b"network_path", "sysctls", b"sysctls", "uid_mappings", b"uid_mappings", "user_path", b"user_path", "uts_path", b"uts_path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gid_mappings", b"gid_mappings", "hostname", b"hostname", "ipc_path", b"ipc_path", "network_path", b"network_path", "sysctls", b"sysctls", "uid_mappings", b"uid_mappings", "user_path", b"user_path", "uts_path", b"uts_path"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -300,17 +290,12 @@ Global___IdMapping: _TypeAlias = IdMapping  # noqa: Y015
 class CreateSandboxResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    PID_FIELD_NUMBER: _builtins.int
-    pid: _builtins.int
-    """Pid of the sandbox container's init, 0 without one."""
     def __init__(
         self,
-        *,
-        pid: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pid", b"pid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -54,7 +54,9 @@ class Sandboxed(oci.Oci):
                 diagnostics.report("signal not delivered", verb=verb, error=error.message)
 
     def _claim_init(self, container_id: str, pid: int) -> runtimes.Process:
-        """Watch the kernel that the first container starts, for the others who waits for them."""
+        """Watch the guest kernel, which the first container starts; for each later container, watch
+        the process that waits for it.
+        """
         if pid in self._kernels:
             return self._wait_for(container_id, pid)
         self._kernels.add(pid)

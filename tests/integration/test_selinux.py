@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import pytest
 
-from cri_server import relabel
+from cri_server import selinux_relabel
 from cri_server.pb import api_pb2 as api
 from tests.fakes.kubelet import Kubelet, Pod, refusal
 from tests.lab import faults, image, server
@@ -53,7 +53,7 @@ def volume(tmp_path: Path, *, asks: bool, name: str = "volume") -> api.Mount:
 
 
 def of_file(path: Path) -> str:
-    return os.getxattr(path, relabel.ATTRIBUTE).decode().rstrip("\0")
+    return os.getxattr(path, selinux_relabel.ATTRIBUTE).decode().rstrip("\0")
 
 
 # -- labels ----------------------------------------------------------------------------------------

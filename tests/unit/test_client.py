@@ -114,7 +114,7 @@ async def test_verbs_carry_messages_both_ways(stand_in: tuple[str, process.Child
 
 async def test_a_verb_that_the_shim_does_not_know(stand_in: tuple[str, process.Child]) -> None:
     async with connected(stand_in[0]) as shim:
-        with pytest.raises(client.ShimError) as caught:
+        with pytest.raises(errors.ShimError) as caught:
             await shim.kill(pb.KillRequest(id="x"))
         assert caught.value.code == errors.Unimplemented.code
 

@@ -135,7 +135,7 @@ def test_the_dialect_is_told_by_key_program_or_name(
     (handler,) = read(section).runtimes.values()
 
     assert handler.dialect == dialect
-    assert handler.has_kernel == handler.has_sandbox == (dialect == "runsc")
+    assert handler.has_guest_kernel == handler.has_sandbox == (dialect == "runsc")
 
 
 @pytest.mark.parametrize(

@@ -310,19 +310,6 @@ def test_an_end_before_start_returns_is_an_end_like_any(tmp_path: Path) -> None:
     driving.drive(work())
 
 
-def test_a_silent_container_has_no_streams(tmp_path: Path) -> None:
-    script = f"readlink /proc/$$/fd/0 /proc/$$/fd/2 > {tmp_path}/fds"
-    case = Case(tmp_path, script, silent=True)
-
-    async def work() -> None:
-        await case.it.start()
-        await case.it.wait()
-        await case.end()
-
-    driving.drive(work())
-    assert (tmp_path / "fds").read_text().split() == ["/dev/null"] * 2
-
-
 def test_an_oom_kill_is_in_the_record(tmp_path: Path) -> None:
     (tmp_path / "memory.oom_control").write_text("oom_kill 1\n")
     case = Case(tmp_path, "kill -9 $$")

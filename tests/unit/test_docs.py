@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documentation says what the code does: settings, RPCs, functions, links."""
+"""The documentation says what the code does: settings, RPCs, functions, messages, links."""
 
 import ast
 import dataclasses
+import errno
 import functools
+import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -157,7 +159,7 @@ def test_an_rpc_runs_on_if_the_edge_shields_it(service: str, rpc: str) -> None:
     assert ("runs on" in " ".join(row[3:])) == (rpc in interceptors.MUTATIONS)
 
 
-# -- functions, links, commands --------------------------------------------------------------------
+# -- functions -------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -198,6 +200,58 @@ def test_every_function_that_is_named_is_there() -> None:
 
     assert len(found) > 100
     assert wrong == []
+
+
+# -- messages --------------------------------------------------------------------------------------
+
+# What stands for something else in a message that a page quotes, and what joins its parts.
+BLANKS = re.compile(
+    r"'[^']*'|\.\.\.|\b[A-Z]\b|\b(?:ADD|DEL|HOST|CONTAINER_\w+)\b|\d+|/\w[\w.-]*|\[.*?\]|: "
+)
+
+
+@functools.cache
+def literals() -> str:
+    """Return all strings of the sources, adjacent ones joined, a line each."""
+    modules = [p for top in ("cri_server", "shim") for p in (REPOSITORY / top).rglob("*.py")]
+    trees = [ast.parse(p.read_text()) for p in modules if "pb" not in p.parts]
+    return "\n".join(text for tree in trees for text in _strings(tree))
+
+
+def _strings(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.JoinedStr):  # one line, with a gap for each value
+        yield "\0".join(str(v.value) for v in node.values if isinstance(v, ast.Constant))
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    for child in ast.iter_child_nodes(node):
+        yield from _strings(child)
+
+
+def messages() -> list[str]:
+    rows = [row for heading, row in tables("troubleshooting.md") if heading == "What errors mean"]
+    return [text for row in rows for text in re.findall(r"`([^`]+)`", row[0])]
+
+
+@pytest.mark.parametrize("message", messages())
+def test_a_message_is_quoted_as_it_is_said(message: str) -> None:
+    system = {*errno.errorcode.values(), *map(os.strerror, errno.errorcode)}
+    parts = [part.strip(" ():;,") for part in BLANKS.split(message)]
+
+    assert [p for p in parts if p not in system and p not in literals()] == []
+
+
+def test_steps_have_the_names_that_the_log_gives_them() -> None:
+    _, _, slow = (DOCS / "troubleshooting.md").read_text().partition("\n## Slow\n")
+    lines = re.findall(
+        r"^    ([a-z ]+?) +total_ms=\S+ steps_ms=(\{.*?\})", slow, flags=re.MULTILINE
+    )
+    named = {name for operation, steps in lines for name in (operation, *ast.literal_eval(steps))}
+
+    assert len(lines) == 3
+    assert named <= set(literals().splitlines())
+
+
+# -- links, commands -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(REPOSITORY)))

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from cri_server import apart, orphans
+from cri_server import orphans, own_thread
 from shim import process
 from tests.lab import waiting
 
@@ -52,12 +52,12 @@ async def test_a_process_that_cannot_be_read_is_passed_by(monkeypatch: pytest.Mo
         assert await host.kill(f"MARK={mark}") in (True, False)
         assert process.reap(child) == -signal.SIGKILL
         assert not await host.kill(f"MARK={mark}")
-        assert len(apart._calls) == 1
+        assert len(own_thread._calls) == 1
     finally:
         thawed.set()
         process.kill_group(stuck)
         process.reap(stuck)
-        waiting.until(lambda: not apart._calls, "no look hangs")
+        waiting.until(lambda: not own_thread._calls, "no look hangs")
 
 
 async def test_without_descriptors_it_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,7 @@ def test_namespaces_of_the_host_are_not_listed(tmp_path: Path) -> None:
 
 def test_create_and_remove_are_a_pair(tmp_path: Path) -> None:
     files, made = podfiles.PodFiles(tmp_path), pod()
-    files.create(made, shm_size=1 << 20, labels=spec.Labels())
+    files.create(made, shm_size=1 << 20, labels=spec.SelinuxLabels())
     try:
         directory = files.directory(made.id)
         assert os.path.ismount(directory / "shm")

@@ -6,20 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from cri_server import cgroups, config, errors, handlers, host, revisions, roster
+from cri_server import cgroups, config, errors, handler_set, handlers, host, revisions
 
 PLAIN = config.Handler(path="/bin/true", dialect="runc")
 OTHER = dataclasses.replace(PLAIN, default_rlimits="nofile=5", options={"timeout": 3.0})
 
 
-def made(**found: config.Handler) -> roster.Roster:
-    """Return the roster of these handlers."""
+def made(**found: config.Handler) -> handler_set.HandlerSet:
+    """Return the set of these handlers."""
     current = {name: revisions.make(name, handler) for name, handler in found.items()}
     facts = {r.key: host.RuntimeFacts(path=r.handler.path) for r in current.values()}
-    return roster.Roster(current=current, facts=facts)
+    return handler_set.HandlerSet(current=current, facts=facts)
 
 
-def live(root: Path, now: roster.Roster) -> handlers.Handlers:
+def live(root: Path, now: handler_set.HandlerSet) -> handlers.Handlers:
     settings = config.Config(runtime=config.Runtime(default="runc"))
     facts = host.probe(cgroups.detect(), {})
     return handlers.Handlers(settings, facts=facts, now=now, store=revisions.Store(root))

@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from cri_server import cgroups, config, errors, handlers, host, podfiles, revisions, roster, shims
+from cri_server import (
+    cgroups,
+    config,
+    errors,
+    handler_set,
+    handlers,
+    host,
+    podfiles,
+    revisions,
+    shims,
+)
 from cri_server import state as records
 from cri_server.pb import api_pb2 as api
 from shim import client, process
@@ -35,7 +45,7 @@ class Server:
         live = handlers.Handlers(
             settings,
             facts=host.probe(cgroups.detect(), {}),
-            now=roster.Roster(current={"runc": revision}, facts=facts),
+            now=handler_set.HandlerSet(current={"runc": revision}, facts=facts),
             store=revisions.Store(self._folder),
         )
         self.key = revision.key
@@ -81,8 +91,8 @@ async def forked(server: Server) -> AsyncIterator[tuple[str, int]]:
 async def test_a_slow_shim_is_waited_for(server: Server) -> None:
     async with forked(server) as (pod_id, pid):
         os.kill(pid, signal.SIGSTOP)
-        adopting = asyncio.create_task(server.shims.adopt(pod_id, mute=SLOW))
-        also = asyncio.create_task(server.shims.reconnect(pod_id, mute=SLOW))
+        adopting = asyncio.create_task(server.shims.adopt(pod_id, unresponsive_after=SLOW))
+        also = asyncio.create_task(server.shims.reconnect(pod_id, unresponsive_after=SLOW))
         await asyncio.wait([adopting, also], timeout=MUTE)
         assert not adopting.done()
         os.kill(pid, signal.SIGCONT)
@@ -97,8 +107,8 @@ async def test_a_mute_shim_is_given_up(server: Server) -> None:
         started = process.start_time(pid)
         shim = await server.shims.adopt(pod_id)
         os.kill(pid, signal.SIGSTOP)
-        server.shims.suspect(pod_id, mute=MUTE)
-        server.shims.suspect(pod_id, mute=MUTE)
+        server.shims.kill_if_unresponsive(pod_id, unresponsive_after=MUTE)
+        server.shims.kill_if_unresponsive(pod_id, unresponsive_after=MUTE)
         await asyncio.wait_for(shim.closed, 10)
         assert not await server.shims.reconnect(pod_id)
         await asyncio.to_thread(
@@ -110,7 +120,7 @@ async def test_a_suspect_that_answers_goes_free(server: Server) -> None:
     async with forked(server) as (pod_id, pid):
         shim = await server.shims.adopt(pod_id)
         os.kill(pid, signal.SIGSTOP)
-        server.shims.suspect(pod_id, mute=SLOW)
+        server.shims.kill_if_unresponsive(pod_id, unresponsive_after=SLOW)
         await asyncio.sleep(0)
         os.kill(pid, signal.SIGCONT)
         assert (await shim.ping(timeout=10)).pid == pid
@@ -123,7 +133,7 @@ async def test_a_lack_of_descriptors_is_no_death_of_a_shim(
     monkeypatch.setattr(shims, "AGAIN", 0.05)
     async with forked(server) as (pod_id, pid):
         with scarcity.no_descriptors():
-            adopting = asyncio.create_task(server.shims.adopt(pod_id, mute=MUTE))
+            adopting = asyncio.create_task(server.shims.adopt(pod_id, unresponsive_after=MUTE))
             await asyncio.wait([adopting], timeout=3 * MUTE)
             assert not adopting.done()
         assert (await (await adopting).ping(timeout=10)).pid == pid
@@ -133,7 +143,7 @@ async def test_a_shim_that_is_gone_is_not_waited_for(server: Server) -> None:
     async with forked(server) as (pod_id, pid):
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(errors.Unavailable):
-            await asyncio.wait_for(server.shims.adopt(pod_id, mute=SLOW), 10)
+            await asyncio.wait_for(server.shims.adopt(pod_id, unresponsive_after=SLOW), 10)
         assert not await server.shims.reconnect(pod_id)
 
 

@@ -53,7 +53,7 @@ def test_a_shim_is_known_by_its_name(
 ) -> None:
     handler = read(f'[runtimes.x]\nkind = "shim"\npath = "{path}"').runtimes["x"]
     assert handler.dialect == dialect
-    assert handler.has_sandbox == handler.has_kernel == has_sandbox
+    assert handler.has_sandbox == handler.has_guest_kernel == has_sandbox
 
 
 def test_options_become_text_and_the_timeout_is_ours(read: Read) -> None:

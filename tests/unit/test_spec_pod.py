@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a sandbox's config asks for: checks, sysctls, namespaces, the spec of the pod's init."""
+"""What a sandbox's config asks for: checks, sysctls, namespaces, its own container's spec."""
 
 import dataclasses
 import itertools

@@ -77,13 +77,13 @@ def test_containers_of_a_pod_share_its_level() -> None:
 
 def test_without_selinux_nothing_is_labelled() -> None:
     assert labels({"type": "own_t", "level": "s0:c1,c2"}, host=wishes.FACTS) == ("", "")
-    assert selinux.Labels().mount_options == ()
-    assert selinux.Labels().shared == ""
+    assert selinux.SelinuxLabels().mount_options == ()
+    assert selinux.SelinuxLabels().shared == ""
 
 
 def test_the_pods_init_is_not_confined_and_labelled_only_with_selinux() -> None:
     assert str(selinux.of_init(HOST).process) == "system_u:system_r:spc_t:s0"
-    assert selinux.of_init(wishes.FACTS) == selinux.Labels()
+    assert selinux.of_init(wishes.FACTS) == selinux.SelinuxLabels()
 
 
 def test_a_pods_files_are_mounted_with_its_label() -> None:

@@ -54,7 +54,7 @@ def host(tmp_path: Path, known: Records) -> stats.Stats:
         container_host=cast("Any", known),
         groups=cgroups.Cgroups(unified, "systemd"),
         layers=snapshots.Snapshots(tmp_path / "root"),
-        kernels=cast("Any", known),
+        guests=cast("Any", known),
     )
 
 

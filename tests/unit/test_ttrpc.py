@@ -284,7 +284,8 @@ async def test_a_stream_talks_both_ways_until_both_ends_close(running: tuple[str
             heard = await stream.recv()
             assert heard is not None
             assert heard.stdout == said
-        await stream.close_send()
+        no_more = frames.REMOTE_CLOSED | frames.NO_DATA  # as other clients of ttrpc may say
+        await connection.send(stream._number, frames.DATA, no_more, b"")
         assert await stream.recv() is None
         assert await stream.recv() is None
 

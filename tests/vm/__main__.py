@@ -33,7 +33,7 @@ LABELLED = (
     f"{HERE}/test_selinux.py",
     f"{HERE}/test_isolation.py::test_v29_a_file_over_hosts_is_not_relabelled",
     f"{HERE}/test_security.py::test_a_malformed_label_is_refused_with_and_without_selinux",
-    *(f"tests/unit/test_{name}.py" for name in ("labels", "relabel", "spec_selinux")),
+    *(f"tests/unit/test_{name}.py" for name in ("selinux_host", "selinux_relabel", "spec_selinux")),
 )
 KERNEL = ("tests/unit/test_mounts.py", "tests/unit/test_linux.py", "tests/contract")
 WITH_APPARMOR = ("unit", "systemd", "cgroupfs", "others", "kernel")

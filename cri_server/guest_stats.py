@@ -42,7 +42,7 @@ class _Event(msgspec.Struct):
     data: _Data
 
 
-class KernelStats:
+class GuestStats:
     """Asks the runtimes that know."""
 
     def __init__(
@@ -55,13 +55,13 @@ class KernelStats:
         """Return the usage of those containers that the host cannot tell, by id; None for one that
         gave no answer.
         """
-        asked = [c for c in records if c.pid and self._has_kernel(c.handler)]
+        asked = [c for c in records if c.pid and self._has_guest_kernel(c.handler)]
         found = await asyncio.gather(*map(self._one, asked))
         return dict(zip((c.id for c in asked), found, strict=True))
 
-    def _has_kernel(self, handler: str) -> bool:
+    def _has_guest_kernel(self, handler: str) -> bool:
         found = self._handlers.find(handler)
-        return found is not None and found.handler.has_kernel
+        return found is not None and found.handler.has_guest_kernel
 
     async def _one(self, container: state.Container) -> usage.Usage | None:
         handler = self._handlers.of(container.handler)

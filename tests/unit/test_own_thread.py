@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cri_server import apart, errors
+from cri_server import errors, own_thread
 from tests.lab import waiting
 
 
@@ -19,12 +19,12 @@ class Storage:
         self._back = threading.Event()
 
     def look(self, path: str) -> None:
-        with apart.at(path):
+        with own_thread.looking_at(path):
             self._back.wait()
 
     def restore(self) -> None:
         self._back.set()
-        waiting.until(lambda: not apart._calls, "no call hangs")
+        waiting.until(lambda: not own_thread._calls, "no call hangs")
 
 
 @pytest.fixture
@@ -35,39 +35,39 @@ def dead() -> Iterator[Storage]:
 
 
 async def test_results_and_errors_come_back() -> None:
-    assert await apart.call(lambda: 7, within=5, what="look") == 7
+    assert await own_thread.run(lambda: 7, within=5, what="look") == 7
     with pytest.raises(FileNotFoundError):
-        await apart.call(lambda: os.stat("/none"), within=5, what="look")
+        await own_thread.run(lambda: os.stat("/none"), within=5, what="look")
 
 
 async def test_a_call_that_hangs_is_left_behind(
     monkeypatch: pytest.MonkeyPatch, dead: Storage
 ) -> None:
-    monkeypatch.setattr(apart, "LIMIT", 2)
+    monkeypatch.setattr(own_thread, "LIMIT", 2)
     for path in ("/a", "/b"):
         with pytest.raises(errors.DeadlineExceeded, match=f"look: {path} does not answer"):
-            await apart.call(functools.partial(dead.look, path), within=0.05, what="look")
+            await own_thread.run(functools.partial(dead.look, path), within=0.05, what="look")
     with pytest.raises(errors.ResourceExhausted):
-        await apart.call(lambda: 7, within=5, what="look")
+        await own_thread.run(lambda: 7, within=5, what="look")
     dead.restore()
-    assert await apart.call(lambda: 7, within=5, what="look") == 7
+    assert await own_thread.run(lambda: 7, within=5, what="look") == 7
 
 
 async def test_the_same_place_is_refused_at_once_and_others_are_not(dead: Storage) -> None:
     with pytest.raises(errors.DeadlineExceeded):
-        await apart.call(lambda: dead.look("/dead"), within=0.05, what="look")
+        await own_thread.run(lambda: dead.look("/dead"), within=0.05, what="look")
     for _ in range(3):
         with pytest.raises(errors.Unavailable, match="/dead does not answer: an earlier look"):
-            await apart.call(lambda: dead.look("/dead"), within=5, what="look")
-    assert len(apart._calls) == 1
+            await own_thread.run(lambda: dead.look("/dead"), within=5, what="look")
+    assert len(own_thread._calls) == 1
 
     def other() -> str:
-        with apart.at("/alive"):
+        with own_thread.looking_at("/alive"):
             return "there"
 
-    assert await apart.call(other, within=5, what="look") == "there"
+    assert await own_thread.run(other, within=5, what="look") == "there"
     dead.restore()
-    await apart.call(lambda: dead.look("/dead"), within=5, what="look")
+    await own_thread.run(lambda: dead.look("/dead"), within=5, what="look")
 
 
 async def test_a_thread_that_cannot_be_had_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,5 +77,5 @@ async def test_a_thread_that_cannot_be_had_is_not_counted(monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         with pytest.raises(errors.ResourceExhausted, match="can't start new thread"):
-            await apart.call(lambda: 7, within=5, what="look")
-    assert not apart._calls
+            await own_thread.run(lambda: 7, within=5, what="look")
+    assert not own_thread._calls

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a container is given: files, devices and images from outside its own root.
+"""The host inputs of a container: files, devices and images from outside its own root.
 
     host paths      looked at, without being stuck with one that does not answer; labelled
     images          mounted once for each pod that wants them as volumes
@@ -16,16 +16,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cri_server import (
-    apart,
     apparmor,
     cdi,
+    container_plan,
     idmap,
     imagevolumes,
-    labels,
-    orders,
+    own_thread,
     podfiles,
-    relabel,
     revisions,
+    selinux_host,
+    selinux_relabel,
     snapshots,
     sources,
     spec,
@@ -41,7 +41,7 @@ _SYSFS = "sysfs"  # among copies, whose other names are absolute paths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Givens:
+class HostInputs:
     """What was found, by what the request calls it (`spec.source_key`); the fields are those of
     `spec.ContainerInput`. `copies` are by path in the container, and so is what they lack.
     """
@@ -106,8 +106,8 @@ class Givens:
                 why.host(part, f"not mounted: {lack.because}", asked="as it is on the host")
 
 
-class Giver:
-    """Finds what containers are given, and makes what must be made for it."""
+class Resolver:
+    """Finds what containers get of the host, and makes what must be made for it."""
 
     def __init__(
         self,
@@ -121,81 +121,87 @@ class Giver:
 
     # -- from the host ----------------------------------------------------------------------------
 
-    async def look(self, order: orders.Order) -> Givens:
+    async def resolve(self, plan: container_plan.ContainerPlan) -> HostInputs:
         """Look at what the host is to give; load the AppArmor profile and label the volumes.
 
         Raises InvalidArgument, FailedPrecondition for what is not there, DeadlineExceeded when a
         host path does not answer, Unavailable when it did not before and still hangs.
         """
-        found = await self._looked(order)
-        await self._profiles.provide_for(order.security, order.facts)
-        await self._label(order, found)
+        found = await self._looked(plan)
+        await self._profiles.provide_for(plan.security, plan.facts)
+        await self._label(plan, found)
         return found
 
-    async def _looked(self, order: orders.Order) -> Givens:
+    async def _looked(self, plan: container_plan.ContainerPlan) -> HostInputs:
         """Look at the host paths in a thread of its own; without any, at once."""
-        wanted, privileged = order.config, order.security.privileged
+        wanted, privileged = plan.config, plan.security.privileged
         asked = wanted.mounts or wanted.devices or spec.cdi_requests(wanted)
-        if not (asked or privileged or spec.seccomp_path(order.security)):
-            return Givens(mounts={})
+        if not (asked or privileged or spec.seccomp_path(plan.security)):
+            return HostInputs(mounts={})
         what = "a mount source, device or seccomp profile"
-        return await apart.call(lambda: self._look(order), within=LOOK_TIMEOUT, what=what)
+        return await own_thread.run(lambda: self._look(plan), within=LOOK_TIMEOUT, what=what)
 
-    def _look(self, order: orders.Order) -> Givens:
-        wanted, bound = order.config, order.ids is not None
-        profile, names = spec.seccomp_path(order.security), spec.cdi_requests(wanted)
-        return Givens(
+    def _look(self, plan: container_plan.ContainerPlan) -> HostInputs:
+        wanted, bound = plan.config, plan.ids is not None
+        profile, names = spec.seccomp_path(plan.security), spec.cdi_requests(wanted)
+        return HostInputs(
             mounts={m.host_path: _source(m) for m in wanted.mounts if m.host_path},
             devices=tuple(node for r in spec.device_requests(wanted) for node in _devices(r)),
-            host_devices=sources.host_devices() if order.security.privileged else (),
+            host_devices=sources.host_devices() if plan.security.privileged else (),
             seccomp=_seccomp(profile) if profile else None,
             cdi=self._devices.resolve(names, bound=bound) if names else None,
         )
 
-    async def _label(self, order: orders.Order, found: Givens) -> None:
+    async def _label(self, plan: container_plan.ContainerPlan, found: HostInputs) -> None:
         """Have SELinux let the container at what it shares with the pod and the host."""
-        own, of_pod = order.labels, order.pod_labels
+        own, of_pod = plan.labels, plan.pod_labels
         if not own.mount:
             return
 
         def label() -> None:
             for part in (own.process, own.mount):
-                labels.check(part)
+                selinux_host.check(part)
             if own.mount != of_pod.mount:
-                self._files.relabel(order.pod.id, of_pod.shared)
-            for mount in order.config.mounts:
+                self._files.relabel(plan.pod.id, of_pod.shared)
+            for mount in plan.config.mounts:
                 if mount.selinux_relabel and mount.host_path:
-                    with apart.at(mount.host_path):
-                        relabel.relabel(found.mounts[spec.source_key(mount)].path, own.mount)
+                    with own_thread.looking_at(mount.host_path):
+                        selinux_relabel.relabel(
+                            found.mounts[spec.source_key(mount)].path, own.mount
+                        )
 
-        await apart.call(label, within=LABEL_TIMEOUT, what="labelling the container's volumes")
+        await own_thread.run(label, within=LABEL_TIMEOUT, what="labelling the container's volumes")
 
     # -- from images ------------------------------------------------------------------------------
 
-    async def with_images(self, order: orders.Order, found: Givens) -> Givens:
+    async def add_image_volumes(
+        self, plan: container_plan.ContainerPlan, found: HostInputs
+    ) -> HostInputs:
         """Mount the images that are volumes, where the pod has not got them yet.
 
         Raises CriError with the kubelet's prefix.
         """
         places = await self._image_volumes.mount(
-            order.pod.id,
-            order.config,
-            order.volumes,
-            order.pod_labels.mount_options,
-            self.mapped(order),
+            plan.pod.id,
+            plan.config,
+            plan.volumes,
+            plan.pod_labels.mount_options,
+            self.mapped(plan),
         )
         added = {k: sources.Source(path=p, directory=True) for k, p in places.items()}
         return dataclasses.replace(found, mounts={**found.mounts, **added})
 
-    def mapped(self, order: orders.Order) -> snapshots.Mapped | None:
+    def mapped(self, plan: container_plan.ContainerPlan) -> snapshots.Mapped | None:
         """Return whose ids the files of images must show, None for the host's."""
-        if order.ids is None:
+        if plan.ids is None:
             return None
-        return snapshots.Mapped(userns=self._files.userns(order.pod), ids=order.ids)
+        return snapshots.Mapped(userns=self._files.userns(plan.pod), ids=plan.ids)
 
     # -- for a pod with a user namespace of its own -----------------------------------------------
 
-    async def with_copies(self, order: orders.Order, found: Givens, bundle: Path) -> Givens:
+    async def add_idmapped_mounts(
+        self, plan: container_plan.ContainerPlan, found: HostInputs, bundle: Path
+    ) -> HostInputs:
         """Attach below the bundle what the container takes from the host in another shape.
 
         Raises FailedPrecondition for a volume that cannot be id-mapped, and for one with mounts in
@@ -204,34 +210,34 @@ class Giver:
         folder = bundle / "mounts"
         paths = {key: source.path for key, source in found.mounts.items()}
         copies = idmap.of_container(
-            order.config, folder, sources=paths, userns=self._files.userns(order.pod)
+            plan.config, folder, sources=paths, userns=self._files.userns(plan.pod)
         )
-        if not order.pod.own_network:
+        if not plan.pod.own_network:
             copies[_SYSFS] = idmap.sysfs(folder)
         whole = dataclasses.replace(found, copies=copies)
 
-        def work() -> Givens:
-            if order.facts.shallow_binds:
-                idmap.check_flat(whole.trees, revisions.name_of(order.pod.handler))
+        def work() -> HostInputs:
+            if plan.facts.shallow_binds:
+                idmap.check_flat(whole.trees, revisions.name_of(plan.pod.handler))
             shortfalls = idmap.attach(copies, folder) if copies else {}
             locked = {path: idmap.locked(path) for path in whole.bound}
             ours = idmap.locked(os.fspath(bundle))  # one file system with the pods' folders
-            locked |= dict.fromkeys(self._files.paths(order.pod.id), ours)
+            locked |= dict.fromkeys(self._files.paths(plan.pod.id), ours)
             return dataclasses.replace(whole, locked=locked, shortfalls=shortfalls)
 
-        return await apart.call(work, within=LOOK_TIMEOUT, what="a mount source")
+        return await own_thread.run(work, within=LOOK_TIMEOUT, what="a mount source")
 
 
 def _source(mount: api.Mount) -> sources.Source:
-    with apart.at(mount.host_path):
+    with own_thread.looking_at(mount.host_path):
         return sources.check_source(mount)
 
 
 def _devices(request: devices.Request) -> Sequence[spec.DeviceNode]:
-    with apart.at(request.host_path):
+    with own_thread.looking_at(request.host_path):
         return sources.device_nodes([request])
 
 
 def _seccomp(path: str) -> Mapping[str, object]:
-    with apart.at(path):
+    with own_thread.looking_at(path):
         return sources.seccomp_profile(path)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cri_server import cgroups, moves
+from cri_server import cgroup_prewarm, cgroups
 from tests.lab import cgroups as lab
 
 CGROUP = Path("/proc/self/cgroup")
@@ -20,7 +20,7 @@ def mounts() -> dict[str, Path]:
 @pytest.mark.needs("root")
 def test_a_process_stays_where_it_is(mounts: dict[str, Path]) -> None:
     before = CGROUP.read_text()
-    moves.stay(mounts)
+    cgroup_prewarm.stay(mounts)
     assert CGROUP.read_text() == before
 
 
@@ -33,7 +33,7 @@ def test_the_place_is_where_the_process_is_now(mounts: dict[str, Path]) -> None:
     try:
         (place / "cgroup.procs").write_text(str(os.getpid()))
         there = CGROUP.read_text()
-        moves.stay(mounts)
+        cgroup_prewarm.stay(mounts)
         assert CGROUP.read_text() == there
         assert there != was
     finally:
@@ -42,8 +42,8 @@ def test_the_place_is_where_the_process_is_now(mounts: dict[str, Path]) -> None:
 
 
 def test_without_cgroups_nothing_happens(tmp_path: Path) -> None:
-    moves.stay({})
-    moves.stay({"freezer": tmp_path})
+    cgroup_prewarm.stay({})
+    cgroup_prewarm.stay({"freezer": tmp_path})
 
 
 @pytest.mark.needs("root")
@@ -51,11 +51,11 @@ async def test_one_write_at_a_time(
     mounts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[object] = []
-    monkeypatch.setattr(moves, "stay", written.append)
-    mover = moves.Moves(mounts)
-    mover.soon()
-    mover.soon()
-    await mover.close()
-    mover.soon()
-    await mover.close()
+    monkeypatch.setattr(cgroup_prewarm, "stay", written.append)
+    prewarm = cgroup_prewarm.Prewarm(mounts)
+    prewarm.start()
+    prewarm.start()
+    await prewarm.close()
+    prewarm.start()
+    await prewarm.close()
     assert written in ([mounts] * 2, [mounts] * 3)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The remains of pods whose containerd shim has lost our own shim: processes, state, the home.
+"""Leftovers of pods whose containerd shim has lost our own shim: processes, state, the home.
 
-All is found by the home (`shim.binary`): who has it in the environment is killed, the binary's
-`delete` is run for each container that is noted there, and the folder goes last. A home whose owner
-lives is left alone. All of it can be done again.
+All is found by the home (`shim.binary`): a process that has it in the environment is killed, the
+binary's `delete` is run for each container that is noted there, and the folder goes last. A home
+whose owner lives is left alone. All of it can be done again.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ _KILL_TIMEOUT, _KILL_PAUSE = 10.0, 0.02  # seconds
 _DELETE_TIMEOUT = 10.0
 
 
-class ShimRemains:
+class Shimv2Leftovers:
     """What is left of the pods of one handler, whose homes are below `root`."""
 
     def __init__(self, handler: config.Handler, root: Path, orphan_host: orphans.Orphans) -> None:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""cri_server.roster: the next state of all handlers from files, programs and the state before."""
+"""The next set of handlers, from files, programs and the set before."""
 
 import dataclasses
 from pathlib import Path
 
 import pytest
 
-from cri_server import config, errors, roster
+from cri_server import config, errors, handler_set
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def drop(settings: config.Config, name: str, *lines: str, file: str = "") -> Pat
     return path
 
 
-def limits(found: roster.Roster) -> dict[str, str]:
+def limits(found: handler_set.HandlerSet) -> dict[str, str]:
     return {name: r.handler.default_rlimits for name, r in found.current.items()}
 
 
@@ -44,23 +44,23 @@ async def test_a_drop_in_adds_a_handler_and_takes_the_place_of_one(
     drop(settings, "own", 'default_rlimits = "nofile=1"')
     drop(settings, "base", 'default_rlimits = "nofile=2"')
 
-    found = await roster.look(settings)
+    found = await handler_set.load(settings)
 
     assert limits(found) == {"base": "nofile=2", "own": "nofile=1"}
     assert {n: r.source for n, r in found.current.items()} == {
         "base": "base.toml",
         "own": "own.toml",
     }
-    assert {f.version for f in roster.named(found).values()} == {"1.2.3"}
+    assert {f.version for f in handler_set.named(found).values()} == {"1.2.3"}
 
 
 async def test_the_same_settings_have_the_same_key(settings: config.Config) -> None:
-    first = await roster.look(settings)
+    first = await handler_set.load(settings)
     path = drop(settings, "base")
-    second = await roster.look(settings, first)
+    second = await handler_set.load(settings, first)
     path.unlink()
     drop(settings, "base", 'default_rlimits = "nofile=2"')
-    third = await roster.look(settings, second)
+    third = await handler_set.load(settings, second)
 
     keys = [found.current["base"].key for found in (first, second, third)]
     assert keys[0] == keys[1] != keys[2]
@@ -85,24 +85,24 @@ async def test_what_is_wrong_holds_the_earlier_state(
     settings: config.Config, lines: list[str]
 ) -> None:
     drop(settings, "own", 'default_rlimits = "nofile=1"')
-    before = await roster.look(settings)
+    before = await handler_set.load(settings)
     drop(settings, "own", *lines)
 
-    after = await roster.look(settings, before)
+    after = await handler_set.load(settings, before)
 
     assert after.current == before.current
     assert len(after.problems) == 1
     assert "own.toml" in after.problems[0].message
-    assert await roster.look(settings, after) == after
+    assert await handler_set.load(settings, after) == after
 
 
 async def test_a_program_that_fails_holds_the_earlier_state(settings: config.Config) -> None:
     drop(settings, "own")
-    before = await roster.look(settings)
+    before = await handler_set.load(settings)
     assert settings.drop_ins is not None
     program(settings.drop_ins.parent / "program", code=1)
 
-    after = await roster.look(settings, before)
+    after = await handler_set.load(settings, before)
 
     assert after.current == before.current
     assert after.facts == before.facts
@@ -115,7 +115,7 @@ async def test_without_an_earlier_state_the_handler_is_refused(
 ) -> None:
     drop(settings, "base").write_text(text)
 
-    found = await roster.look(settings)
+    found = await handler_set.load(settings)
 
     assert found.current == {}
     with pytest.raises(errors.FailedPrecondition, match=r"base\.toml"):
@@ -126,11 +126,11 @@ async def test_without_an_earlier_state_the_handler_is_refused(
 
 async def test_a_file_that_is_being_written_counts_as_it_was(settings: config.Config) -> None:
     path = drop(settings, "own", 'default_rlimits = "nofile=1"')
-    before = await roster.look(settings)
+    before = await handler_set.load(settings)
     path.write_text("")
 
-    busy = await roster.look(settings, before, busy={"own.toml"})
-    after = await roster.look(settings, before)
+    busy = await handler_set.load(settings, before, busy={"own.toml"})
+    after = await handler_set.load(settings, before)
 
     assert busy.current == before.current
     assert busy.problems == ()
@@ -138,10 +138,10 @@ async def test_a_file_that_is_being_written_counts_as_it_was(settings: config.Co
 
 
 async def test_a_new_file_that_is_being_written_is_not_there(settings: config.Config) -> None:
-    before = await roster.look(settings)
+    before = await handler_set.load(settings)
     drop(settings, "own", "half")
 
-    found = await roster.look(settings, before, busy={"own.toml"})
+    found = await handler_set.load(settings, before, busy={"own.toml"})
 
     assert list(found.current) == ["base"]
     assert found.problems == ()
@@ -150,10 +150,10 @@ async def test_a_new_file_that_is_being_written_is_not_there(settings: config.Co
 async def test_the_default_handler_stays(settings: config.Config) -> None:
     path = drop(settings, "own")
     settings = dataclasses.replace(settings, runtime=config.Runtime(default="own"))
-    before = await roster.look(settings)
+    before = await handler_set.load(settings)
     path.unlink()
 
-    after = await roster.look(settings, before)
+    after = await handler_set.load(settings, before)
 
     assert after.current == before.current
     assert "it is the default" in after.problems[0].message
@@ -165,7 +165,7 @@ async def test_there_is_no_start_without_the_default(settings: config.Config) ->
     with pytest.raises(
         config.ConfigError, match=r"runtime\.default: no handler 'runsc' \(known: base\)"
     ):
-        await roster.look(settings)
+        await handler_set.load(settings)
 
 
 async def test_a_profile_of_the_configuration_file_must_be_there(settings: config.Config) -> None:
@@ -173,21 +173,21 @@ async def test_a_profile_of_the_configuration_file_must_be_there(settings: confi
     settings = dataclasses.replace(settings, runtimes={"base": handler})
 
     with pytest.raises(config.ConfigError, match=r"\[runtimes\.base\]: seccomp_profile: .*No such"):
-        await roster.look(settings)
+        await handler_set.load(settings)
 
 
 async def test_differences_are_told(settings: config.Config) -> None:
     gone = drop(settings, "gone")
     drop(settings, "same")
     drop(settings, "other", 'default_rlimits = "nofile=1"')
-    before = await roster.look(settings)
+    before = await handler_set.load(settings)
     gone.unlink()
     drop(settings, "other", 'default_rlimits = "nofile=2"')
     drop(settings, "new")
 
-    after = await roster.look(settings, before)
+    after = await handler_set.load(settings, before)
 
-    found = {name: what for what, name in roster.differences(before, after)}
+    found = {name: what for what, name in handler_set.differences(before, after)}
 
     assert found == {
         "gone": "handler removed",

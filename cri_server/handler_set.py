@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The roster: which handlers there are now, from the configuration file and its drop-ins.
+"""The set of handlers that there are now, from the configuration file and its drop-ins.
 
-    files ─► names ─► seccomp profiles ─► the programs answer ─► Roster
+    files ─► names ─► seccomp profiles ─► the programs answer ─► HandlerSet
                  └────────┴── what is wrong holds its handler as it was before
 
-A roster is a frozen value made from the one before, so that a handler is of the old state or of the
+A set is a frozen value made from the one before, so that a handler is of the old state or of the
 new, never of both. A drop-in takes the place of a handler of its name in the file, as a whole. What
 is wrong with a handler leaves its earlier state; without one, the handler is refused: one of that
 name from elsewhere might isolate less. The default handler does not go away.
@@ -20,7 +20,7 @@ from cri_server.spec import seccompfile
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Roster:
+class HandlerSet:
     """`current` are the handlers by name, `facts` what their programs said, `refused` the names
     that are in a drop-in that cannot be used, with the reason.
     """
@@ -43,29 +43,29 @@ class Roster:
         raise errors.InvalidArgument(f"runtime_handler {name!r} is not configured (known: {known})")
 
 
-async def look(
-    settings: config.Config, before: Roster | None = None, *, busy: Collection[str] = ()
-) -> Roster:
-    """Return the roster of now; files in `busy` are being written and count as they were.
+async def load(
+    settings: config.Config, before: HandlerSet | None = None, *, busy: Collection[str] = ()
+) -> HandlerSet:
+    """Return the handlers of now; files in `busy` are being written and count as they were.
 
-    Raises ConfigError, at the first look only, for what is wrong in the configuration file, and for
+    Raises ConfigError, at the first load only, for what is wrong in the configuration file, and for
     a default handler that is nowhere.
     """
-    making = _Making(settings, before, busy)
-    await asyncio.to_thread(making.read)
-    await making.ask()
-    making.keep_default()
-    return making.roster()
+    loading = _Loading(settings, before, busy)
+    await asyncio.to_thread(loading.read)
+    await loading.ask()
+    loading.keep_default()
+    return loading.result()
 
 
-class _Making:
-    """A roster in the making."""
+class _Loading:
+    """A set that is not complete yet."""
 
     def __init__(
-        self, settings: config.Config, before: Roster | None, busy: Collection[str]
+        self, settings: config.Config, before: HandlerSet | None, busy: Collection[str]
     ) -> None:
         self._settings, self._busy = settings, busy
-        self._before, self._first = before or Roster(), before is None
+        self._before, self._first = before or HandlerSet(), before is None
         self._found: dict[str, revisions.Revision] = {}
         self._facts: dict[str, host.RuntimeFacts] = {}
         self._problems: list[dropins.Problem] = []
@@ -149,12 +149,12 @@ class _Making:
             source = self._before.current[name].source
             self._wrong(name, source, "is gone, but it is the default: it stays until a restart")
 
-    def roster(self) -> Roster:
+    def result(self) -> HandlerSet:
         before = self._before.current
         held = {name: before[name] for name in self._held if name in before}
         current = {**self._found, **held}
         facts = {**self._facts, **{r.key: self._before.facts[r.key] for r in held.values()}}
-        return Roster(
+        return HandlerSet(
             current={name: current[name] for name in self._order(current)},
             facts={r.key: facts[r.key] for r in current.values()},
             problems=tuple(self._problems),
@@ -168,12 +168,12 @@ class _Making:
         yield from sorted(set(names) - set(self._settings.runtimes))
 
 
-def named(roster: Roster) -> dict[str, host.RuntimeFacts]:
+def named(found: HandlerSet) -> dict[str, host.RuntimeFacts]:
     """Return the facts of the handlers of now by their names."""
-    return {name: roster.facts[r.key] for name, r in roster.current.items()}
+    return {name: found.facts[r.key] for name, r in found.current.items()}
 
 
-def differences(before: Roster, after: Roster) -> Iterator[tuple[str, str]]:
+def differences(before: HandlerSet, after: HandlerSet) -> Iterator[tuple[str, str]]:
     """Yield (what happened, handler) for the log."""
     for name, revision in after.current.items():
         earlier = before.current.get(name)
@@ -186,10 +186,10 @@ def differences(before: Roster, after: Roster) -> Iterator[tuple[str, str]]:
             yield "handler removed", name
 
 
-def with_shortfalls(roster: Roster, facts: host.Host) -> Roster:
-    """Return the roster with a problem for each handler that does not get all that it asks for."""
+def with_shortfalls(now: HandlerSet, facts: host.Host) -> HandlerSet:
+    """Return the set with a problem for each handler that does not get all that it asks for."""
     found = []
-    for name, revision in roster.current.items():
+    for name, revision in now.current.items():
         lack = facts.why_no_seccomp_audit(name) if revision.handler.seccomp_audit else ""
         if lack:
             message = f"[runtimes.{name}] seccomp_audit: {lack}: the profile is enforced instead"
@@ -197,5 +197,5 @@ def with_shortfalls(roster: Roster, facts: host.Host) -> Roster:
                 file=revision.source, handler=name, message=message, holds=False
             )
             found.append(problem)
-    problems = (*(p for p in roster.problems if p.holds), *found)
-    return dataclasses.replace(roster, problems=problems)
+    problems = (*(p for p in now.problems if p.holds), *found)
+    return dataclasses.replace(now, problems=problems)

@@ -5,7 +5,7 @@ import asyncio
 
 import pytest
 
-from cri_server import together
+from cri_server import side_by_side
 
 
 async def give(value: int) -> int:
@@ -13,7 +13,7 @@ async def give(value: int) -> int:
 
 
 async def test_both_results() -> None:
-    assert await together.both(give(1), give(2)) == (1, 2)
+    assert await side_by_side.both(give(1), give(2)) == (1, 2)
 
 
 async def test_the_first_error_comes_plain_and_the_other_has_ended() -> None:
@@ -30,7 +30,7 @@ async def test_the_first_error_comes_plain_and_the_other_has_ended() -> None:
             ended = True
 
     with pytest.raises(ValueError, match="first"):
-        await together.both(wait(), fail())
+        await side_by_side.both(wait(), fail())
     assert ended
 
 
@@ -43,10 +43,10 @@ async def test_what_is_unbroken_ends_before_the_cancellation_is_told() -> None:
             await asyncio.sleep(0)
         ended = True
 
-    task = asyncio.create_task(together.unbroken(work()))
+    task = asyncio.create_task(side_by_side.uninterrupted(work()))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert ended
-    assert await together.unbroken(give(3)) == 3
+    assert await side_by_side.uninterrupted(give(3)) == 3

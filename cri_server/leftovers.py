@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The remains of containers that have no shim: processes, cgroups, what the OCI runtime remembers.
+"""Leftovers of containers that have no shim: processes, cgroups, what the OCI runtime remembers.
 
 A shim ends its containers itself and has the runtime forget them. Where it is gone, or never was
 told, that is done here, from outside: kill what is in the cgroup, then `delete` it. All of it can
@@ -21,10 +21,10 @@ from cri_server import (
     configjson,
     errors,
     handlers,
+    leftovers_shimv2,
     names,
     orphans,
     revisions,
-    shimremains,
     state,
 )
 from shim.pb import shim_pb2
@@ -33,7 +33,7 @@ log = structlog.get_logger()
 KILL_TIMEOUT = 10.0  # seconds until one that cannot be killed is an error
 
 
-class Remains:
+class Leftovers:
     """What is left of containers, by handler, container id and cgroup path."""
 
     def __init__(
@@ -46,7 +46,9 @@ class Remains:
         self._settings, self._handlers, self._groups = settings, live, groups
         self._orphans = orphan_host
 
-    async def bury(self, container: state.Container, bundle: Path) -> shim_pb2.ExitRecord:
+    async def kill_and_read_exit(
+        self, container: state.Container, bundle: Path
+    ) -> shim_pb2.ExitRecord:
         """End a container whose shim is gone; return the shim's exit record or the lost one's.
 
         Raises DeadlineExceeded when it cannot be killed. A runtime that fails is left to `remove`.
@@ -78,15 +80,17 @@ class Remains:
         nothing of it there is fine.
         """
         if self._known(handler, container_id, cgroups_path):
-            await self.destroy(handler, container_id, cgroups_path)
+            await self.kill_and_delete(handler, container_id, cgroups_path)
 
-    async def destroy(self, handler: str, container_id: str, cgroups_path: str) -> None:
+    async def kill_and_delete(self, handler: str, container_id: str, cgroups_path: str) -> None:
         """Do the work of `remove`, also where only a runtime at work tells of the container."""
         await self._kill(handler, container_id, cgroups_path)
         await self._forget(handler, container_id, cgroups_path)
 
-    def has_home(self, handler: str) -> bool:
-        """Say whether every pod of a handler has something here, though it has no init."""
+    def has_shim_folder(self, handler: str) -> bool:
+        """Say whether every pod of a handler has something here, though it has no sandbox
+        container.
+        """
         return self._shims(handler) is not None
 
     def in_runtimes(self) -> list[tuple[str, str]]:
@@ -95,13 +99,15 @@ class Remains:
         found = {(p.parent.name, p.name.partition("_")[0]) for p in places}  # "_": those of runsc
         return sorted((handler, name) for handler, name in found if names.is_id(name))
 
-    async def destroy_unrecorded(self, handler: str, container_id: str, bundle: Path) -> None:
-        """Do the work of `destroy` for a container of which only the bundle tells."""
+    async def kill_and_delete_unrecorded(
+        self, handler: str, container_id: str, bundle: Path
+    ) -> None:
+        """Do the work of `kill_and_delete` for a container of which only the bundle tells."""
         try:
             cgroups_path = str(configjson.read(bundle)["linux"]["cgroupsPath"])
         except (OSError, ValueError, TypeError, KeyError):
             cgroups_path = ""
-        await self.destroy(handler, container_id, cgroups_path)
+        await self.kill_and_delete(handler, container_id, cgroups_path)
 
     async def _kill(self, handler: str, container_id: str, cgroups_path: str) -> None:
         """Kill an OCI runtime that is still at work on the container, and what is in its cgroup."""
@@ -130,19 +136,19 @@ class Remains:
         root, found = self._runtime_root(handler), self._handlers.find(handler)
         if (shims := self._shims(handler)) and shims.known(container_id):
             return True
-        if found is not None and found.handler.kind == "oci" and found.handler.has_kernel:
+        if found is not None and found.handler.kind == "oci" and found.handler.has_guest_kernel:
             # "<id>_sandbox:<id of the pod>.state"
             return any(Path(root).glob(f"{container_id}_*"))
         places = [f"{root}/{container_id}"]
         places += self._groups.directories(cgroups_path).values() if cgroups_path else []
         return any(map(os.path.exists, places))
 
-    def _shims(self, handler: str) -> shimremains.ShimRemains | None:
+    def _shims(self, handler: str) -> leftovers_shimv2.Shimv2Leftovers | None:
         found = self._handlers.find(handler)
         if found is None or found.handler.kind != "shim":
             return None
         root = Path(self._runtime_root(handler))
-        return shimremains.ShimRemains(found.handler, root, self._orphans)
+        return leftovers_shimv2.Shimv2Leftovers(found.handler, root, self._orphans)
 
     def _runtime_root(self, handler: str) -> str:
         return str(self._settings.server.state / "runtimes" / revisions.name_of(handler))

@@ -3,9 +3,9 @@
 
 A look at a host path on dead network storage blocks in the kernel, and nothing can end it. In the
 shared pool of `asyncio.to_thread` a few of these would stop the whole server (hazards.md R21,
-containerd#10828); here each costs one thread that dies with the process, and at most LIMIT exist.
-A call says with `at` where it is; where an earlier one was given up and still hangs, the next is
-refused at once, so that who tries again and again costs no more than who tries once.
+containerd#10828); here each costs one thread that dies with the process, and at most LIMIT exist. A
+call says with `looking_at` where it is; where an earlier one was given up and still hangs, the next
+is refused at once, so that trying again and again costs no more than trying once.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ _calls: dict[threading.Thread, _Call] = {}
 _guard = threading.Lock()
 
 
-async def call(function: Callable[[], T], *, within: float, what: str) -> T:
+async def run(function: Callable[[], T], *, within: float, what: str) -> T:
     """Return `function()`; stop waiting after `within` seconds, or when cancelled.
 
     Raises what it raises, DeadlineExceeded naming `what` and the place, ResourceExhausted when
@@ -74,7 +74,7 @@ def _forget(thread: threading.Thread) -> None:
 
 
 @contextlib.contextmanager
-def at(place: str) -> Iterator[None]:
+def looking_at(place: str) -> Iterator[None]:
     """Tell, inside a call, that the block looks at `place`.
 
     Raises Unavailable while an earlier call, given up since, hangs there.

@@ -15,14 +15,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
-class Moves:
+class Prewarm:
     """Of this process: one write at a time, in a thread. `mounts`: see `cgroups.Hierarchy`."""
 
     def __init__(self, mounts: Mapping[str, Path]) -> None:
         self._mounts = mounts
         self._pending: asyncio.Future[None] | None = None
 
-    def soon(self) -> None:
+    def start(self) -> None:
         """Say that a process will be moved in some milliseconds. Returns at once."""
         if self._pending is None or self._pending.done():
             loop = asyncio.get_running_loop()
@@ -35,8 +35,8 @@ class Moves:
 
 
 def stay(mounts: Mapping[str, Path]) -> None:
-    """Move this process to where it is. Blocks for the grace period; who may not write does
-    without.
+    """Move this process to where it is. Blocks for the grace period; a server that may not write
+    does without.
     """
     with contextlib.suppress(OSError):
         if file := _own(mounts):

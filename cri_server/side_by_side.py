@@ -25,7 +25,7 @@ async def both(first: Coroutine[Any, Any, A], second: Coroutine[Any, Any, B]) ->
     return one.result(), two.result()
 
 
-async def unbroken(work: Coroutine[Any, Any, A]) -> A:
+async def uninterrupted(work: Coroutine[Any, Any, A]) -> A:
     """Run `work` to its end, also when the caller is cancelled, which is told afterwards."""
     task = asyncio.ensure_future(work)
     try:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The init of a pod: a container that holds the PID namespace which the pod's containers share, or
-the sandbox that a handler starts them in.
+"""The sandbox container of a pod: it holds the PID namespace which the pod's containers share, or
+is the sandbox that a handler starts them in.
 
 It is catatonit of the host, alone in a root of its own, and needs no image. Its bundle is a folder
 of the pod's files; the shim and the cgroup of the pod take it with them.
@@ -30,7 +30,7 @@ from cri_server.spec import why
 from shim.pb import shim_pb2
 
 
-class Inits:
+class SandboxContainers:
     """Makes and starts them."""
 
     def __init__(
@@ -75,7 +75,7 @@ class Inits:
             bundle=str(self._files.bundle(pod.id)),
             cgroups=self._groups.directories(cgroups_path),
         )
-        async with self._shims.asked(pod.id) as shim:
+        async with self._shims.calling(pod.id) as shim:
             await shim.create(request)
             return (await shim.start(shim_pb2.StartRequest(id=pod.id))).pid
 
@@ -112,8 +112,8 @@ class Inits:
             defaults=self._handlers.defaults(pod.handler),
             seccomp_profile=sources.seccomp_profile(profile) if profile else None,
             annotations=allowed,
-            kernel=handler.has_kernel,
-            hostname=podfiles.own_hostname(pod) if handler.has_kernel else "",
+            kernel=handler.has_guest_kernel,
+            hostname=podfiles.own_hostname(pod) if handler.has_guest_kernel else "",
         )
 
 

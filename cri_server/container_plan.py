@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The order for a bundle: all that is known of a container before anything of it is made.
+"""The plan of a container: all that is known of it before anything of it is made.
 
-Pure values, put together by `containers` and read by whoever makes a part of the bundle. What an
-order leads to is told by `bundles`.
+Pure values, put together by `containers` and read by whoever makes a part of the bundle. What a
+plan leads to is told by `bundles`.
 """
 
 import dataclasses
@@ -14,10 +14,10 @@ from cri_server.pb import api_pb2 as api
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Order:
-    """What a bundle is made of. `facts` are the host's for the pod's handler; `target_pid` is whose
-    PID namespace is joined, 0 for none; `volumes` are the images that the config's mounts name, by
-    id.
+class ContainerPlan:
+    """What a bundle is made from. `facts` are the host's for the pod's handler; `target_pid` is
+    whose PID namespace is joined, 0 for none; `volumes` are the images that the config's mounts
+    name, by id.
     """
 
     pod: state.Pod
@@ -46,12 +46,12 @@ class Order:
         return podfiles.root_of(self.pod)
 
     @property
-    def labels(self) -> spec.Labels:
+    def labels(self) -> spec.SelinuxLabels:
         """The container's for SELinux."""
         pod = self.pod
         return spec.labels_of_container(self.security, pod.config, pod.selinux_level, self.facts)
 
     @property
-    def pod_labels(self) -> spec.Labels:
+    def pod_labels(self) -> spec.SelinuxLabels:
         """The pod's for SELinux."""
         return spec.labels_of_pod(self.pod.config, self.pod.selinux_level, self.facts)
