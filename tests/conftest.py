@@ -14,6 +14,7 @@ from collections.abc import Generator, Iterator
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests import probes, residue
@@ -23,6 +24,10 @@ REQUIRE_ALL = os.environ.get("CRI_TESTS_REQUIRE") == "all"
 ID = re.compile(rb"\b[0-9a-f]{64}\b")
 ALLOWED = pytest.StashKey[bool]()
 BEFORE = pytest.StashKey[AbstractSet[str]]()
+
+# Generated examples have no deadline of their own: on a busy machine any of them may take a while.
+hypothesis.settings.register_profile("ours", deadline=None)
+hypothesis.settings.load_profile("ours")
 
 
 class Marks:
