@@ -92,14 +92,15 @@ async def running(settings: config.Config) -> AsyncIterator[None]:
         edge.ready = True
         await _open_crio(settings, objects.crio)
         log.info("ready", network=objects.network.status().ready, handlers=list(live.names))
-        for work in (
-            _repeated("network namespaces", objects.pods.check_networks, NETWORK_CHECK),
-            _settle_networks(objects.pods),
-            _repeated("sizes of writable layers", objects.layers.refresh, MEASURE_EVERY),
-            _repeated("leaked addresses", leaks.Leaks(objects.network, live.places).look, LEAKS),
-            reloading.Reloader(settings, live).run(),
+        looks = leaks.Leaks(objects.network, live.places)
+        for name, work in (
+            ("networks", _repeated("networks", objects.pods.check_networks, NETWORK_CHECK)),
+            ("settle", _settle_networks(objects.pods)),
+            ("sizes", _repeated("sizes", objects.layers.refresh, MEASURE_EVERY)),
+            ("leaks", _repeated("leaks", looks.look, LEAKS)),
+            ("reload", reloading.Reloader(settings, live).run()),
         ):
-            stack.callback(asyncio.create_task(work).cancel)
+            stack.callback(asyncio.create_task(work, name=name).cancel)
         yield
 
 
@@ -197,11 +198,11 @@ async def _settle_networks(pod_host: pods.Pods) -> None:
         pause = SETTLE_FIRST if settled else min(pause * 2, SETTLE_MOST)
 
 
-async def _repeated(what: str, work: Callable[[], Awaitable[None]], pause: float) -> None:
+async def _repeated(name: str, work: Callable[[], Awaitable[None]], pause: float) -> None:
     """Do it again and again. When it fails the next time may go well."""
     while True:
         try:
             await work()
         except Exception as e:
-            log.warning("background work failed", what=what, error=repr(e))
+            log.warning("background work failed", what=name, error=repr(e))
         await asyncio.sleep(pause)
