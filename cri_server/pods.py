@@ -163,15 +163,13 @@ class Pods:
     async def _make(self, pod: state.Pod) -> None:
         """Make all that a pod is, two things at a time.
 
-            files → netns ─┬─ CNI ADD ───────────────────────────────┐
-                           └─ shim → ipc, uts → sandbox container ───┴─ record READY
+            netns ─┬─ CNI ADD ───────────────────────────────────────┐
+                   └─ files → shim → ipc, uts → sandbox container ───┴─ record READY
 
         In a pod with a user namespace of its own the shim makes the netns too, and CNI waits for
         that. A guest kernel takes its addresses at start: its sandbox container waits for CNI.
         """
         recipe = steps.Steps("pod sandbox made", pod=pod.id)
-        with recipe.step("files"):
-            await asyncio.to_thread(self._create_files, pod)
         network = _NetworkEvents(asyncio.Event(), asyncio.Event())
         if pod.own_network and not spec.ids(pod.config):  # else it belongs to the user namespace
             with recipe.step("network namespace"):
@@ -231,7 +229,11 @@ class Pods:
     async def _start_shim(
         self, pod: state.Pod, network: "_NetworkEvents", recipe: steps.Steps
     ) -> "_Started":
-        """Start the shim, which makes the other namespaces, and the sandbox container if any."""
+        """Make the pod's files, then start its shim, which makes the other namespaces, and the
+        sandbox container if any.
+        """
+        with recipe.step("files"):
+            await asyncio.to_thread(self._create_files, pod)
         with recipe.step("shim"):  # uninterrupted: of a shim half born nobody would know
             shim_pid, start_time = await side_by_side.uninterrupted(self._shims.fork(pod))
         with recipe.step("namespaces"):
