@@ -25,7 +25,7 @@ from cri_server.pb import api_pb2 as api
 from tests.fakes import kubelet
 from tests.lab import image, registry, server, tars
 
-PATIENCE = 1.0  # seconds that a Version may take, whatever else goes on
+PATIENCE = waiting.patient(1.0)  # seconds that a Version may take, whatever else goes on
 REFUSALS = frozenset(
     {
         grpc.StatusCode.INVALID_ARGUMENT,
