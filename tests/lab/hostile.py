@@ -23,7 +23,7 @@ import grpc
 
 from cri_server.pb import api_pb2 as api
 from tests.fakes import kubelet
-from tests.lab import image, registry, server, tars
+from tests.lab import image, registry, server, tars, waiting
 
 PATIENCE = waiting.patient(1.0)  # seconds that a Version may take, whatever else goes on
 REFUSALS = frozenset(
