@@ -37,3 +37,18 @@ def test_the_page_tells_of_each_run_in_which_guest_it_was(tmp_path: Path) -> Non
     assert "| runc | 1.1.5 | the same |" in lines
     assert "| one | 1 | systemd | tests/unit | 1 | 0 | 0 | 1 |" in lines
     assert "| other | 2 | systemd | tests/unit | 0 | did not end | 0 | 0 |" in lines
+
+
+def test_a_run_whose_file_was_lost_is_told_by_the_console(tmp_path: Path) -> None:
+    folder = tmp_path / "1"
+    folder.mkdir()
+    plan = [{"name": name, "driver": "systemd", "tests": ["t.py"]} for name in ("one", "two")]
+    (folder / report.PLAN).write_text(json.dumps(plan))
+    (folder / "console.log").write_text(
+        "== one: t.py\nFAILED t.py::test_a - AssertionError\n"
+        "=== 1 failed, 187 passed, 3 skipped in 1983.44s (0:33:03) ===\n== two: t.py\nt.py ...\n"
+    )
+    one, two = report.boot(folder).runs
+    assert (one.passed, one.failed, len(one.skipped)) == (187, ("t::test_a",), 3)
+    assert (one.seconds, one.good, one.missing) == (1983.44, False, False)
+    assert two.missing, "it has no closing line"

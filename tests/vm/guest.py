@@ -130,6 +130,7 @@ def pytest(*, name: str, tests: list[str], driver: str, domain: str, env: dict[s
             log.write(line)
             print(line.decode(errors="replace").rstrip()[:150], flush=True)
         (RESULTS / f"{name}.status").write_text(str(run.wait()))
+    os.sync()  # the guest may be killed in the run after this one
 
 
 def write(name: str, value: object) -> None:

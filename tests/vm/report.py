@@ -2,11 +2,13 @@
 """What guests have to say: JUnit files and facts.json become lines, a page of docs/, and a verdict.
 
 A folder of results is of one boot, with the runs in its plan.json; a name of a folder tells when it
-was made. The page shows each run as it went last, and of which boot that was. A run without its
-JUnit file has not ended, and counts as failed.
+was made. The page shows each run as it went last, and of which boot that was. Where the JUnit file
+was lost with the guest, the console has pytest's closing lines. A run without either has not ended,
+and counts as failed.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +16,11 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 PLAN = "plan.json"
+LOST = "of the console, which has no reasons"  # for skips
+_CLOSING = re.compile(
+    r"=+ (?:(?P<failed>\d+) failed, )?(?P<passed>\d+) passed(?:, (?P<skipped>\d+) skipped)?"
+    r"(?:, .*)? in (?P<seconds>[\d.]+)s"
+)
 PAGE = """\
 # The tests in a guest
 
@@ -80,7 +87,7 @@ def latest(results: Path, names: Sequence[str]) -> list[Boot]:
 def _run(results: Path, name: str, driver: str, tests: str) -> Run:
     file = results / f"{name}.xml"
     if not file.exists():
-        return Run(name=name, driver=driver, tests=tests, missing=True)
+        return _from_console(results / "console.log", Run(name=name, driver=driver, tests=tests))
     suite = next(ElementTree.parse(file).getroot().iter("testsuite"))
     failed, skipped = [], []
     for case in suite.iter("testcase"):
@@ -97,6 +104,24 @@ def _run(results: Path, name: str, driver: str, tests: str) -> Run:
         skipped=tuple(skipped),
         seconds=float(suite.get("time") or 0),
         status=int((results / f"{name}.status").read_text()),
+    )
+
+
+def _from_console(console: Path, run: Run) -> Run:
+    """Return a run as pytest's own lines tell of it: what failed, and the closing one."""
+    text = console.read_text(errors="replace") if console.exists() else ""
+    said = text.partition(f"== {run.name}: ")[2].partition("\n== ")[0]
+    closing = _CLOSING.search(said)
+    if closing is None:
+        return replace(run, missing=True)
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
+    return replace(
+        run,
+        passed=int(closing["passed"]),
+        failed=tuple(name.removesuffix(".py").replace(".py::", "::") for name in failed),
+        skipped=(LOST,) * int(closing["skipped"] or 0),
+        seconds=float(closing["seconds"]),
+        status=1 if failed else 0,
     )
 
 
