@@ -12,6 +12,7 @@ many, never one too few. Records of earlier versions say a plain name, and mean 
 import dataclasses
 import hashlib
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,16 +65,20 @@ def name_of(key: str) -> str:
 
 
 class Store:
-    """The revisions on disk. Its methods block for a moment."""
+    """The revisions on disk. Its methods block for a moment; threads may share it."""
 
     def __init__(self, root: Path) -> None:
         self._folder = root / "handlers"
+        self._writing = threading.Lock()  # the first pods of a handler come at once
 
     def write(self, revision: Revision) -> None:
         """Keep a revision; the same again changes nothing. Raises OSError."""
         path = self._path(revision.key)
-        if path.exists():
-            return
+        with self._writing:
+            if not path.exists():
+                self._write(path, revision)
+
+    def _write(self, path: Path, revision: Revision) -> None:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         temporary.write_bytes(msgspec.json.encode(dataclasses.asdict(revision)))

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """cri_server.revisions and handlers: what pods hold on to, in memory and on disk."""
 
+import concurrent.futures
 import dataclasses
+import threading
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,22 @@ def test_a_revision_is_read_as_it_was_written(tmp_path: Path) -> None:
     store.forget(revision.key)
     store.forget(revision.key)
     assert list(store.read()) == []
+
+
+def test_the_first_pods_of_a_handler_may_come_at_once(tmp_path: Path) -> None:
+    store, at_once = revisions.Store(tmp_path), threading.Barrier(8)
+
+    def write(revision: revisions.Revision) -> None:
+        at_once.wait(timeout=60)
+        store.write(revision)
+
+    fresh = [revisions.make(f"number-{n}", PLAIN) for n in range(50)]
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        for revision in fresh:
+            for written in [threads.submit(write, revision) for _ in range(8)]:
+                written.result()
+
+    assert store.keys() == {revision.key for revision in fresh}
 
 
 def test_a_file_that_cannot_be_read_hides_no_other(tmp_path: Path) -> None:
