@@ -5,7 +5,8 @@
 # make test-vm the tests in a Debian guest under qemu: cgroup v2, systemd, SELinux (docs/guest-run.md); VM="--help" for a part
 # make bench   our server next to Debian's containerd (docs/performance.md); BENCH="--rounds 5 --json" passes options
 # make bench-streams   the same for exec and port-forward
-.PHONY: setup run test test-vm bench bench-streams
+# make bench-handlers  a pod of each handler side by side (docs/runtimes.md)
+.PHONY: setup run test test-vm bench bench-streams bench-handlers
 PYTHON = .venv/bin/python
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
@@ -30,3 +31,7 @@ bench: setup
 bench-streams: setup
 	@deploy/setup.sh containerd
 	@$(PYTHON) -m bench.peers streams $(BENCH)
+
+bench-handlers: setup
+	@deploy/setup.sh runsc containerd-shim-runc-v2
+	@$(PYTHON) -m bench.handlers $(BENCH)

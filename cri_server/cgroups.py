@@ -194,9 +194,10 @@ class Cgroups:
         wanted = sorted({*made, *self._leftover}, key=len, reverse=True)
         gone = [p for p in wanted if self._remove(p)]
         self._leftover = {p: None for p in wanted if p not in gone}
-        if gone and self.driver == "systemd":
+        # Those of the other driver are no units.
+        units = [posix_basename(path) for path in gone if path.endswith(".slice")]
+        if units and self.driver == "systemd":
             # To stop a slice ends what is in it; that it could be removed says that nothing was.
-            units = [posix_basename(path) for path in gone]
             await commands.run(["systemctl", "stop", *units], timeout=SYSTEMCTL_TIMEOUT)
 
     def _remove(self, path: str) -> bool:

@@ -341,9 +341,12 @@ class Pods:
             await self._kill_sandbox(pod)
 
     async def _kill_sandbox(self, pod: state.Pod) -> None:
-        """End what a dead shim has left of the pod itself."""
+        """End what a dead shim has left of the pod itself. Its bundle tells where: the cgroup
+        driver may be another one by now.
+        """
         if self._sandboxes.needed(pod) or self._leftovers.has_shim_folder(pod.handler):
-            await self._leftovers.kill_and_delete(pod.handler, pod.id, self._sandboxes.cgroup(pod))
+            bundle = self._files.bundle(pod.id)
+            await self._leftovers.kill_and_delete_unrecorded(pod.handler, pod.id, bundle)
 
     async def _detach(self, pod: state.Pod) -> errors.CriError | None:
         """Give the network back; return why that failed."""

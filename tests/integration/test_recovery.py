@@ -24,7 +24,7 @@ from tests import residue
 from tests.conftest import Marks
 from tests.fakes import cni
 from tests.fakes.kubelet import Kubelet, Pod, is_ready, refusal
-from tests.integration.conftest import SLEEP
+from tests.integration.conftest import DRIVER, SLEEP
 from tests.lab import cgroups, faults, image, network, server, waiting
 from tests.lab import registry as registries
 
@@ -318,14 +318,7 @@ def image_killed_at(
     scene = Scene(client_of(site), reference, Pod(id="", config=api.PodSandboxConfig()))
     if call is remove_image:
         pull(scene)
-    trigger.write_text(str(step))
-    try:
-        call(scene)
-    except grpc.RpcError as e:
-        assert e.code() is grpc.StatusCode.UNAVAILABLE, site.tail()  # noqa: PT017
-        site.wait_death()
-    trigger.unlink()
-    died = site.process is None
+    died = dies_at(step, site, trigger, call, scene)
     if died:
         site.start()
         scene.client = client_of(site)
@@ -335,6 +328,20 @@ def image_killed_at(
     check_image(scene)
     remove_image(scene)
     return died
+
+
+def dies_at(
+    step: int, site: server.Site, trigger: Path, call: Callable[[Scene], None], scene: Scene
+) -> bool:
+    """Have the server die at this step of a call; False when the call has fewer steps."""
+    trigger.write_text(str(step))
+    try:
+        call(scene)
+    except grpc.RpcError as e:
+        assert e.code() is grpc.StatusCode.UNAVAILABLE, site.tail()  # noqa: PT017
+        site.wait_death()
+    trigger.unlink()
+    return site.process is None
 
 
 def check_image(at: Scene) -> None:
@@ -386,14 +393,7 @@ def killed_at(
     scene = Scene(client, reference, Pod(id="", config=config))
     for earlier in STORY[: CALLS[call]]:
         earlier(scene)
-    trigger.write_text(str(step))
-    try:
-        call(scene)
-    except grpc.RpcError as e:
-        assert e.code() is grpc.StatusCode.UNAVAILABLE, site.tail()  # noqa: PT017
-        site.wait_death()
-    trigger.unlink()
-    died = site.process is None
+    died = dies_at(step, site, trigger, call, scene)
     if died:
         site.start()
         scene.client = client_of(site)
@@ -524,6 +524,31 @@ def test_a_shim_that_died_meanwhile(
     assert not [pid for pid in pids if faults.alive(pid)]
     assert client.pod_status(other.id).status.state == api.SANDBOX_READY
     client.run(client.run_pod(client.pod_config("own-next")), reference, SLEEP)
+
+
+@pytest.mark.parametrize("alive", [True, False], ids=["with-its-shim", "without-its-shim"])
+def test_a_pod_of_the_other_cgroup_driver_can_be_looked_at_and_removed(
+    killable: server.Site, client_of: ClientOf, reference: str, alive: bool
+) -> None:
+    client = client_of(killable)
+    config = client.pod_config("own-other-driver")
+    config.linux.security_context.namespace_options.pid = api.NamespaceMode.POD
+    pod = client.run_pod(config)
+    pid = faults.pid_of(client, client.run(pod, reference, SLEEP))
+    killable.kill()
+    if not alive:
+        os.kill(faults.shim_of(killable, pod.id), signal.SIGKILL)
+    other = {"systemd": "cgroupfs", "cgroupfs": "systemd"}[DRIVER]
+    runtime = {**killable.settings["runtime"], "cgroup_driver": other}
+    killable.settings = {**killable.settings, "runtime": runtime}
+    killable.start()
+    client = client_of(killable)
+    ready = api.SANDBOX_READY if alive else api.SANDBOX_NOTREADY
+    assert client.pod_status(pod.id).status.state == ready
+    client.runtime.ListPodSandboxStats(api.ListPodSandboxStatsRequest())
+    client.remove_pod(pod.id)
+    assert not client.pods()
+    assert not faults.alive(pid)
 
 
 def test_a_mute_shim_does_not_keep_the_server_from_starting(

@@ -2,12 +2,14 @@
 """`python -m tests.vm`: build, boot, wait, report. See the package's docstring."""
 
 import argparse
+import concurrent.futures
 import json
 import os
 import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +29,15 @@ DRIVEN = tuple(
     f"{HERE}/test_{name}.py"
     for name in ("server", "pods", "containers", "exec", "resources", "stats", "ends")
 )
-OTHERS = (HERE, *(f"--ignore={path}" for path in (*DRIVEN, DEPLOYED)))
+# The server, its handlers and its clients, when things go wrong for them too.
+NODE = tuple(
+    f"{HERE}/test_{name}.py"
+    for name in (
+        "recovery", "faults", "liveness", "reset", "handlers", "live_handlers", "odd_handlers",
+        "fake_shim", "streaming", "streaming_rules", "streaming_hazards", "portforward",
+    )
+)  # fmt: skip
+OTHERS = (HERE, *(f"--ignore={path}" for path in (*DRIVEN, *NODE, DEPLOYED)))
 # What has to do with labels.
 LABELLED = (
     f"{HERE}/test_selinux.py",
@@ -36,11 +46,16 @@ LABELLED = (
     *(f"tests/unit/test_{name}.py" for name in ("selinux_host", "selinux_relabel", "spec_selinux")),
 )
 KERNEL = ("tests/unit/test_mounts.py", "tests/unit/test_linux.py", "tests/contract")
-WITH_APPARMOR = ("unit", "systemd", "cgroupfs", "others", "kernel")
-WITH_SELINUX = ("selinux", "selinux-unit")
-RUNS = (*WITH_APPARMOR, *WITH_SELINUX)
 APPARMOR = image.Kind(parameters="apparmor=1 security=apparmor")
 SELINUX = policy.kind()
+BOOTS = (  # the longest first; each has the deadline for itself
+    (APPARMOR, ("node",)),
+    (APPARMOR, ("others",)),
+    (APPARMOR, ("unit", "systemd")),
+    (APPARMOR, ("kernel", "cgroupfs")),
+    (SELINUX, ("selinux-unit", "selinux")),
+)
+RUNS = tuple(name for _, names in BOOTS for name in names)
 ENGINE = "container_engine_t"  # as what the deployed server runs there
 # What the deployed unit is asked by.
 SOCKET = {
@@ -50,46 +65,61 @@ SOCKET = {
 
 
 def main() -> int:
-    """Return 0 when every test that ran in the guest has passed."""
+    """Return 0 when every test that ran in the guests has passed."""
     wanted = arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the guest ends with us
-    todo, results = plan(wanted), PARTS if wanted.tests else RESULTS
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the guests end with us
     if wanted.tests:
         shutil.rmtree(PARTS, ignore_errors=True)
-    boots = []
-    for kind, names in ((APPARMOR, WITH_APPARMOR), (SELINUX, WITH_SELINUX)):
-        here = [run for run in todo if run["name"] in names]
-        if here:
-            boots.append(boot(wanted, kind, here, results))
+    boots = boot_all(wanted, PARTS if wanted.tests else RESULTS)
     if wanted.page:
         PAGE.write_text(report.page(report.latest(RESULTS, RUNS)))
     print(report.page(boots).removeprefix(report.PAGE))
-    print(f"results: {results}")
     return 0 if boots and all(run.good for each in boots for run in each.runs) else 1
 
 
+def boot_all(wanted: argparse.Namespace, results: Path) -> list[report.Boot]:
+    """Boot the guests that the runs need, `wanted.guests` at a time."""
+    todo, stop = plan(wanted), threading.Event()
+    with concurrent.futures.ThreadPoolExecutor(wanted.guests) as pool:
+        booting = []
+        for kind, names in BOOTS:
+            if here := [run for run in todo if run["name"] in names]:
+                root = image.provide(CACHE / "images", kind)
+                booting.append(pool.submit(boot, wanted, root, here, results, stop))
+        try:
+            return [each.result() for each in booting]
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
 def boot(
-    wanted: argparse.Namespace, kind: image.Kind, todo: list[dict[str, Any]], results: Path
+    wanted: argparse.Namespace,
+    root: image.Image,
+    todo: list[dict[str, Any]],
+    results: Path,
+    stop: threading.Event,
 ) -> report.Boot:
     """Boot a guest for these runs; leave what it says in a new folder of `results`."""
-    root = image.provide(CACHE / "images", kind)
-    folder = results / time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    name = todo[0]["name"]
+    folder = results / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{name}"
     with tempfile.TemporaryDirectory(prefix="run-", dir=CACHE) as home:
         disk, console = Path(home, "payload"), Path(home, "console.log")
         payload.make(disk, Path(home, "files"), python=root.python, order={"runs": todo})
         guest = machine.Machine(
-            root=root, payload=disk, accelerator=wanted.accelerator, cpus=wanted.cpus
+            name=name, root=root, payload=disk, accelerator=wanted.accelerator, cpus=wanted.cpus
         )
-        in_time = guest.run(console, seconds=wanted.deadline)
+        in_time = guest.run(console, seconds=wanted.deadline, stop=stop)
         payload.results(disk, folder)
         (folder / report.PLAN).write_text(json.dumps(todo))
         shutil.move(console, folder)
     found = report.boot(folder)
+    print(f"{name}: results: {folder}")
     if not in_time:
-        print(f"the guest was killed after {wanted.deadline:g} s")
+        print(f"{name}: the guest was killed after {wanted.deadline:g} s")
     if not in_time or any(run.missing for run in found.runs):
         lines = (folder / "console.log").read_text(errors="replace").splitlines()[-TAIL:]
-        print("\n".join(["the end of the guest's console:", *lines]))
+        print("\n".join([f"{name}: the end of the guest's console:", *lines]))
     return found
 
 
@@ -107,6 +137,7 @@ def plan(wanted: argparse.Namespace) -> list[dict[str, Any]]:
         "unit": _run("unit", [DEPLOYED], "systemd", **SOCKET),
         "systemd": _run("systemd", DRIVEN, "systemd"),
         "cgroupfs": _run("cgroupfs", DRIVEN, "cgroupfs"),
+        "node": _run("node", NODE, "systemd"),
         "others": _run("others", OTHERS, "systemd"),
         "kernel": _run("kernel", KERNEL, "cgroupfs"),
         "selinux-unit": _run("selinux-unit", [DEPLOYED], "systemd", **SOCKET),
@@ -123,10 +154,13 @@ def _run(
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.vm", description=__doc__)
-    parser.add_argument("--deadline", type=float, default=7200, metavar="SECONDS")
+    parser.add_argument(
+        "--deadline", type=float, default=7200, metavar="SECONDS", help="of a guest"
+    )
     parser.add_argument("--accelerator", default="tcg", help="of qemu: tcg or kvm")
     parser.add_argument("--runs", nargs="+", default=RUNS, choices=RUNS, help="these alone")
-    parser.add_argument("--cpus", type=int, default=os.cpu_count(), help="that the guest has")
+    parser.add_argument("--cpus", type=int, default=os.cpu_count(), help="that a guest has")
+    parser.add_argument("--guests", type=int, default=2, metavar="N", help="at a time")
     parser.add_argument(
         "--page", action="store_true", help="write docs/guest-run.md, of the last of each run"
     )

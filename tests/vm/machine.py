@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run of the guest: qemu in the foreground, its serial console on our output and in a file.
+"""One run of a guest: qemu as our child, its serial console on our output and in a file.
 
 The guest powers itself off. One that has not after the deadline is killed, by pid. The root disk is
 never written to: qemu keeps changes in a temporary file of its own. The payload disk is, so that
@@ -8,8 +8,8 @@ results can be read from it, also after a kill.
 
 import os
 import subprocess
-import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +24,12 @@ PARAMETERS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """`memory` in MiB; `accelerator` is one of qemu's: tcg needs nothing of the host. `cpus`: how
-    many the guest has, and at most what it takes of the host's.
+    """`name` begins its lines on our output. `memory` in MiB; `accelerator` is one of qemu's: tcg
+    needs nothing of the host. `cpus`: how many the guest has, and at most what it takes of the
+    host's.
     """
 
+    name: str
     root: image.Image
     payload: Path
     memory: int = 4096
@@ -47,30 +49,38 @@ class Machine:
             "-drive", f"file={self.payload},if=virtio,format=raw,cache=unsafe",
         ]  # fmt: skip
 
-    def run(self, console: Path, *, seconds: float) -> bool:
+    def run(self, console: Path, *, seconds: float, stop: threading.Event) -> bool:
         """Run until the guest powers off; returns False when it had to be killed after
-        `seconds`.
+        `seconds`, or because of `stop`.
         """
-        late = threading.Event()
+        ended = threading.Event()
         with console.open("wb") as log, self._started() as qemu:
-
-            def kill() -> None:
-                late.set()
-                qemu.kill()
-
-            timer = threading.Timer(seconds, kill)
-            timer.start()
+            watch = threading.Thread(target=self._kill_late, args=(qemu, seconds, stop, ended))
+            watch.start()
             try:
                 assert qemu.stdout is not None
                 for line in qemu.stdout:
                     log.write(line)
                     log.flush()
-                    sys.stdout.write("    " + line.decode(errors="replace").rstrip() + "\n")
-                    sys.stdout.flush()
+                    print(f"{self.name:>12} {line.decode(errors='replace').rstrip()}", flush=True)
+                return qemu.wait() == 0
             finally:
-                timer.cancel()
+                ended.set()
+                watch.join()
                 qemu.kill()
-        return not late.is_set()
+
+    @staticmethod
+    def _kill_late(
+        qemu: "subprocess.Popen[bytes]",
+        seconds: float,
+        stop: threading.Event,
+        ended: threading.Event,
+    ) -> None:
+        deadline = time.monotonic() + seconds
+        while not (ended.wait(1) or stop.is_set() or time.monotonic() > deadline):
+            pass
+        if not ended.is_set():
+            qemu.kill()
 
     def _started(self) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(
