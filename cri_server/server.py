@@ -8,6 +8,7 @@ mutations finish for a while and leaves every pod running: its shim is its own p
 import asyncio
 import contextlib
 import os
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent import futures
 from pathlib import Path
@@ -42,8 +43,10 @@ NETWORK_CHECK = 2.0  # seconds between looks at the pinned network namespaces
 SETTLE_FIRST, SETTLE_MOST = 2.0, 60.0  # seconds between attempts at CNI DELs that failed
 STOP_GRACE = 10.0
 STREAM_GRACE = 1.0
+LEAVE = 15.0  # seconds from the signal to the end, whatever hangs; more than a drain takes
 MEASURE_EVERY = 10.0
 LEAKS = 10.0  # seconds between looks whether there is a network, or a day is over
+WORKER = "work"  # how the names of worker threads begin
 THREADS = 32  # for what blocks: with asyncio's own, 6 on two CPUs, a few slow disks stop everything
 
 
@@ -54,12 +57,28 @@ async def serve(settings: config.Config, reread: Callable[[], config.Config]) ->
     async with running(settings):
         await stop.wait()
         log.info("stopping: pods keep running")
+        _leave_in_time()
+
+
+def _leave_in_time() -> None:
+    """End the process after a while, though a thread of it never comes back from dead storage, for
+    which the end of the loop and of the interpreter would wait.
+    """
+
+    def leave() -> None:
+        stuck = [t.name for t in threading.enumerate() if t.name.startswith(WORKER)]
+        log.warning("stopped without waiting any longer", threads=stuck)
+        os._exit(0)
+
+    timer = threading.Timer(LEAVE, leave)
+    timer.daemon = True
+    timer.start()
 
 
 @contextlib.asynccontextmanager
 async def running(settings: config.Config) -> AsyncIterator[None]:
     """Have a server running for the block."""
-    workers = futures.ThreadPoolExecutor(THREADS, thread_name_prefix="work")
+    workers = futures.ThreadPoolExecutor(THREADS, thread_name_prefix=WORKER)
     asyncio.get_running_loop().set_default_executor(workers)
     _make_directories(settings)
     groups = _cgroups(settings)

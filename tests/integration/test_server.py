@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The server as a process: what it says about itself, and that pods outlive it."""
 
+import concurrent.futures
 import json
 import os
 import re
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any
 
+import grpc
 import pytest
 
 from cri_server.pb import api_pb2 as api
 from tests.fakes import kubelet as kubelets
 from tests.fakes.kubelet import Kubelet, Pod, conditions
 from tests.integration.conftest import DRIVER, SLEEP
-from tests.lab import server, waiting
+from tests.lab import holding, server, waiting
 
 pytestmark = pytest.mark.needs("root", "netns", "overlay", "cni", "runc", "docker-registry")
 
@@ -128,6 +131,28 @@ def test_a_server_that_runs_obeys_signals(make_site: Callable[..., server.Site])
     os.kill(site.pid, signal.SIGUSR1)
     places = said(site, {"event": "task", "name": "reload"})["at"]
     assert any("Reloader.run" in place for place in places)
+
+
+def test_a_thread_that_never_comes_back_does_not_keep_the_server_from_ending(
+    make_site: Callable[..., server.Site], client_of: Callable[[server.Site], Kubelet]
+) -> None:
+    site = make_site()
+    site.kill()
+    gate = holding.Gate(site.home / "gate")
+    program = ("tests.lab.holding", str(site.home / "gate"), str(site.root / "pods"))
+    site.program = (sys.executable, "-m", *program)
+    site.start()
+    client = client_of(site)
+    gate.shut()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        cut_off = pool.submit(client.run_pod)
+        gate.wait()  # as where the disk of its record has died
+        assert site.stop() == 0
+        with pytest.raises(grpc.RpcError):
+            cut_off.result()
+    assert b"stopped without waiting any longer" in site.log.read_bytes()
+    site.start()
+    assert not client_of(site).pods()
 
 
 def said(site: server.Site, wanted: dict[str, object]) -> dict[str, Any]:
