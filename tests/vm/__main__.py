@@ -29,15 +29,21 @@ DRIVEN = tuple(
     f"{HERE}/test_{name}.py"
     for name in ("server", "pods", "containers", "exec", "resources", "stats", "ends")
 )
-# The server, its handlers and its clients, when things go wrong for them too.
+# The server and its handlers, when things go wrong for them too.
 NODE = tuple(
     f"{HERE}/test_{name}.py"
     for name in (
-        "recovery", "faults", "liveness", "reset", "handlers", "live_handlers", "odd_handlers",
-        "fake_shim", "streaming", "streaming_rules", "streaming_hazards", "portforward",
+        "handlers", "live_handlers", "odd_handlers", "fake_shim",
+        "recovery", "faults", "liveness", "reset",
     )
 )  # fmt: skip
-OTHERS = (HERE, *(f"--ignore={path}" for path in (*DRIVEN, *NODE, DEPLOYED)))
+# These restart the server some hundred times: hours in emulation.
+LONG = (f"--deselect={HERE}/test_recovery.py::test_killed_at_every_step",)
+CLIENTS = tuple(
+    f"{HERE}/test_{name}.py"
+    for name in ("streaming", "streaming_rules", "streaming_hazards", "portforward")
+)
+OTHERS = (HERE, *(f"--ignore={path}" for path in (*DRIVEN, *NODE, *CLIENTS, DEPLOYED)))
 # What has to do with labels.
 LABELLED = (
     f"{HERE}/test_selinux.py",
@@ -49,8 +55,9 @@ KERNEL = ("tests/unit/test_mounts.py", "tests/unit/test_linux.py", "tests/contra
 APPARMOR = image.Kind(parameters="apparmor=1 security=apparmor")
 SELINUX = policy.kind()
 BOOTS = (  # the longest first; each has the deadline for itself
-    (APPARMOR, ("node",)),
     (APPARMOR, ("others",)),
+    (APPARMOR, ("node",)),
+    (APPARMOR, ("clients",)),
     (APPARMOR, ("unit", "systemd")),
     (APPARMOR, ("kernel", "cgroupfs")),
     (SELINUX, ("selinux-unit", "selinux")),
@@ -137,7 +144,8 @@ def plan(wanted: argparse.Namespace) -> list[dict[str, Any]]:
         "unit": _run("unit", [DEPLOYED], "systemd", **SOCKET),
         "systemd": _run("systemd", DRIVEN, "systemd"),
         "cgroupfs": _run("cgroupfs", DRIVEN, "cgroupfs"),
-        "node": _run("node", NODE, "systemd"),
+        "node": _run("node", (*NODE, *LONG), "systemd"),
+        "clients": _run("clients", CLIENTS, "systemd"),
         "others": _run("others", OTHERS, "systemd"),
         "kernel": _run("kernel", KERNEL, "cgroupfs"),
         "selinux-unit": _run("selinux-unit", [DEPLOYED], "systemd", **SOCKET),

@@ -126,13 +126,13 @@ def _from_console(console: Path, run: Run) -> Run:
 
 
 def _short(arguments: Sequence[str]) -> str:
-    """Return pytest's arguments as they are for people: file names, and one word for what is left
-    out.
-    """
-    names = [word for word in arguments if not word.startswith("--ignore=")]
-    rest = " (the others)" if len(names) < len(arguments) else ""
+    """Return pytest's arguments as they are for people: file names, and what is left out."""
     folder = "tests/integration/test_"
-    return ", ".join(n.removeprefix(folder).removesuffix(".py") for n in names) + rest
+    names = [word for word in arguments if not word.startswith("-")]
+    left_out = [word.partition("::")[2] for word in arguments if word.startswith("--deselect=")]
+    said = ", ".join(n.removeprefix(folder).removesuffix(".py") for n in names)
+    said += " (the others)" if any(word.startswith("--ignore=") for word in arguments) else ""
+    return said + (f"; not {', '.join(left_out)}" if left_out else "")
 
 
 def page(boots: Sequence[Boot]) -> str:
