@@ -167,7 +167,8 @@ class Containers:
         if options.pid != api.NamespaceMode.TARGET:
             return 0
         target = self._store.container(options.target_id)
-        if target.pod_id != pod.id or target.state != RUNNING:
+        whole = target.id == options.target_id  # the kubelet's, never a beginning that may fit
+        if not whole or target.pod_id != pod.id or target.state != RUNNING:
             raise errors.InvalidArgument(
                 f"target_id {options.target_id[:80]!r} is not running in this pod"
             )

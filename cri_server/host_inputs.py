@@ -12,7 +12,7 @@ A container that asks for none of it costs no look. What is made here goes with 
 import dataclasses
 import os
 import posixpath
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from cri_server import (
@@ -127,8 +127,8 @@ class Resolver:
         Raises InvalidArgument, FailedPrecondition for what is not there, DeadlineExceeded when a
         host path does not answer, Unavailable when it did not before and still hangs.
         """
-        found = await self._looked(plan)
         await self._profiles.provide_for(plan.security, plan.facts)
+        found = await self._looked(plan)
         await self._label(plan, found)
         return found
 
@@ -145,11 +145,12 @@ class Resolver:
         wanted, bound = plan.config, plan.ids is not None
         profile, names = spec.seccomp_path(plan.security), spec.cdi_requests(wanted)
         return HostInputs(
-            mounts={m.host_path: _source(m) for m in wanted.mounts if m.host_path},
             devices=tuple(node for r in spec.device_requests(wanted) for node in _devices(r)),
             host_devices=sources.host_devices() if plan.security.privileged else (),
             seccomp=_seccomp(profile) if profile else None,
             cdi=self._devices.resolve(names, bound=bound) if names else None,
+            # Last: it makes the folders of missing sources, which a refusal must not leave.
+            mounts=_sources(wanted.mounts),
         )
 
     async def _label(self, plan: container_plan.ContainerPlan, found: HostInputs) -> None:
@@ -228,14 +229,33 @@ class Resolver:
         return await own_thread.run(work, within=LOOK_TIMEOUT, what="a mount source")
 
 
-def _source(mount: api.Mount) -> sources.Source:
+def _sources(wanted: Iterable[api.Mount]) -> Mapping[str, sources.Source]:
+    """Look at all sources before the first that is missing is made."""
+    there: dict[str, sources.Source | None] = {}
+    mounts = [mount for mount in wanted if mount.host_path]
+    for mount in mounts:
+        with own_thread.looking_at(mount.host_path):
+            there[mount.host_path] = sources.find_source(mount)
+    missing = (mount for mount in mounts if there[mount.host_path] is None)
+    made = {mount.host_path: _made(mount) for mount in missing}
+    return {path: found or made[path] for path, found in there.items()}
+
+
+def _made(mount: api.Mount) -> sources.Source:
     with own_thread.looking_at(mount.host_path):
-        return sources.check_source(mount)
+        return sources.make_source(mount)
 
 
 def _devices(request: devices.Request) -> Sequence[spec.DeviceNode]:
     with own_thread.looking_at(request.host_path):
         return sources.device_nodes([request])
+
+
+async def seccomp_profile(path: str) -> Mapping[str, object]:
+    """Return what a Localhost profile holds. Raises InvalidArgument, and as `Resolver.resolve`."""
+    return await own_thread.run(
+        lambda: _seccomp(path), within=LOOK_TIMEOUT, what="a seccomp profile"
+    )
 
 
 def _seccomp(path: str) -> Mapping[str, object]:

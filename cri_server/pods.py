@@ -112,6 +112,7 @@ class Pods:
         spec.validate_sandbox(config, facts)
         allowed = served_by.allowed(served_by.pod_annotations, config.annotations)
         spec.check_pod_annotations(config, allowed, facts)
+        await self._sandboxes.check_profiles(config, facts)
         known = self._handlers.host_facts.runtimes.get(key)
         await host.check_runtime(revisions.name_of(key), served_by, known)
         m = config.metadata
@@ -427,6 +428,8 @@ class Pods:
             await self._store.note_pod(
                 dataclasses.replace(pod, state=now, stopped_at=time.time_ns())
             )
+            if not half_made:
+                self._events.publish(events.STOPPED, pod.id, pod=pod.id)
 
     def held(self, pod_id: str) -> contextlib.AbstractAsyncContextManager[None]:
         """Keep stops and removals of a pod waiting for a block; for recovery."""

@@ -17,6 +17,7 @@ from cri_server import (
     configjson,
     errors,
     handlers,
+    host_inputs,
     origins,
     podfiles,
     revisions,
@@ -61,6 +62,18 @@ class SandboxContainers:
             shares = "shared by the containers, so a process holds it; else none is needed"
             why.pod("sandbox.init", "linux.security_context.namespace_options.pid", shares)
         return options.pid == api.NamespaceMode.POD or of_handler
+
+    async def check_profiles(self, config: api.PodSandboxConfig, facts: spec.HostFacts) -> None:
+        """Refuse AppArmor and seccomp profiles that are not there, also for a pod without such a
+        container: nothing is ignored in silence.
+
+        Raises InvalidArgument that names the field, DeadlineExceeded for a file that cannot be
+        read in time.
+        """
+        context = config.linux.security_context
+        await self._profiles.provide_for(context, facts)
+        if path := spec.seccomp_path(context):
+            await host_inputs.seccomp_profile(path)
 
     async def start(self, pod: state.Pod) -> int:
         """Start it where the pod has one; return its pid, else 0."""

@@ -38,7 +38,8 @@ from cri_server.pb import api_pb2_grpc
 from cri_server.services import interceptors
 
 log = structlog.get_logger()
-MESSAGE_LIMIT = 32 << 20  # peers accept 16 and 80 MiB; a kubelet receives 16
+RECEIVE_LIMIT = 32 << 20  # peers accept 16 and 80 MiB
+SEND_LIMIT = 64 << 20  # an ExecSync with both streams full is over 32 MiB
 NETWORK_CHECK = 2.0  # seconds between looks at the pinned network namespaces
 SETTLE_FIRST, SETTLE_MOST = 2.0, 60.0  # seconds between attempts at CNI DELs that failed
 STOP_GRACE = 10.0
@@ -172,8 +173,8 @@ def _listen(address: str, edge: interceptors.Edge, objects: graph.Graph) -> grpc
     path = Path(address.removeprefix("unix://"))
     path.parent.mkdir(parents=True, exist_ok=True)
     options = [
-        ("grpc.max_receive_message_length", MESSAGE_LIMIT),
-        ("grpc.max_send_message_length", MESSAGE_LIMIT),
+        ("grpc.max_receive_message_length", RECEIVE_LIMIT),
+        ("grpc.max_send_message_length", SEND_LIMIT),
         ("grpc.so_reuseport", 0),
     ]
     server = grpc.aio.server(interceptors=[edge], options=options)

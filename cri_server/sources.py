@@ -6,6 +6,7 @@ Callers run them in a thread and stop waiting at a deadline. The only thing that
 folder of a missing hostPath.
 """
 
+import contextlib
 import json
 import os
 import stat
@@ -37,20 +38,44 @@ class Source:
     directory: bool
 
 
-def check_source(mount: api.Mount) -> Source:
-    """Resolve the source of a CRI mount; a missing one becomes a folder with mode 0755.
+def find_source(mount: api.Mount) -> Source | None:
+    """Resolve the source of a CRI mount, None for one that `make_source` has to make.
 
-    Source: behaviour.md §7. Raises InvalidArgument if it can't be made, or if its mount does not
-    propagate as asked (critest).
+    Raises InvalidArgument if it can't be looked at, or if its mount does not propagate as asked
+    (critest), which for a missing one is that of the folder to come.
     """
-    path = mount.host_path
+    with _naming(mount.host_path):
+        if os.path.exists(mount.host_path):
+            return _checked(mount.host_path, mount)
+        _checked(_nearest(mount.host_path), mount)
+        return None
+
+
+def make_source(mount: api.Mount) -> Source:
+    """Make the source of a CRI mount a folder with mode 0755 (behaviour.md §7). Raises
+    InvalidArgument if it can't be made.
+    """
+    with _naming(mount.host_path):
+        os.makedirs(mount.host_path, 0o755, exist_ok=True)
+        return _checked(mount.host_path, mount)
+
+
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
     try:
-        if not os.path.exists(path):
-            os.makedirs(path, 0o755, exist_ok=True)
-        real = os.path.realpath(path, strict=True)
-        fd = os.open(real, os.O_PATH)
+        yield
     except OSError as e:
         raise errors.InvalidArgument(f"mount source {path[:200]!r}: {e.strerror}") from e
+
+
+def _nearest(path: str) -> str:
+    """Return the deepest folder of a path that is there."""
+    return next(os.fspath(p) for p in Path(path).parents if p.exists())
+
+
+def _checked(path: str, mount: api.Mount) -> Source:
+    real = os.path.realpath(path, strict=True)
+    fd = os.open(real, os.O_PATH)
     try:
         _check_propagation(fd, real, mount.propagation)
         return Source(path=real, directory=stat.S_ISDIR(os.fstat(fd).st_mode))

@@ -60,7 +60,10 @@ class Stats:
         container = self._containers.record(container_id)
         if container.finished_at:
             raise errors.FailedPrecondition(f"container {container.id[:13]} has ended: no stats")
-        return (await self._read([container]))[0]
+        (stats,) = await self._read([container])
+        if not (stats.HasField("cpu") or stats.HasField("memory")):
+            raise errors.FailedPrecondition(f"container {container.id[:13]} has no stats yet")
+        return stats
 
     async def containers(self, selector: api.ContainerStatsFilter) -> Sequence[api.ContainerStats]:
         """Return the stats of all containers that match and have not ended."""

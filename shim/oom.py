@@ -6,6 +6,10 @@ so the counter is read after the exit and before `delete`, and a kill in the fir
 cannot be missed. Only systemd is quicker: it removes a scope as soon as that is empty. The kills
 are then still in the count of the group above, the pod's: what is there and what no other container
 has told is of the one whose group has gone.
+
+A container may make groups below its own, with limits of its choice (docker in docker, systemd).
+A kill there is not the container's end: it counts where the victim was, or where the container's
+own limit was reached (behaviour.md §8.1, "prefer memory.events.local").
 """
 
 import os
@@ -43,25 +47,29 @@ class Ledger:
 
 
 class Counter:
-    """The OOM kills of one container; `seen` is the last count."""
+    """The OOM kills of one container; `seen` is the last count, with those in groups below."""
 
-    __slots__ = ("_directories", "_ledger", "seen")
+    __slots__ = ("_directories", "_ledger", "_own", "seen")
 
     def __init__(self, ledger: Ledger, directories: Mapping[str, str]) -> None:
         self._ledger, self._directories = ledger, directories
-        self.seen = 0
+        self.seen = self._own = 0
 
     def read(self) -> int:
         """Return how many processes were killed so far, as far as that was seen."""
         self.seen = max(self.seen, kills(self._directories))
+        self._own = max(self._own, own_kills(self._directories))
         return self.seen
 
     def last(self) -> int:
-        """Return how many it were in the end, also when its cgroup has gone meanwhile."""
+        """Return how many it were in the end, also when its cgroup has gone meanwhile; without
+        those in groups below that did not come of the container's own limit.
+        """
         self.read()
         if not any(map(os.path.exists, self._directories.values())):
-            self.seen += self._ledger.untold(self._directories)
-        return self.seen
+            more = self._ledger.untold(self._directories)
+            self.seen, self._own = self.seen + more, self._own + more
+        return self._own
 
 
 def kills(directories: Mapping[str, str]) -> int:
@@ -76,6 +84,17 @@ def kills(directories: Mapping[str, str]) -> int:
     return 0
 
 
+def own_kills(directories: Mapping[str, str]) -> int:
+    """Return how many of `kills` were in the group itself, or all of them once its own limit was
+    reached; all on v1, which counts so, and before Linux 5.2.
+    """
+    if "memory" not in directories and "" in directories:
+        local = os.path.join(directories[""], "memory.events.local")
+        if _read(local, b"oom") == 0:
+            return _read(local) or 0
+    return kills(directories)
+
+
 def above(directories: Mapping[str, str]) -> int:
     """Return how many processes were killed in the group that this one is in, itself included; 0 on
     v1, which does not count so.
@@ -86,12 +105,12 @@ def above(directories: Mapping[str, str]) -> int:
     return _read(os.path.join(os.path.dirname(own), "memory.events")) or 0
 
 
-def _read(path: str) -> int | None:
-    """Return the field `oom_kill` of a file of "name value" lines, None when it has none."""
+def _read(path: str, name: bytes = b"oom_kill") -> int | None:
+    """Return the field of a file of "name value" lines, None when it has none."""
     try:
         with open(path, "rb") as file:
             fields = dict(line.split() for line in file)
     except (OSError, ValueError):
         return None
-    value = fields.get(b"oom_kill")
+    value = fields.get(name)
     return None if value is None else int(value)

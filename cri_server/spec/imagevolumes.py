@@ -46,6 +46,13 @@ def explained(container_path: str) -> Iterator[None]:
         raise errors.Internal(f"{where}: {e.strerror}") from e
 
 
+def explained_where_image(mount: api.Mount) -> contextlib.AbstractContextManager[None]:
+    """Do as `explained` for the mount of an image, nothing for others."""
+    if mount.HasField("image"):
+        return explained(mount.container_path)
+    return contextlib.nullcontext()
+
+
 def check(mount: api.Mount) -> None:
     """Refuse an image volume that can never be; InvalidArgument names the field.
 

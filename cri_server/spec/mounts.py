@@ -5,7 +5,6 @@ Pure. That sources exist and targets are safe is looked at elsewhere (`cri_serve
 `cri_server.rootfs`).
 """
 
-import contextlib
 from collections.abc import Iterable, Mapping
 
 from cri_server import errors
@@ -171,15 +170,9 @@ def check(config: api.ContainerConfig, host: types.HostFacts) -> None:
     Sources for recursive read-only and propagation: KEP-3857 and behaviour.md §1.6.
     """
     for mount in config.mounts:
-        with _explained(mount):
+        with imagevolumes.explained_where_image(mount):
             _check(mount, host)
             bind(mount, {})
-
-
-def _explained(mount: api.Mount) -> contextlib.AbstractContextManager[None]:
-    if mount.HasField("image"):
-        return imagevolumes.explained(mount.container_path)
-    return contextlib.nullcontext()
 
 
 def _check(mount: api.Mount, host: types.HostFacts) -> None:

@@ -104,7 +104,8 @@ def _check_port(mapping: api.PortMapping) -> None:
         raise errors.InvalidArgument(
             f"port_mappings: protocol {int(mapping.protocol)} is not known"
         )
-    if not (0 < mapping.container_port < 65536 and 0 <= mapping.host_port < 65536):
+    # A host port of 0 or less asks for none, and is left out (behaviour.md §2.3).
+    if not (0 < mapping.container_port < 65536 and mapping.host_port < 65536):
         raise errors.InvalidArgument(
             f"port_mappings: {mapping.container_port}:{mapping.host_port} are not ports"
         )

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from cri_server import errors
 from cri_server.pb import api_pb2 as api
-from cri_server.spec import checks, oci, types, why
+from cri_server.spec import checks, imagevolumes, oci, types, why
 
 _FIELD = "userns_options"
 _Mode = api.NamespaceMode
@@ -92,7 +92,8 @@ def check_container(config: api.ContainerConfig, sandbox: api.PodSandboxConfig) 
     if options.HasField("userns_options") and not _same(options, of_pod):
         raise errors.InvalidArgument(f"{_FIELD}: differs from the pod sandbox's")
     for mount in config.mounts:
-        _check_mount(mount, of_pod)
+        with imagevolumes.explained_where_image(mount):
+            _check_mount(mount, of_pod)
 
 
 def _same(one: api.NamespaceOption, other: api.NamespaceOption) -> bool:

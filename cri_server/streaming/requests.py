@@ -62,6 +62,8 @@ class Requests:
         """Return the URL of a port-forward. Raises InvalidArgument, NotFound, FailedPrecondition
         when the pod is not ready, ResourceExhausted.
         """
+        if not wanted.pod_sandbox_id:
+            raise errors.InvalidArgument("pod_sandbox_id is missing")
         find = functools.partial(self._place, wanted.pod_sandbox_id)
         find()
         for port in wanted.port:

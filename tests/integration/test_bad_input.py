@@ -418,9 +418,12 @@ BAD_CONTAINERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", BAD_CONTAINERS)
 def test_an_odd_container_is_refused(
-    kubelet: Kubelet, pod: Pod, pulled: str, site: server.Site, name: str
+    kubelet: Kubelet, pod: Pod, pulled: str, site: server.Site, name: str, tmp_path: Path
 ) -> None:
+    missing = tmp_path / "missing/source"
     config = kubelet.container_config(pulled, SLEEP)
+    if "user" not in name:  # names are looked up in the root, once it is mounted
+        config.mounts.add(host_path=str(missing), container_path="/missing")
     wanted = api.ContainerConfig(**BAD_CONTAINERS[name])
     for field, _ in wanted.ListFields():
         if field.name in ("command", "log_path"):
@@ -434,6 +437,7 @@ def test_an_odd_container_is_refused(
     assert "\n" not in text
     assert not kubelet.containers(pod_sandbox_id=pod.id)
     assert not list((site.state / "containers").iterdir())
+    assert not missing.parent.exists()
 
 
 @pytest.mark.parametrize(

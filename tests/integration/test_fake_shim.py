@@ -168,7 +168,9 @@ def test_what_a_machine_uses_is_what_its_shim_counts(lab: Lab) -> None:
     assert stats.memory.usage_bytes.value == 45 << 20
     assert stats.memory.working_set_bytes.value == 40 << 20
     lab.at(Stats="hang")
-    stats = lab.kubelet.runtime.ContainerStats(request).stats
+    code, text = kubelets.refusal(lambda: lab.kubelet.runtime.ContainerStats(request))
+    assert (code, "no stats" in text) == (grpc.StatusCode.FAILED_PRECONDITION, True)
+    (stats,) = lab.kubelet.runtime.ListContainerStats(api.ListContainerStatsRequest()).stats
     assert (stats.attributes.id, stats.HasField("cpu")) == (container, False)
 
 

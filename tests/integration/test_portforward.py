@@ -57,6 +57,12 @@ def url(kubelet: Kubelet, pod: Pod, *ports: int) -> str:
     return str(kubelet.runtime.PortForward(request).url)
 
 
+def test_a_pod_must_be_named(kubelet: Kubelet) -> None:
+    request = api.PortForwardRequest(pod_sandbox_id="", port=[80])
+    code, text = refusal(lambda: kubelet.runtime.PortForward(request))
+    assert (code, "pod_sandbox_id" in text) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+
+
 def flood(session: Any) -> None:
     while True:
         session.send("data0", bytes(32768))

@@ -576,6 +576,24 @@ def test_a_mute_shim_does_not_keep_the_server_from_starting(
     assert not faults.alive(shim)
 
 
+def test_the_end_of_a_pod_that_is_given_up_late_is_told(
+    killable: server.Site, client_of: ClientOf
+) -> None:
+    pod = client_of(killable).run_pod()
+    shim = faults.shim_of(killable, pod.id)
+    killable.kill()
+    os.kill(shim, signal.SIGSTOP)
+    killable.start()
+    client = client_of(killable)
+    stream = client.streams.GetContainerEvents(api.GetEventsRequest(), timeout=waiting.patient(60))
+    stream.initial_metadata()  # the server listens for us
+    os.kill(shim, signal.SIGKILL)
+    event = next(stream)
+    stream.cancel()
+    assert (event.container_id, event.container_event_type) == (pod.id, api.CONTAINER_STOPPED_EVENT)
+    assert event.pod_sandbox_status.state == api.SANDBOX_NOTREADY
+
+
 def answer_of(site: server.Site) -> tuple[grpc.StatusCode, bool] | None:
     """Return how a server answers, and whether it says that it is starting; None when there is
     none.

@@ -284,7 +284,8 @@ def test_container_mode_gives_each_its_own_pids_and_target_joins_them(
 
 def test_a_target_must_run_in_the_same_pod(kubelet: Kubelet, pod: Pod, pulled: str) -> None:
     elsewhere = run(kubelet, kubelet.run_pod(), pulled, "elsewhere", pid=CONTAINER)
-    for target in (elsewhere, "f" * 64):
+    here = run(kubelet, pod, pulled, "here", pid=CONTAINER)
+    for target in (elsewhere, "f" * 64, here[:20]):
         options = api.NamespaceOption(pid=TARGET, target_id=target)
         config = kubelet.container_config(pulled, SLEEP, linux=linux(namespace_options=options))
         code, _ = refusal(lambda config=config: kubelet.create(pod, config))  # type: ignore[misc]
@@ -431,6 +432,16 @@ def test_a_profile_that_is_no_file_is_refused(
     kubelet: Kubelet, pod: Pod, pulled: str, path: str
 ) -> None:
     assert "seccomp" in refused(kubelet, pod, pulled, seccomp=localhost(path))
+    code, text = refusal(lambda: kubelet.run_pod(pod_asking(kubelet, seccomp=localhost(path))))
+    assert (code, "seccomp" in text) == (INVALID, True)
+    assert len(kubelet.pods()) == 1
+
+
+def pod_asking(kubelet: Kubelet, **fields: Any) -> api.PodSandboxConfig:
+    """Return a pod without a sandbox container, whose containers may ask for other profiles."""
+    config = kubelet.pod_config()
+    config.linux.security_context.MergeFrom(api.LinuxSandboxSecurityContext(**fields))
+    return config
 
 
 # -- AppArmor and SELinux where there is none ------------------------------------------------------
@@ -443,6 +454,8 @@ def test_without_apparmor_the_default_is_void_and_a_name_is_refused(
         pytest.skip("this host has AppArmor: test_apparmor.py")
     for field in ({"apparmor": localhost("mine")}, {"apparmor_profile": "localhost/mine"}):
         assert "apparmor: profile 'mine'" in refused(kubelet, pod, pulled, **field)
+    code, text = refusal(lambda: kubelet.run_pod(pod_asking(kubelet, apparmor=localhost("mine"))))
+    assert (code, "profile 'mine'" in text) == (INVALID, True)
     for field in ({"apparmor": DEFAULT}, {"apparmor_profile": "runtime/default"}):
         assert said(kubelet, pod, pulled, "echo runs", **field) == ["runs"]
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from cri_server import usage
 from cri_server.pb import api_pb2 as api
-from tests.fakes.kubelet import Kubelet, Pod
+from tests.fakes.kubelet import Kubelet, Pod, refusal
 from tests.integration.conftest import SLEEP
 from tests.lab import cgroups, waiting
 
@@ -174,6 +175,15 @@ def test_the_v2_reader_reads_a_bare_v2_hierarchy_too(lab: Lab) -> None:
     assert abs(found.cpu - cpu(lab)) < 50_000_000
     if not (folder / "memory.current").exists():
         assert (found.memory, found.limit, found.swap) == (None, None, None)
+
+
+def test_one_that_has_not_started_has_none(kubelet: Kubelet, pod: Pod, pulled: str) -> None:
+    created = kubelet.create(pod, kubelet.container_config(pulled, SLEEP))
+    request = api.ContainerStatsRequest(container_id=created)
+    code, text = refusal(lambda: kubelet.runtime.ContainerStats(request))
+    assert (code, "no stats yet" in text) == (grpc.StatusCode.FAILED_PRECONDITION, True)
+    listed = kubelet.runtime.ListContainerStats(api.ListContainerStatsRequest()).stats
+    assert [each.attributes.id for each in listed] == [created]
 
 
 def test_the_rate_of_cpu_use_needs_two_looks(kubelet: Kubelet, pod: Pod, pulled: str) -> None:

@@ -87,6 +87,23 @@ def test_what_the_pod_counted_and_nobody_told_is_of_the_group_that_has_gone(pod:
     assert other.last() == 1
 
 
+@pytest.mark.parametrize(
+    ("limit_reached", "in_it", "told"), [(0, 0, 0), (0, 1, 1), (1, 0, 2), (1, 1, 2)]
+)
+def test_kills_in_groups_below_count_when_the_containers_own_limit_was_reached(
+    pod: Pod, limit_reached: int, in_it: int, told: int
+) -> None:
+    """Two were killed in all."""
+    one, other = pod.container("one"), pod.container("other")
+    pod.kill("one", 2)
+    local = f"max 0\noom {limit_reached}\noom_kill {in_it}\n"
+    (pod.folder / "one" / "memory.events.local").write_text(local)
+    assert one.read() == 2
+    assert one.last() == told
+    pod.vanish("other")
+    assert other.last() == 0, "what was killed below the one is nobody else's"
+
+
 def test_what_deleted_containers_have_told_is_not_told_again(pod: Pod) -> None:
     one, other = pod.container("one"), pod.container("other")
     pod.kill("one", 2)

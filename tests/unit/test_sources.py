@@ -23,6 +23,15 @@ def mount(
     return api.Mount(container_path="/x", host_path=str(path), propagation=kind)
 
 
+def found_at(
+    path: Path | str, kind: Propagation.ValueType = Propagation.PROPAGATION_PRIVATE
+) -> sources.Source:
+    """Return the source that is there already."""
+    found = sources.find_source(mount(path, kind))
+    assert found is not None
+    return found
+
+
 # -- mount sources ---------------------------------------------------------------------------------
 
 
@@ -30,13 +39,15 @@ def test_a_source_is_where_its_links_lead(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real/file").touch()
     (tmp_path / "link").symlink_to("real")
-    found = sources.check_source(mount(tmp_path / "link/../link/file"))
+    found = found_at(tmp_path / "link/../link/file")
     assert found == sources.Source(path=str(tmp_path / "real/file"), directory=False)
-    assert sources.check_source(mount(tmp_path / "link")).directory
+    assert found_at(tmp_path / "link").directory
 
 
 def test_a_missing_source_becomes_a_folder(tmp_path: Path) -> None:
-    found = sources.check_source(mount(tmp_path / "a/b"))
+    assert sources.find_source(mount(tmp_path / "a/b")) is None
+    assert not (tmp_path / "a").exists()
+    found = sources.make_source(mount(tmp_path / "a/b"))
     assert found == sources.Source(path=str(tmp_path / "a/b"), directory=True)
     assert (tmp_path / "a/b").is_dir()
 
@@ -47,7 +58,9 @@ def test_a_source_that_cannot_be_made_is_refused_by_name(tmp_path: Path) -> None
     (tmp_path / "loop").symlink_to("loop")
     for name in ("file/below", "dangling", "loop"):
         with pytest.raises(errors.InvalidArgument, match=name):
-            sources.check_source(mount(tmp_path / name))
+            sources.find_source(mount(tmp_path / name)) or sources.make_source(
+                mount(tmp_path / name)
+            )
 
 
 @pytest.fixture
@@ -67,12 +80,14 @@ def test_propagation_needs_a_mount_that_propagates(mounted: Path) -> None:
     below = mounted / "below"
     below.mkdir()
     for kind in both:
-        with pytest.raises(errors.InvalidArgument, match="not shared"):
-            sources.check_source(mount(below, kind))
+        for path in (below, mounted / "missing/deep"):
+            with pytest.raises(errors.InvalidArgument, match="not shared"):
+                sources.find_source(mount(path, kind))
     linux.mount("none", os.fspath(mounted), "", linux.MS_SHARED)
     for kind in both:
-        assert sources.check_source(mount(below, kind)).directory
-    assert sources.check_source(mount(below)).directory
+        assert found_at(below, kind).directory
+        assert sources.find_source(mount(mounted / "missing/deep", kind)) is None
+    assert found_at(below).directory
 
 
 # -- devices ---------------------------------------------------------------------------------------

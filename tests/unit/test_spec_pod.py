@@ -63,7 +63,7 @@ def test_an_ordinary_sandbox_is_accepted() -> None:
         (wishes.pod(port_mappings=[api.PortMapping(container_port=0)]), "port_mappings"),
         (wishes.pod(port_mappings=[api.PortMapping(container_port=65536)]), "port_mappings"),
         (
-            wishes.pod(port_mappings=[api.PortMapping(container_port=1, host_port=-1)]),
+            wishes.pod(port_mappings=[api.PortMapping(container_port=1, host_port=65536)]),
             "port_mappings",
         ),
         (

@@ -137,8 +137,13 @@ def test_a_container_has_its_pods_namespace() -> None:
 )
 def test_mounts_that_do_not_fit(fields: dict[str, Any], of: api.PodSandboxConfig) -> None:
     mount = api.Mount(host_path="/a", container_path="/data", **fields)
-    with pytest.raises(errors.InvalidArgument, match="mount '/data'"):
+    with pytest.raises(errors.InvalidArgument, match=r"^mount '/data'"):
         wishes.validate(wishes.container(mounts=[mount]), sandbox=of)
+    of_image = api.Mount(
+        image=api.ImageSpec(image="x"), readonly=True, container_path="/data", **fields
+    )
+    with pytest.raises(errors.InvalidArgument, match=r"^ImageVolumeMountFailed: mount '/data'"):
+        wishes.validate(wishes.container(mounts=[of_image]), sandbox=of)
 
 
 def by_target(wish: api.ContainerConfig, **changes: Any) -> dict[str, spec.oci.Mount]:
