@@ -167,8 +167,8 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--accelerator", default="tcg", help="of qemu: tcg or kvm")
     parser.add_argument("--runs", nargs="+", default=RUNS, choices=RUNS, help="these alone")
-    parser.add_argument("--cpus", type=int, default=os.cpu_count(), help="that a guest has")
-    parser.add_argument("--guests", type=int, default=2, metavar="N", help="at a time")
+    parser.add_argument("--guests", type=int, default=os.cpu_count(), metavar="N", help="at a time")
+    parser.add_argument("--cpus", type=int, default=1, help="that a guest has: more would spin")
     parser.add_argument(
         "--page", action="store_true", help="write docs/guest-run.md, of the last of each run"
     )

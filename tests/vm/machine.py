@@ -34,7 +34,7 @@ class Machine:
     payload: Path
     memory: int = 4096
     accelerator: str = "tcg"
-    cpus: int = os.cpu_count() or 1
+    cpus: int = 1
 
     def command(self) -> list[str]:
         """Return the command line of qemu."""
