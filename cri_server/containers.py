@@ -406,8 +406,16 @@ class Containers:
             for container in known:
                 if container.id in self._running:
                     group.create_task(self.stop(container.id, 0))
-                else:  # it will never start: the kubelet wants to unmount its volumes
-                    group.create_task(self._bundles.let_go(container.id))
+                else:
+                    group.create_task(self._give_up_start(container.id))
+
+    async def _give_up_start(self, container_id: str) -> None:
+        """See to it that a container does not run, and that its volumes can be unmounted: it will
+        never start any more.
+        """
+        await self.stop(container_id, 0)  # a start may be in flight
+        async with self._locks.held(container_id):
+            await self._bundles.let_go(container_id)
 
     # -- remove -----------------------------------------------------------------------------------
 

@@ -327,6 +327,7 @@ class Pods:
         async with contextlib.AsyncExitStack() as each:
             each.push_async_callback(self._groups.remove, pod.cgroups_made)
             each.push_async_callback(asyncio.to_thread, self._files.remove, pod.id)
+            each.push_async_callback(self._volumes.remove, pod.id)  # of a container made meanwhile
             each.push_async_callback(self._containers.remove_all, pod.id)
             owed = await self._halt(pod)
         if owed:

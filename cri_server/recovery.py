@@ -145,7 +145,8 @@ class Recovery:
     async def _settle_late(self, pod_id: str, finding: Finding) -> None:
         seen = await asyncio.shield(finding)
         with contextlib.suppress(errors.NotFound):  # it was removed meanwhile
-            await self._take_up(self._store.pod(pod_id), seen)
+            async with self._pods.held(pod_id):
+                await self._take_up(self._store.pod(pod_id), seen)
             log.info("pod sandbox recovered late", pod=pod_id)
 
     async def _take_up(self, pod: state.Pod, seen: containers.Seen) -> None:

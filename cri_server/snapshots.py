@@ -285,8 +285,8 @@ class Snapshots:
 
     def remove(self, key: str) -> None:
         """Remove a writable layer; nothing there is fine. It must not be mounted any more."""
-        self._usage.pop(key, None)
         trees.remove(self._writable / key)
+        self._usage.pop(key, None)
 
     def writables(self) -> set[str]:
         """Return the keys of all writable layers."""
@@ -312,10 +312,8 @@ class Snapshots:
 
     def _measure(self) -> None:
         self._other = sum((_measured(self.root / n) for n in ("blobs", "images", "tmp")), Usage())
-        for key in os.listdir(self._writable):
-            usage = _measured(self._writable / key)
-            if (self._writable / key).exists():  # `remove` may have been quicker
-                self._usage[key] = usage
+        found = {key: _measured(self._writable / key) for key in os.listdir(self._writable)}
+        self._usage = found  # one that is removed meanwhile counts until the next time
 
 
 def _load(folder: Path) -> dict[str, Layer]:

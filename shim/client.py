@@ -37,7 +37,7 @@ _START_SECONDS = 30.0
 _FORK_SECONDS = 10.0
 _STOP_SECONDS = 2.0
 _MESSAGE_LIMIT = 256 << 10
-_BACKLOG = 64
+_BACKLOG = 4096  # an exec is a connection: all probes of a pod may come at once
 
 R = TypeVar("R", bound="Message")
 

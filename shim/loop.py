@@ -418,10 +418,11 @@ class Lock:
 class timeout:  # noqa: N801 - reads as a verb at the call
     """`async with timeout(seconds):` raises TimeoutError when it takes longer; None: never."""
 
-    __slots__ = ("_seconds", "_task", "_timer")
+    __slots__ = ("_cleaning", "_seconds", "_task", "_timer")
 
     def __init__(self, seconds: float | None) -> None:
         self._seconds = seconds
+        self._cleaning = False
         self._timer: _Timer | None = None
         self._task: Task[Any] | None = None
 
@@ -430,6 +431,7 @@ class timeout:  # noqa: N801 - reads as a verb at the call
             return
         loop = _loop()
         task = self._task = loop.current
+        self._cleaning = task.cancelled  # a limit of its clean-up, which must work
         self._timer = loop.add_timer(
             now() + self._seconds, lambda: _interrupt(task, Cancelled(self))
         )
@@ -442,7 +444,8 @@ class timeout:  # noqa: N801 - reads as a verb at the call
         _loop().drop_timer(timer)
         task._pending = [p for p in task._pending if p.scope is not self]
         if isinstance(error, Cancelled) and error.scope is self:
-            if task.cancelled:  # the timer ran out while the task was already on its way out
+            if task.cancelled and not self._cleaning:  # both at once: that it is cancelled counts
+                task._pending = [p for p in task._pending if p.scope is not None]
                 raise Cancelled
             raise TimeoutError(f"not done in {self._seconds} s")
 

@@ -114,7 +114,7 @@ class Streams:
         with self._pipes(directory) as ends:
             self._remote = made = await launch(ends)
         if self._terminal and self._size:
-            await made.resize(*self._size)
+            loop.spawn(_resize(made, *self._size), name="resize")
         self._input_ready.set()
         return made
 

@@ -91,11 +91,12 @@ class Archive:
     """Answers a `pull.Puller` in a registry's place. `images` are the names that there are."""
 
     def __init__(self, fd: int, contents: Contents) -> None:
-        self._fd, self._contents = fd, contents
+        # A file that closes itself: who asked for the archive may have gone meanwhile.
+        self._file, self._contents = os.fdopen(fd, "rb", buffering=0), contents
         self.images: Sequence[str] = tuple(contents.images)
 
     def close(self) -> None:
-        os.close(self._fd)
+        self._file.close()
 
     async def resolve(
         self, ref: reference.Reference, auth: object = None, *, known: object = None
@@ -146,7 +147,7 @@ class Archive:
         member = self._member(descriptor)
         for at in range(0, member.size, CHUNK):
             size = min(CHUNK, member.size - at)
-            data = await flights.in_thread(_read, self._fd, member.offset + at, size)
+            data = await flights.in_thread(_read, self._file.fileno(), member.offset + at, size)
             if inspect.isawaitable(waiting := sink(data)):
                 await waiting
 
@@ -154,7 +155,7 @@ class Archive:
         if (made := self._contents.made.get(descriptor.digest)) is not None:
             return made
         member = self._member(descriptor)
-        return await flights.in_thread(_small, self._fd, member, limit)
+        return await flights.in_thread(_small, self._file.fileno(), member, limit)
 
     def _member(self, descriptor: documents.Descriptor) -> Member:
         member = self._contents.blobs.get(descriptor.digest)

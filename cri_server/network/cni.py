@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import structlog
 
-from cri_server import config, errors, locks
+from cri_server import config, errors, locks, side_by_side
 from cri_server.network import cache, conf, netns, plugin, poller, result, verbs
 from cri_server.network.attachment import (  # callers know it as cni.Attachment
     ASKED_BY,
@@ -154,13 +154,17 @@ class Network:
 
     async def _attach(self, attachment: Attachment, place: conf.Place | None) -> Result:
         async with self._locks.held(attachment.pod_id), self._changes.shared():
-            chain, entry = await asyncio.to_thread(self._begin, attachment, place)
+            # To its end: what it has written is what a `detach` goes by.
+            chain, entry = await side_by_side.uninterrupted(
+                asyncio.to_thread(self._begin, attachment, place)
+            )
             try:
                 answer = await verbs.add(
                     self._plugins, chain, _call(entry), timeout=self._settings.add_timeout
                 )
                 ips = _addresses(chain, answer, self._settings.ip_pref)
-                await asyncio.to_thread(self._record, dataclasses.replace(entry, result=answer))
+                whole = dataclasses.replace(entry, result=answer)
+                await side_by_side.uninterrupted(asyncio.to_thread(self._record, whole))
             except BaseException as e:
                 await self._undo(entry, e)
                 raise

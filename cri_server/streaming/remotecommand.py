@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from google.protobuf.message import Message
 
-from cri_server import shims
+from cri_server import errors, shims
 from cri_server.streaming import peer, resize, status
 from shim import errors as shim_errors
 from shim.pb import shim_pb2 as pb
@@ -59,7 +59,7 @@ async def exec(
     try:
         code = await _run(client, command, shim_host, abandoned=abandoned)
         said = status.exited(code, client.version)
-    except shim_errors.ShimError as e:
+    except (shim_errors.ShimError, errors.CriError) as e:
         said = status.failure(e.message, client.version)
     await _finish(client, said)
 
@@ -105,7 +105,7 @@ async def attach(client: peer.Peer, wanted: Attachment, shim_host: shims.Shims) 
     try:
         await _join(client, wanted, shim_host)
         said = status.success(client.version)
-    except shim_errors.ShimError as e:
+    except (shim_errors.ShimError, errors.CriError) as e:  # the shim's own, or there is none
         said = status.failure(e.message, client.version)
     await _finish(client, said)
 

@@ -63,13 +63,17 @@ class Server:
         listener.setblocking(False)
         while True:
             await loop.readable(listener.fileno())
+            if not self._accept(listener):
+                await loop.sleep(_ACCEPT_PAUSE)
+
+    def _accept(self, listener: socket.socket) -> bool:
+        """Take all that wait; False when we have no descriptor for another."""
+        while True:
             try:
                 # accept() would make a socket object, with enums, for what a descriptor can do.
                 accepted, _ = listener._accept()  # type: ignore[attr-defined]
-            except OSError as error:
-                if error.errno in _EXHAUSTED:
-                    await loop.sleep(_ACCEPT_PAUSE)
-                continue  # any other error is of the one client that has gone meanwhile
+            except OSError as error:  # none waits, or the one client has gone meanwhile
+                return error.errno not in _EXHAUSTED
             self.connect(accepted)
 
     def connect(self, accepted: int) -> loop.Task[None]:

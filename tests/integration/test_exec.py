@@ -108,6 +108,13 @@ def test_many_at_once(kubelet: Kubelet, container: str) -> None:
         assert list(pool.map(say, range(24))) == [b"%d\n" % n for n in range(24)]
 
 
+@pytest.mark.ours
+def test_probes_of_a_pod_may_all_come_at_once(kubelet: Kubelet, container: str) -> None:
+    request = api.ExecSyncRequest(container_id=container, cmd=["true"])
+    calls = [kubelet.runtime.ExecSync.future(request, timeout=60) for _ in range(150)]
+    assert [call.result().exit_code for call in calls] == [0] * 150
+
+
 def test_the_container_may_end_during_an_exec(kubelet: Kubelet, container: str) -> None:
     request = api.ExecSyncRequest(container_id=container, cmd=["sleep", "1000"])
     running = kubelet.runtime.ExecSync.future(request)

@@ -86,7 +86,7 @@ class Site:
         """Return the exit status when the server has ended by itself."""
         process, self.process = self.process, None
         assert process is not None, "the server is not running"
-        return process.wait(timeout=30)
+        return process.wait(timeout=waiting.patient(30))
 
     @property
     def pid(self) -> int:
@@ -98,7 +98,7 @@ class Site:
         if process is None:
             return 0
         process.send_signal(number)
-        return process.wait(timeout=30)
+        return process.wait(timeout=waiting.patient(30))
 
     def _ready(self) -> bool:
         assert self.process is not None

@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import json
 import os
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from cri_server import errors
-from cri_server.network import cni, leaks, poller
+from cri_server.network import cache, cni, leaks, poller
 from cri_server.pb import api_pb2 as api
 from tests.fakes import cni as fakes
 from tests.fakes.cni import attachment, fail, once, result, say
@@ -357,6 +358,32 @@ async def test_a_cancelled_attach_ends_the_plugin_and_is_undone_without_the_call
     assert host.verbs() == ["main ADD", "extra ADD", "extra DEL", "main DEL"]
     assert host.cached() == []
     await fakes.until(lambda: gone(*pids), "the plugin to be gone")
+
+
+async def test_an_attach_that_is_cancelled_as_it_begins_leaves_no_entry(
+    host: fakes.Fakes, network: cni.Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing, go_on, written = threading.Event(), threading.Event(), threading.Event()
+    write = cache.Cache.write
+
+    def held(self: cache.Cache, entry: cache.Entry) -> None:
+        writing.set()
+        assert go_on.wait(60)
+        write(self, entry)
+        written.set()
+
+    monkeypatch.setattr(cache.Cache, "write", held)
+    caller = asyncio.create_task(network.attach(attachment()))
+    await fakes.until(writing.is_set, "the intent to be written")
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    undoing = asyncio.create_task(network.detach(attachment()))
+    await asyncio.wait([undoing], timeout=0.2)  # it must not be done before what it undoes
+    go_on.set()
+    await fakes.until(written.is_set, "the intent to have been written")
+    await undoing
+    assert host.cached() == []
 
 
 async def test_a_caller_at_its_deadline_does_not_wait_for_the_undo(host: fakes.Fakes) -> None:

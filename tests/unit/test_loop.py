@@ -320,6 +320,61 @@ def test_a_cancelled_task_does_not_report_a_timeout() -> None:
     loop.run(main())
 
 
+def test_a_limit_of_the_clean_up_of_a_cancelled_task_is_kept() -> None:
+    async def clean_up() -> str:
+        try:
+            async with loop.timeout(0.01):
+                await forever()
+        except TimeoutError:
+            return "late"
+        return "done"
+
+    async def work() -> str:
+        try:
+            await forever()
+        finally:
+            return await clean_up()  # noqa: B012 - what it says is all that this is about
+
+    async def main() -> str:
+        task = loop.spawn(work())
+        await loop.sleep(0)
+        task.cancel()
+        return await task.join()
+
+    assert loop.run(main()) == "late"
+
+
+def test_a_limit_and_a_cancellation_in_the_same_turn_leave_no_second_interruption() -> None:
+    async def work() -> str:
+        try:
+            async with loop.timeout(0.01):
+                await forever()
+        except loop.Cancelled:
+            await loop.sleep(0)  # the clean-up may wait
+            return "clean"
+        return "not cancelled"
+
+    async def main() -> str:
+        task = loop.spawn(work())
+        cancelling = loop.spawn(cancel(task))
+        await loop.sleep(0)
+        os.write(gone, b"x")
+        time.sleep(0.05)  # noqa: ASYNC251 - as on a stalled disk: both are due in the next turn
+        await cancelling.join()
+        return await task.join()
+
+    async def cancel(task: "loop.Task[str]") -> None:
+        await loop.readable(client)
+        task.cancel()
+
+    client, gone = os.pipe()
+    try:
+        assert loop.run(main()) == "clean"
+    finally:
+        os.close(client)
+        os.close(gone)
+
+
 def test_many_limits_that_were_kept_do_not_fill_the_heap() -> None:
     async def main() -> int:
         for _ in range(1000):

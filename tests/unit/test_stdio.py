@@ -47,7 +47,8 @@ class Started:
 
     async def kill_tree(self) -> None: ...
 
-    async def resize(self, width: int, height: int) -> None: ...
+    async def resize(self, width: int, height: int) -> None:
+        raise errors.FailedPrecondition("it has ended")
 
     async def close_stdin(self) -> None: ...
 

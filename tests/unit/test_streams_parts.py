@@ -3,10 +3,15 @@
 
 import asyncio
 import json
+from typing import NoReturn, cast
 
 import pytest
 
-from cri_server.streaming import peer, resize, status
+from cri_server import errors, shims
+from cri_server.streaming import peer, remotecommand, resize, status
+from shim.pb import shim_pb2 as pb
+
+NONE: frozenset[str] = frozenset()
 
 
 async def test_a_full_mailbox_holds_the_sender_until_it_is_read() -> None:
@@ -61,6 +66,42 @@ def test_what_is_no_size_ends_the_session() -> None:
     assert sizes.feed(b"{garbage" * 500) is None
     with pytest.raises(peer.Gone):
         sizes.feed(b"{garbage" * 100)
+
+
+async def test_an_exec_whose_shim_is_gone_ends_with_a_status() -> None:
+    class Client:
+        version = 4
+
+        def __init__(self) -> None:
+            self.closed, self.told = asyncio.Event(), b""
+
+        async def read(self, _stream: str) -> bytes:
+            return b""
+
+        async def write(self, stream: str, data: bytes) -> None:
+            assert stream == "error"
+            self.told += data
+
+        async def close(self) -> None:
+            self.closed.set()
+
+    class Shims:
+        def of(self, pod_id: str) -> NoReturn:
+            raise errors.Unavailable(f"pod {pod_id} has no shim")
+
+    command, attachment = (
+        remotecommand.Command(pod_id="p", start=pb.ExecStart(), streams=NONE, terminal=False),
+        remotecommand.Attachment(
+            pod_id="p", start=pb.AttachStart(), streams=NONE, terminal=False, leaves=False
+        ),
+    )
+    gone = cast("shims.Shims", Shims())
+    of_exec, of_attach = Client(), Client()
+    await remotecommand.exec(of_exec, command, gone, abandoned=0)
+    await remotecommand.attach(of_attach, attachment, gone)
+    for client in (of_exec, of_attach):
+        assert json.loads(client.told)["message"] == "pod p has no shim"
+        assert client.closed.is_set()
 
 
 def test_statuses_by_version() -> None:
