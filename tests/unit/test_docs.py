@@ -19,6 +19,7 @@ import yaml
 from cri_server import __main__, config
 from cri_server.pb import api_pb2
 from cri_server.services import interceptors
+from tests.lab import matrix
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
@@ -172,6 +173,19 @@ def test_a_kernel_of_the_pods_own_has_an_overhead(handler: str) -> None:
     (found,) = [c for c in map(yaml.safe_load, CLASSES) if c["handler"] == handler]
 
     assert set(found["overhead"]["podFixed"]) == {"memory", "cpu"}
+
+
+# -- what each handler can do ----------------------------------------------------------------------
+
+
+def test_the_table_of_handlers_has_a_row_for_each_of_the_tests() -> None:
+    names = definitions(REPOSITORY / "tests/integration" / matrix.MODULE)
+    tests = re.findall(r"^test_(\w+)$", "\n".join(names), flags=re.MULTILINE)
+    page = (DOCS / "runtimes.md").read_text()
+    table = page.partition(matrix.BEGIN)[2].partition(matrix.END)[0]
+    rows = re.findall(r"^\| (\w[^|]*) \|", table, flags=re.MULTILINE)
+
+    assert rows == [test.replace("_", " ") for test in tests]  # else: make it as the page says
 
 
 # -- RPCs ------------------------------------------------------------------------------------------
