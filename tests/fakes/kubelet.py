@@ -283,6 +283,11 @@ def refusal(call: Callable[[], object]) -> tuple[grpc.StatusCode, str]:
     raise AssertionError("the call succeeded")
 
 
+def state_of(client: Kubelet, pod: Pod) -> "api.PodSandboxState.ValueType":
+    """Return the state of a pod, as its status tells it."""
+    return client.pod_status(pod.id).status.state
+
+
 def is_ready(endpoint: str) -> bool:
     """Tell whether an endpoint answers Status with the runtime ready."""
     with grpc.insecure_channel(endpoint) as channel:

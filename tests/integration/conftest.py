@@ -31,6 +31,8 @@ ELSEWHERE = os.environ.get("CRI_ENDPOINT", "")
 SLEEP = ("sleep", "86400")
 DRIVER = os.environ.get("CRI_TESTS_CGROUP_DRIVER", "cgroupfs")
 HANDLER = os.environ.get("CRI_TESTS_HANDLER", "runc")
+MakeSite = Callable[..., server.Site]
+ClientOf = Callable[[server.Site], kubelets.Kubelet]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -202,9 +204,7 @@ def traceless(
 
 
 @pytest.fixture
-def make_site(
-    settings: dict[str, dict[str, Any]], marks: Marks
-) -> Iterator[Callable[..., server.Site]]:
+def make_site(settings: dict[str, dict[str, Any]], marks: Marks) -> Iterator[MakeSite]:
     """Return a function that starts a server of one's own; keyword arguments are further config
     tables.
     """
@@ -220,7 +220,7 @@ def make_site(
 
 
 @pytest.fixture
-def client_of(cgroup_parent: str) -> Iterator[Callable[[server.Site], kubelets.Kubelet]]:
+def client_of(cgroup_parent: str) -> Iterator[ClientOf]:
     """Return a function that gives a client for a server of `make_site`."""
     with contextlib.ExitStack() as stack:
 

@@ -15,7 +15,7 @@ import pytest
 
 from cri_server.pb import api_pb2 as api
 from tests.fakes.kubelet import Kubelet, Pod, conditions, refusal
-from tests.integration.conftest import SLEEP
+from tests.integration.conftest import SLEEP, ClientOf, MakeSite
 from tests.lab import server, waiting
 
 pytestmark = [
@@ -37,8 +37,7 @@ BAD_IDS = [
     "*",
     " ",
 ]
-MakeSite = Callable[..., server.Site]
-ClientOf = Callable[[server.Site], Kubelet]
+Call = Callable[[], object]
 
 
 def executable(path: Path, script: str) -> Path:
@@ -112,7 +111,7 @@ def test_a_container_of_a_stopped_pod(kubelet: Kubelet, pod: Pod, pulled: str) -
 @pytest.mark.parametrize("bad", BAD_IDS)
 def test_a_malformed_id_is_nobodys(kubelet: Kubelet, pod: Pod, container: str, bad: str) -> None:
     runtime = kubelet.runtime
-    reading: list[Callable[[], object]] = [
+    reading: list[Call] = [
         lambda: runtime.PodSandboxStatus(api.PodSandboxStatusRequest(pod_sandbox_id=bad)),
         lambda: runtime.ContainerStatus(api.ContainerStatusRequest(container_id=bad)),
         lambda: runtime.ContainerStats(api.ContainerStatsRequest(container_id=bad)),
@@ -121,7 +120,7 @@ def test_a_malformed_id_is_nobodys(kubelet: Kubelet, pod: Pod, container: str, b
         lambda: runtime.ReopenContainerLog(api.ReopenContainerLogRequest(container_id=bad)),
     ]
     assert {refusal(call)[0] for call in reading} <= {INVALID, MISSING}
-    removing: list[Callable[[], object]] = [
+    removing: list[Call] = [
         lambda: runtime.StopContainer(api.StopContainerRequest(container_id=bad)),
         lambda: runtime.RemoveContainer(api.RemoveContainerRequest(container_id=bad)),
         lambda: runtime.StopPodSandbox(api.StopPodSandboxRequest(pod_sandbox_id=bad)),

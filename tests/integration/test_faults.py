@@ -20,8 +20,8 @@ from cri_server.pb import api_pb2 as api
 from shim import linux
 from tests import residue
 from tests.fakes import cni
-from tests.fakes.kubelet import Kubelet, Pod, refusal
-from tests.integration.conftest import SLEEP
+from tests.fakes.kubelet import Kubelet, Pod, refusal, state_of
+from tests.integration.conftest import SLEEP, ClientOf, MakeSite
 from tests.lab import cgroups, faults, network, server, waiting
 
 pytestmark = [
@@ -29,17 +29,10 @@ pytestmark = [
     pytest.mark.ours,
     pytest.mark.usefixtures("traceless"),
 ]
-MakeSite = Callable[..., server.Site]
-ClientOf = Callable[[server.Site], Kubelet]
 READY, NOTREADY = api.SANDBOX_READY, api.SANDBOX_NOTREADY
 RUNNING, EXITED = api.CONTAINER_RUNNING, api.CONTAINER_EXITED
 DEADLINE = grpc.StatusCode.DEADLINE_EXCEEDED
 ADDRESS = cni.result("10.1.2.3/24")
-HANG = "sleep 1000 & sleep 1000"
-
-
-def state_of(client: Kubelet, pod: Pod) -> "api.PodSandboxState.ValueType":
-    return client.pod_status(pod.id).status.state
 
 
 def wait_not_ready(client: Kubelet, pod: Pod) -> None:
@@ -308,7 +301,7 @@ def odd(make_site: MakeSite, client_of: ClientOf, reference: str, tmp_path: Path
 def test_a_runtime_that_hangs_in_run(odd: Kubelet, reference: str, tmp_path: Path) -> None:
     pod, other = odd.run_pod(handler="odd"), odd.run_pod()
     lasting = odd.run(other, reference, SLEEP)
-    faults.break_(tmp_path, run=HANG)
+    faults.break_(tmp_path, run=faults.HANG)
     container = odd.create(pod, odd.container_config(reference, SLEEP))
     with concurrent.futures.ThreadPoolExecutor() as pool:
         starting = pool.submit(refusal, lambda: odd.start(container))
@@ -329,7 +322,7 @@ def test_a_runtime_that_hangs_in_run(odd: Kubelet, reference: str, tmp_path: Pat
 def test_a_runtime_that_hangs_in_exec(odd: Kubelet, reference: str, tmp_path: Path) -> None:
     pod = odd.run_pod(handler="odd")
     container = odd.run(pod, reference, SLEEP)
-    faults.break_(tmp_path, exec=HANG)
+    faults.break_(tmp_path, exec=faults.HANG)
     begin = time.monotonic()
     code, _ = refusal(lambda: odd.exec_sync(container, ["true"], timeout=1))
     assert code is DEADLINE
@@ -345,7 +338,7 @@ def test_a_runtime_that_hangs_in_delete(odd: Kubelet, reference: str, tmp_path: 
     pod = odd.run_pod(handler="odd")
     container = odd.run(pod, reference, SLEEP)
     pid = faults.pid_of(odd, container)
-    faults.break_(tmp_path, delete=HANG)
+    faults.break_(tmp_path, delete=faults.HANG)
     odd.stop(container)
     assert not faults.alive(pid)
     assert odd.status(container).exit_code == 137

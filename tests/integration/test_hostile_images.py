@@ -9,7 +9,6 @@ stays behind, after each.
 
 import os
 import shutil
-from collections.abc import Callable
 from concurrent import futures
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import grpc
 import pytest
 
 from cri_server.pb import api_pb2 as api
-from tests.fakes.kubelet import Kubelet
+from tests.integration.conftest import ClientOf, MakeSite
 from tests.lab import faults, hostile, image, server, tars
 from tests.lab.hostile import Attack
 
@@ -27,8 +26,6 @@ pytestmark = [
 ]
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 CLIMB = "/.." * 20
-MakeSite = Callable[..., server.Site]
-ClientOf = Callable[[server.Site], Kubelet]
 
 
 # -- volumes and labels ----------------------------------------------------------------------------

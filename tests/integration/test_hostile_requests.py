@@ -12,7 +12,6 @@ import json
 import os
 import stat
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ import pytest
 from cri_server.pb import api_pb2 as api
 from tests.fakes import registry
 from tests.fakes.kubelet import Kubelet, refusal
-from tests.lab import faults, image, server, tars, waiting
+from tests.integration.conftest import ClientOf, MakeSite
+from tests.lab import faults, image, tars, waiting
 from tests.lab.hostile import Attack
 
 pytestmark = [
@@ -30,8 +30,6 @@ pytestmark = [
     pytest.mark.ours,
 ]
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
-MakeSite = Callable[..., server.Site]
-ClientOf = Callable[[server.Site], Kubelet]
 
 
 # -- sysctls and annotations -----------------------------------------------------------------------

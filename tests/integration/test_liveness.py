@@ -10,15 +10,15 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import pytest
 
 from cri_server.pb import api_pb2 as api
-from tests.fakes.kubelet import Kubelet, Pod, is_ready, refusal
-from tests.integration.conftest import SLEEP
+from tests.fakes.kubelet import Kubelet, Pod, is_ready, refusal, state_of
+from tests.integration.conftest import SLEEP, ClientOf, MakeSite
 from tests.lab import faults, server, waiting
 
 pytestmark = [
@@ -27,15 +27,8 @@ pytestmark = [
     pytest.mark.usefixtures("traceless"),
     pytest.mark.timeout(120),
 ]
-MakeSite = Callable[..., server.Site]
-ClientOf = Callable[[server.Site], Kubelet]
 READY, NOTREADY = api.SANDBOX_READY, api.SANDBOX_NOTREADY
 RUNNING, EXITED = api.CONTAINER_RUNNING, api.CONTAINER_EXITED
-HANG = "sleep 1000 & sleep 1000"
-
-
-def state_of(client: Kubelet, pod: Pod) -> "api.PodSandboxState.ValueType":
-    return client.pod_status(pod.id).status.state
 
 
 @contextlib.contextmanager
@@ -198,7 +191,7 @@ def test_a_start_that_hangs_ends_with_the_grace_period(
     odd: Kubelet, reference: str, tmp_path: Path, verb: str
 ) -> None:
     pod = odd.run_pod(handler="odd")
-    faults.break_(tmp_path, run=HANG)
+    faults.break_(tmp_path, run=faults.HANG)
     container = odd.create(pod, odd.container_config(reference, SLEEP))
     with concurrent.futures.ThreadPoolExecutor() as pool:
         starting = pool.submit(refusal, lambda: odd.start(container))
@@ -219,7 +212,7 @@ def test_a_start_that_hangs_ends_with_the_grace_period(
 def test_a_stop_does_not_wait_for_an_update(odd: Kubelet, reference: str, tmp_path: Path) -> None:
     container = odd.run(odd.run_pod(handler="odd"), reference, SLEEP)
     pid = faults.pid_of(odd, container)
-    faults.break_(tmp_path, update=f"{HANG}")
+    faults.break_(tmp_path, update=faults.HANG)
     limits = api.LinuxContainerResources(cpu_shares=500)
     request = api.UpdateContainerResourcesRequest(container_id=container, linux=limits)
     with concurrent.futures.ThreadPoolExecutor() as pool:

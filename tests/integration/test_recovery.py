@@ -24,7 +24,7 @@ from tests import residue
 from tests.conftest import Marks
 from tests.fakes import cni
 from tests.fakes.kubelet import Kubelet, Pod, is_ready, refusal
-from tests.integration.conftest import DRIVER, SLEEP
+from tests.integration.conftest import DRIVER, SLEEP, ClientOf, MakeSite
 from tests.lab import cgroups, faults, image, network, server, waiting
 from tests.lab import registry as registries
 
@@ -34,8 +34,6 @@ pytestmark = [
     pytest.mark.usefixtures("traceless"),
     pytest.mark.timeout(120),
 ]
-MakeSite = Callable[..., server.Site]
-ClientOf = Callable[[server.Site], Kubelet]
 MOST_STEPS = 60
 
 
@@ -191,9 +189,7 @@ def test_what_was_asked_of_a_killed_server(
 def test_a_server_that_is_asked_to_end_does_not_wait_for_ever(
     make_site: MakeSite, client_of: ClientOf, tmp_path: Path
 ) -> None:
-    plugins = cni.Fakes(tmp_path)
-    plugins.install("hanging", ADD=cni.HANG)
-    plugins.configure("hanging")
+    plugins = faults.hanging(tmp_path)
     site = make_site(network=faults.network(plugins))
     client = client_of(site)
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -475,9 +471,7 @@ def test_killed_while_the_runtime_is_at_work(
 def test_killed_while_a_plugin_hangs(
     make_site: MakeSite, client_of: ClientOf, tmp_path: Path
 ) -> None:
-    plugins = cni.Fakes(tmp_path)
-    plugins.install("hanging", ADD=cni.HANG)
-    plugins.configure("hanging")
+    plugins = faults.hanging(tmp_path)
     site = make_site(network=faults.network(plugins))
     client = client_of(site)
     config = client.pod_config()

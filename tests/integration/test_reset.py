@@ -9,7 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -17,8 +17,7 @@ import pytest
 
 from cri_server import sockets
 from tests.fakes import cni
-from tests.fakes.kubelet import Kubelet
-from tests.integration.conftest import SLEEP
+from tests.integration.conftest import SLEEP, ClientOf, MakeSite
 from tests.lab import faults, server
 
 pytestmark = [
@@ -28,8 +27,6 @@ pytestmark = [
 ]
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 SAYS_GOODBYE = "trap 'echo goodbye >/out/said; exit' TERM; echo ready; while :; do sleep 0.1; done"
-MakeSite = Callable[..., server.Site]
-ClientOf = Callable[[server.Site], Kubelet]
 Done = subprocess.CompletedProcess[str]
 
 

@@ -23,6 +23,7 @@ import pytest
 from cri_server.pb import api_pb2 as api
 from tests.fakes import certificates, streams
 from tests.fakes.kubelet import Kubelet, Pod, refusal
+from tests.integration.conftest import ClientOf, MakeSite
 from tests.integration.test_streaming import BOTH, attach_url, exec_url
 from tests.lab import server, waiting
 
@@ -31,8 +32,6 @@ pytestmark = [
     pytest.mark.ours,
 ]
 Open = Callable[..., Any]
-MakeSite = Callable[..., server.Site]
-ClientOf = Callable[[server.Site], Kubelet]
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 
 

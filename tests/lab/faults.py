@@ -14,6 +14,7 @@ from tests.fakes import cni, kubelet
 from tests.lab import server, waiting
 
 ODD = "odd"
+HANG = "sleep 1000 & sleep 1000"  # what a verb does that never ends, with a child that does not
 _WRAPPER = """#!/bin/sh
 here={here}
 verb=
@@ -56,6 +57,14 @@ def network(plugins: cni.Fakes) -> dict[str, Any]:
         "bin_dirs": [os.fspath(plugins.bin)],
         "cache_dir": os.fspath(plugins.cache),
     }
+
+
+def hanging(folder: Path) -> cni.Fakes:
+    """Return fake plugins whose only one, `hanging`, never answers an ADD."""
+    plugins = cni.Fakes(folder)
+    plugins.install("hanging", ADD=cni.HANG)
+    plugins.configure("hanging")
+    return plugins
 
 
 def alive(pid: int) -> bool:

@@ -7,21 +7,25 @@ import errno
 import functools
 import os
 import re
+import textwrap
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+import yaml
 
 from cri_server import __main__, config
 from cri_server.pb import api_pb2
 from cri_server.services import interceptors
+from tests.lab import matrix
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "deploy/README.md", *sorted(DOCS.glob("*.md"))]
 SAMPLE = REPOSITORY / "deploy/config.toml"
+CLASSES = (REPOSITORY / "deploy/runtimeclasses.yaml").read_text().split("\n---\n")
 SECTIONS = {f"[{name}]": kind for name, kind in config.SECTIONS.items()} | {
     "[runtimes.NAME]": config.Handler
 }
@@ -118,6 +122,70 @@ def test_the_samples_example_of_a_handler_is_valid() -> None:
 
     assert set(handler) == {f.name for f in dataclasses.fields(config.Handler)}
     assert config.parse(tomllib.loads(text)).runtimes
+
+
+def examples() -> list[str]:
+    """Return the pieces of configuration that the pages show: indented, with a section's head."""
+    pieces = [
+        textwrap.dedent(piece)
+        for page in PAGES
+        for piece in re.findall(r"(?:^ {4}.*\n|^\n(?= {4}))+", page.read_text(), re.MULTILINE)
+    ]
+    heads = "|".join((*config.SECTIONS, r"runtimes\.\w+"))
+    return [piece for piece in pieces if re.search(rf"^\[({heads})\]$", piece, re.MULTILINE)]
+
+
+def test_the_examples_of_configurations_are_valid() -> None:
+    made = [config.with_handlers(config.parse(tomllib.loads(text))) for text in examples()]
+
+    assert {"runsc", "kata", "strict"} <= {name for settings in made for name in settings.runtimes}
+
+
+# -- RuntimeClasses --------------------------------------------------------------------------------
+
+
+def section_above(text: str) -> str:
+    """Return the TOML in the comment of a RuntimeClass: what is indented there."""
+    return "".join(f"{line}\n" for line in re.findall(r"^#   (.*)$", text, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("text", CLASSES, ids=lambda t: yaml.safe_load(t)["metadata"]["name"])
+def test_a_runtime_class_names_a_handler_that_is_there_or_how_to_make_it(text: str) -> None:
+    found = yaml.safe_load(text)
+    handlers = config.with_handlers(config.parse(tomllib.loads(section_above(text)))).runtimes
+
+    assert (found["apiVersion"], found["kind"]) == ("node.k8s.io/v1", "RuntimeClass")
+    assert re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", found["handler"])  # a DNS label
+    assert found["handler"] in {*config.INSTALLED, *handlers}
+    assert (found["handler"] in config.INSTALLED) == (section_above(text) == "")
+
+
+def test_there_is_a_runtime_class_for_each_kind_of_handler() -> None:
+    made = config.with_handlers(config.parse(tomllib.loads("\n".join(map(section_above, CLASSES)))))
+    dialects = {handler.dialect for handler in made.runtimes.values()}
+
+    assert {"runsc", "kata", "shim"} <= dialects
+    assert len({yaml.safe_load(text)["metadata"]["name"] for text in CLASSES}) == len(CLASSES)
+
+
+@pytest.mark.parametrize("handler", sorted(config.KERNELS))
+def test_a_kernel_of_the_pods_own_has_an_overhead(handler: str) -> None:
+    (found,) = [c for c in map(yaml.safe_load, CLASSES) if c["handler"] == handler]
+
+    assert set(found["overhead"]["podFixed"]) == {"memory", "cpu"}
+
+
+# -- what each handler can do ----------------------------------------------------------------------
+
+
+def test_the_table_of_handlers_has_a_row_for_each_of_the_tests() -> None:
+    names = definitions(REPOSITORY / "tests/integration" / matrix.MODULE)
+    tests = re.findall(r"^test_(\w+)$", "\n".join(names), flags=re.MULTILINE)
+    page = (DOCS / "runtimes.md").read_text()
+    table = page.partition(matrix.BEGIN)[2].partition(matrix.END)[0]
+    rows = re.findall(r"^\| (\w[^|]*) \|", table, flags=re.MULTILINE)
+
+    assert rows == [test.replace("_", " ") for test in tests]  # else: make it as the page says
 
 
 # -- RPCs ------------------------------------------------------------------------------------------
