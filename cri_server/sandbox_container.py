@@ -112,7 +112,7 @@ class SandboxContainers:
             defaults=self._handlers.defaults(pod.handler),
             seccomp_profile=sources.seccomp_profile(profile) if profile else None,
             annotations=allowed,
-            kernel=handler.has_guest_kernel,
+            limits_pod=handler.limits_pods,
             hostname=podfiles.own_hostname(pod) if handler.has_guest_kernel else "",
         )
 

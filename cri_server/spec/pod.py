@@ -352,10 +352,13 @@ def _linux(wanted: types.SandboxInput) -> oci.Linux:
 
 
 def _limits(wanted: types.SandboxInput) -> oci.Resources:
-    """Return almost nothing for an init, and what the pod may use for a kernel with all its
+    """Return almost nothing for an init, and what the pod may use where that limits all of its
     containers: resources and overhead together (CRI LinuxPodSandboxConfig).
+
+    A virtual machine is no such place: kata adds up the limits of all its containers, this one too,
+    so the pod's would count twice (sandbox.go, calculateSandboxMemory). It has the annotations.
     """
-    if not wanted.kernel:
+    if not wanted.limits_pod:
         return oci.Resources(
             cpu=oci.Cpu(shares=_CPU_SHARES), devices=[{"allow": False, "access": "rwm"}]
         )

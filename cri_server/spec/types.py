@@ -252,8 +252,8 @@ class SandboxInput:
     host, `rootfs` a folder of ours.
 
     `namespaces` as in ContainerInput, without "pid": the point of this container is to hold a new
-    one. `kernel`: all containers of the pod run in what it starts, and its limits are the pod's;
-    `hostname` is for that kernel to tell.
+    one. `limits_pod`: all containers of the pod run in what it starts, and its limits are the
+    pod's. `hostname` is for a kernel of the pod's own to tell.
     `seccomp_profile` is the parsed Localhost file that security.seccomp_path() named.
     """
 
@@ -267,7 +267,7 @@ class SandboxInput:
     defaults: Defaults = field(default_factory=Defaults)
     seccomp_profile: Mapping[str, object] | None = None
     annotations: Mapping[str, str] = field(default_factory=dict)
-    kernel: bool = False
+    limits_pod: bool = False
     hostname: str = ""
 
 

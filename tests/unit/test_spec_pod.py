@@ -245,7 +245,7 @@ def sandbox(
     seccomp_file: dict[str, object] | None = None,
     init: str = "/usr/bin/catatonit",
     annotations: Mapping[str, str] = types.MappingProxyType({}),
-    kernel: bool = False,
+    limits_pod: bool = False,
     **host: Any,
 ) -> spec.oci.Spec:
     return spec.sandbox(
@@ -255,7 +255,7 @@ def sandbox(
             rootfs="/root",
             init=init,
             annotations=annotations,
-            kernel=kernel,
+            limits_pod=limits_pod,
             namespaces={"network": "/netns", "pid": "/not-this-one"},
             cgroups_path="/kubepods/p1",
             host=dataclasses.replace(wishes.FACTS, **host),
@@ -363,7 +363,8 @@ def test_the_annotations_of_the_pods_init_tell_what_to_size_a_machine_by() -> No
 # What a VM is made from: kata reads the sandbox's config.json, and shares what is mounted.
 
 
-def test_a_virtual_machine_gets_its_size_and_what_the_pod_needs_beside_it() -> None:
+def sized() -> api.PodSandboxConfig:
+    """Return a pod with resources, and overhead beside them."""
     config = wishes.pod()
     config.linux.resources.CopyFrom(
         api.LinuxContainerResources(
@@ -375,18 +376,30 @@ def test_a_virtual_machine_gets_its_size_and_what_the_pod_needs_beside_it() -> N
             cpu_period=100_000, cpu_quota=25_000, memory_limit_in_bytes=160 << 20
         )
     )
-    document = sandbox(config, init="", kernel=True)
+    return config
+
+
+def test_a_virtual_machine_is_told_its_size_once() -> None:
+    """kata adds the limits of this container to those of the others."""
+    document = sandbox(sized(), init="")
     prefix = "io.kubernetes.cri.sandbox-"
     sizing = ("cpu-period", "cpu-quota", "cpu-shares", "memory")
     told = [document["annotations"][prefix + name] for name in sizing]
     assert told == ["100000", "200000", "2048", str(1 << 30)]
-    limits = document["linux"]["resources"]
+    assert document["linux"]["resources"] == {
+        "cpu": {"shares": 2},
+        "devices": [{"allow": False, "access": "rwm"}],
+    }
+
+
+def test_a_kernel_whose_limits_are_the_pods_has_what_the_pod_needs_beside_them_too() -> None:
+    limits = sandbox(sized(), limits_pod=True)["linux"]["resources"]
     assert limits["memory"]["limit"] == (1 << 30) + (160 << 20)
     assert limits["cpu"]["quota"] == 225_000
 
 
 def test_no_path_of_the_host_is_in_the_guest() -> None:
-    mounts = sandbox(wishes.pod(), init="", kernel=True)["mounts"]
+    mounts = sandbox(wishes.pod(), init="")["mounts"]
     assert not [one for one in mounts if one.get("source", "").startswith("/")]
 
 
@@ -395,13 +408,13 @@ def test_what_kata_is_told_by_the_pod_is_what_the_handler_lets_through() -> None
     config.annotations["io.katacontainers.config.hypervisor.path"] = "/evil"
     config.annotations["io.katacontainers.config.hypervisor.default_vcpus"] = "2"
     allowed = {"io.katacontainers.config.hypervisor.default_vcpus": "2"}
-    found = sandbox(config, init="", kernel=True, annotations=allowed)["annotations"]
+    found = sandbox(config, init="", annotations=allowed)["annotations"]
     assert {k: v for k, v in found.items() if "katacontainers" in k} == allowed
 
 
 def test_what_containerd_tells_a_shim_of_a_sandbox_is_told_and_not_by_the_pod() -> None:
     lies = {"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "x"}
-    found = sandbox(wishes.pod(), init="", kernel=True, annotations=lies)["annotations"]
+    found = sandbox(wishes.pod(), init="", annotations=lies)["annotations"]
     assert {k: v for k, v in found.items() if k.startswith("io.kubernetes.cri.")} == {
         "io.kubernetes.cri.container-type": "sandbox",
         "io.kubernetes.cri.sandbox-id": "p1",
