@@ -168,6 +168,22 @@ class Handler:
         return self.dialect == "runsc"
 
     @property
+    def is_machine(self) -> bool:
+        """Whether a pod is a virtual machine, whose runtime takes what it needs of the pod from the
+        sandbox's spec.
+        """
+        return self.dialect == "kata"
+
+    @property
+    def uses_host_stack(self) -> bool:
+        """Whether the pod's network is that of its namespace on the host: with a guest kernel only
+        where runsc is told to pass calls on (`--network=host`; the last one counts).
+        """
+        flags = (argument.lstrip("-").partition("=") for argument in self.args)
+        asked = [value for name, _, value in flags if name == "network"]
+        return not self.has_guest_kernel or asked[-1:] == ["host"]
+
+    @property
     def joins_pids(self) -> bool:
         """Whether a container joins the sandbox's PID namespace by its path. runsc makes a new one
         for each path, and has a container that names none in the sandbox's (boot/loader.go).

@@ -13,6 +13,7 @@ from cri_server.pb import api_pb2 as api
 from cri_server.spec import checks, devices, imagevolumes, oci, types, userns, why
 
 SHM = "/dev/shm"
+RESOLV_CONF = "/etc/resolv.conf"
 _REASONS = {
     "/proc": "Linux programs expect it (OCI spec, default filesystems)",
     "/dev": "room for the default devices and nothing else",
@@ -146,11 +147,22 @@ def minimal() -> list[oci.Mount]:
     ]
 
 
+def of_machine(files: types.PodFiles) -> Iterable[oci.Mount]:
+    """Yield what kata looks for in its sandbox, and containerd has there: it sizes the /dev/shm
+    that the containers share by the first (getShmSize), and takes its name servers from the other.
+    """
+    options = ("rbind", "ro", "nosuid", "nodev", "noexec")
+    for target, source in ((SHM, files.shm), (RESOLV_CONF, files.resolv_conf)):
+        if source:
+            why.default(f"mounts[{target}]", "the pod's, for a virtual machine to be made like it")
+            yield oci.Mount(destination=target, type="bind", source=source, options=[*options])
+
+
 def _pod_files(wanted: types.ContainerInput) -> Iterable[oci.Mount]:
     files = wanted.pod_files
     mode = "ro" if wanted.security.readonly_rootfs else "rw"
     shared = (
-        ("/etc/resolv.conf", files.resolv_conf, mode),
+        (RESOLV_CONF, files.resolv_conf, mode),
         ("/etc/hostname", files.hostname, mode),
         ("/etc/hosts", files.hosts, mode),
         (SHM, files.shm, "rw"),

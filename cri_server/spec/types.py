@@ -253,7 +253,9 @@ class SandboxInput:
 
     `namespaces` as in ContainerInput, without "pid": the point of this container is to hold a new
     one. `limits_pod`: all containers of the pod run in what it starts, and its limits are the
-    pod's. `hostname` is for a kernel of the pod's own to tell.
+    pod's. `hostname` is for a kernel of the pod's own to tell. `machine`: that is a virtual
+    machine, which sets the pod's sysctls and is made for `pod_files`, of which it wants
+    `resolv_conf` and `shm`.
     `seccomp_profile` is the parsed Localhost file that security.seccomp_path() named.
     """
 
@@ -268,6 +270,8 @@ class SandboxInput:
     seccomp_profile: Mapping[str, object] | None = None
     annotations: Mapping[str, str] = field(default_factory=dict)
     limits_pod: bool = False
+    machine: bool = False
+    pod_files: PodFiles = field(default_factory=PodFiles)
     hostname: str = ""
 
 
