@@ -128,6 +128,7 @@ class Handler:
     sandbox: Literal["", "namespaces", "container"] = ""
     pod_annotations: tuple[str, ...] = ()  # globs of keys that reach the OCI runtime
     container_annotations: tuple[str, ...] = ()
+    privileged_without_host_devices: bool | Literal[""] = ""  # "": with a kernel of the pod's own
     default_capabilities: tuple[str, ...] = capability.DEFAULT  # for capability.chosen()
     default_rlimits: str = limits.DEFAULT  # for limits.rlimits()
     default_shm_size: str = limits.SHM_SIZE  # for limits.size()

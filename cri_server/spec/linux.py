@@ -107,7 +107,7 @@ def _paths(paths: Iterable[str], part: str, field: str) -> list[str]:
 
 def _resources(wanted: types.ContainerInput) -> oci.Resources:
     result = resources(wanted.config.linux.resources, wanted.host)
-    result["devices"] = devices.rules(wanted.devices, privileged=wanted.security.privileged)
+    result["devices"] = devices.rules(wanted)
     if limit := wanted.defaults.pids_limit:
         why.handler("linux.resources.pids.limit", wanted.defaults.pids_key)
         result["pids"] = oci.Pids(limit=limit)

@@ -140,7 +140,8 @@ class Defaults:
     """What a handler's configuration gives to each container that does not ask.
 
     The keys say where it is set, "[runtimes.runc] default_rlimits"; "" for what is ours. `seccomp`
-    is the handler's own RuntimeDefault, None for ours; with `seccomp_audit_key` it only logs.
+    is the handler's own RuntimeDefault, None for ours; with `seccomp_audit_key` it only logs. With
+    `no_host_devices_key` a privileged container has the devices of any other.
     """
 
     capabilities: tuple[str, ...] = capability.DEFAULT
@@ -149,6 +150,7 @@ class Defaults:
     rlimits_key: str = ""
     pids_limit: int = 0
     pids_key: str = ""
+    no_host_devices_key: str = ""
     seccomp: Mapping[str, object] | None = None
     seccomp_key: str = ""
     seccomp_audit_key: str = ""

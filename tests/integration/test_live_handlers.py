@@ -523,6 +523,27 @@ def test_a_limit_of_processes_holds_also_after_an_update(lab: Lab) -> None:
     assert b"can't fork" in done.stderr
 
 
+def test_a_privileged_container_has_the_hosts_devices_unless_the_handler_keeps_them(
+    lab: Lab,
+) -> None:
+    lab.handler("own", "privileged_without_host_devices = true")
+    frame = api.LinuxSandboxSecurityContext(privileged=True)
+    context = api.LinuxContainerSecurityContext(privileged=True)
+    wanted = api.LinuxContainerConfig(security_context=context)
+    script = "mknod /tmp/kmsg c 1 11; (: < /tmp/kmsg) 2>/dev/null; echo $?; ls -d /dev/kmsg"
+
+    found = {}
+    for name in ("runc", "own"):
+        config = lab.client.pod_config()
+        config.linux.security_context.MergeFrom(frame)
+        pod = lab.client.run_pod(config, handler=name)
+        found[name] = lab.said(pod, script, linux=wanted)
+
+    assert found["runc"] == ["0", "/dev/kmsg"]
+    assert found["own"][0] != "0"  # nor may it open a node that it makes itself
+    assert "No such file" in found["own"][1]
+
+
 def test_a_memory_limit_below_the_handlers_least_is_refused(lab: Lab) -> None:
     lab.handler("own", 'min_memory = "32Mi"')
     pod = lab.pod("own")
