@@ -44,6 +44,7 @@ _READ_LATER: Mapping[str, Callable[[Any], object]] = {
     "default_capabilities": capability.chosen,
     "default_rlimits": limits.rlimits,
     "default_shm_size": limits.size,
+    "default_unified": limits.unified,
     "min_memory": limits.size,
     "snapshot_options": overlayoptions.chosen,
 }
@@ -133,6 +134,8 @@ class Handler:
     default_rlimits: str = limits.DEFAULT  # for limits.rlimits()
     default_shm_size: str = limits.SHM_SIZE  # for limits.size()
     default_pids_limit: Annotated[int, msgspec.Meta(ge=0, le=1 << 22)] = 0  # PID_MAX_LIMIT
+    default_unified: Mapping[str, str] = field(default_factory=dict)  # for limits.unified()
+    cgroup_writable: bool = False
     min_memory: str = "0"  # for limits.size()
     snapshot_options: tuple[str, ...] = ()  # for overlayoptions.chosen()
     cni_conf_dir: str = ""
@@ -206,8 +209,9 @@ class Handler:
             raise ConfigError(f"cni_conf_file: {self.cni_conf_file[:100]!r} is not NAME.conflist")
         if self.has_guest_kernel and self.sandbox == "namespaces":
             raise ConfigError(f"sandbox: {self.dialect} needs a sandbox container")
-        if self.limits_pods and self.default_pids_limit:
-            raise ConfigError(f"default_pids_limit: {self.dialect} cannot limit one container")
+        for key in ("default_pids_limit", "default_unified"):
+            if self.limits_pods and getattr(self, key):
+                raise ConfigError(f"{key}: {self.dialect} cannot limit one container")
         if self.dialect and self.dialect not in _DIALECTS[self.kind]:
             known = ", ".join(_DIALECTS[self.kind])
             raise ConfigError(f"dialect: {self.dialect!r} is none of kind {self.kind} ({known})")

@@ -96,7 +96,8 @@ def _depth(mount: oci.Mount) -> int:
 
 def _defaults(wanted: types.ContainerInput) -> list[oci.Mount]:
     mode = "rw" if wanted.security.privileged else "ro"
-    return [
+    cgroups = "rw" if wanted.defaults.cgroup_writable_key else mode
+    defaults = [
         _mount("/proc", "proc", "nosuid", "noexec", "nodev"),
         _mount("/dev", "tmpfs", "nosuid", "strictatime", "mode=755", "size=65536k"),
         _mount(
@@ -112,8 +113,11 @@ def _defaults(wanted: types.ContainerInput) -> list[oci.Mount]:
         _mount(SHM, "tmpfs", "nosuid", "noexec", "nodev", "mode=1777", "size=65536k"),
         _mount("/dev/mqueue", "mqueue", "nosuid", "noexec", "nodev"),
         _sysfs(wanted, mode),
-        _mount("/sys/fs/cgroup", "cgroup", "nosuid", "noexec", "nodev", "relatime", mode),
+        _mount("/sys/fs/cgroup", "cgroup", "nosuid", "noexec", "nodev", "relatime", cgroups),
     ]
+    if cgroups != mode:
+        why.handler("mounts[/sys/fs/cgroup]", wanted.defaults.cgroup_writable_key, "writable")
+    return defaults
 
 
 def _sysfs(wanted: types.ContainerInput, mode: str) -> oci.Mount:

@@ -141,7 +141,8 @@ class Defaults:
 
     The keys say where it is set, "[runtimes.runc] default_rlimits"; "" for what is ours. `seccomp`
     is the handler's own RuntimeDefault, None for ours; with `seccomp_audit_key` it only logs. With
-    `no_host_devices_key` a privileged container has the devices of any other.
+    `no_host_devices_key` a privileged container has the devices of any other, with
+    `cgroup_writable_key` each may write to its cgroup. `unified` are files of cgroup v2.
     """
 
     capabilities: tuple[str, ...] = capability.DEFAULT
@@ -150,6 +151,9 @@ class Defaults:
     rlimits_key: str = ""
     pids_limit: int = 0
     pids_key: str = ""
+    unified: Mapping[str, str] = field(default_factory=dict)
+    unified_key: str = ""
+    cgroup_writable_key: str = ""
     no_host_devices_key: str = ""
     seccomp: Mapping[str, object] | None = None
     seccomp_key: str = ""

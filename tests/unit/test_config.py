@@ -148,6 +148,7 @@ def test_the_dialect_is_told_by_key_program_or_name(
         ('args = ["-log=/tmp"]', "the server gives --log itself"),
         ('sandbox = "namespaces"', "runsc needs a sandbox container"),
         ('dialect = "kata"', "dialect"),
+        ('default_unified = { "memory.high" = "1" }', "runsc cannot limit one container"),
     ],
 )
 def test_what_a_runtime_cannot_be_given_is_refused(

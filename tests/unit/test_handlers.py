@@ -25,6 +25,15 @@ def defaults(folder: Path, **settings: Any) -> spec.Defaults:
     return live.defaults(revision.key)
 
 
+def test_what_a_handler_says_of_cgroups_is_given_with_its_key(tmp_path: Path) -> None:
+    unified = {"memory.oom.group": "1"}
+    found = defaults(tmp_path, cgroup_writable=True, default_unified=unified)
+    assert (found.unified, found.unified_key) == (unified, "[runtimes.x] default_unified")
+    assert found.cgroup_writable_key == "[runtimes.x] cgroup_writable"
+    plain = defaults(tmp_path)
+    assert (plain.unified, plain.unified_key, plain.cgroup_writable_key) == ({}, "", "")
+
+
 @pytest.mark.parametrize(
     ("kind", "dialect", "asked", "key"),
     [
