@@ -44,6 +44,7 @@ _READ_LATER: Mapping[str, Callable[[Any], object]] = {
     "default_capabilities": capability.chosen,
     "default_rlimits": limits.rlimits,
     "default_shm_size": limits.size,
+    "default_unified": limits.unified,
     "min_memory": limits.size,
     "snapshot_options": overlayoptions.chosen,
 }
@@ -128,10 +129,13 @@ class Handler:
     sandbox: Literal["", "namespaces", "container"] = ""
     pod_annotations: tuple[str, ...] = ()  # globs of keys that reach the OCI runtime
     container_annotations: tuple[str, ...] = ()
+    privileged_without_host_devices: bool | Literal[""] = ""  # "": with a kernel of the pod's own
     default_capabilities: tuple[str, ...] = capability.DEFAULT  # for capability.chosen()
     default_rlimits: str = limits.DEFAULT  # for limits.rlimits()
     default_shm_size: str = limits.SHM_SIZE  # for limits.size()
     default_pids_limit: Annotated[int, msgspec.Meta(ge=0, le=1 << 22)] = 0  # PID_MAX_LIMIT
+    default_unified: Mapping[str, str] = field(default_factory=dict)  # for limits.unified()
+    cgroup_writable: bool = False
     min_memory: str = "0"  # for limits.size()
     snapshot_options: tuple[str, ...] = ()  # for overlayoptions.chosen()
     cni_conf_dir: str = ""
@@ -168,6 +172,22 @@ class Handler:
         return self.dialect == "runsc"
 
     @property
+    def is_machine(self) -> bool:
+        """Whether a pod is a virtual machine, whose runtime takes what it needs of the pod from the
+        sandbox's spec.
+        """
+        return self.dialect == "kata"
+
+    @property
+    def uses_host_stack(self) -> bool:
+        """Whether the pod's network is that of its namespace on the host: with a guest kernel only
+        where runsc is told to pass calls on (`--network=host`; the last one counts).
+        """
+        flags = (argument.lstrip("-").partition("=") for argument in self.args)
+        asked = [value for name, _, value in flags if name == "network"]
+        return not self.has_guest_kernel or asked[-1:] == ["host"]
+
+    @property
     def joins_pids(self) -> bool:
         """Whether a container joins the sandbox's PID namespace by its path. runsc makes a new one
         for each path, and has a container that names none in the sandbox's (boot/loader.go).
@@ -189,8 +209,9 @@ class Handler:
             raise ConfigError(f"cni_conf_file: {self.cni_conf_file[:100]!r} is not NAME.conflist")
         if self.has_guest_kernel and self.sandbox == "namespaces":
             raise ConfigError(f"sandbox: {self.dialect} needs a sandbox container")
-        if self.limits_pods and self.default_pids_limit:
-            raise ConfigError(f"default_pids_limit: {self.dialect} cannot limit one container")
+        for key in ("default_pids_limit", "default_unified"):
+            if self.limits_pods and getattr(self, key):
+                raise ConfigError(f"{key}: {self.dialect} cannot limit one container")
         if self.dialect and self.dialect not in _DIALECTS[self.kind]:
             known = ", ".join(_DIALECTS[self.kind])
             raise ConfigError(f"dialect: {self.dialect!r} is none of kind {self.kind} ({known})")

@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from cri_server import config, dropins, errors, host, revisions, sources
+from cri_server import cgroups, config, dropins, errors, host, revisions, sources
 from cri_server.spec import seccompfile
 
 
@@ -97,6 +97,9 @@ class _Loading:
     def _revise(self, name: str, handler: config.Handler, source: str) -> None:
         self._paths[handler.path] = None
         profile = None
+        if lacking := _without_v2(handler):
+            self._wrong(name, source, f"{lacking}: this host has no cgroup v2")
+            return
         try:
             if handler.seccomp_profile:
                 self._paths[handler.seccomp_profile] = None
@@ -166,6 +169,13 @@ class _Loading:
         """Yield those of the file as they stand there, then the others by name."""
         yield from (name for name in self._settings.runtimes if name in names)
         yield from sorted(set(names) - set(self._settings.runtimes))
+
+
+def _without_v2(handler: config.Handler) -> str:
+    """Return the option that is for cgroup v2 alone, "" for none, or where the host has it."""
+    asked = {"cgroup_writable": handler.cgroup_writable, "default_unified": handler.default_unified}
+    needs = [option for option, value in asked.items() if value]
+    return needs[0] if needs and cgroups.detect().mode != "v2" else ""
 
 
 def named(found: HandlerSet) -> dict[str, host.RuntimeFacts]:

@@ -131,6 +131,10 @@ class Handlers:
             rlimits_key=found.label("default_rlimits"),
             pids_limit=wanted.default_pids_limit,
             pids_key=found.label("default_pids_limit"),
+            unified=wanted.default_unified,
+            unified_key=found.label("default_unified"),
+            cgroup_writable_key=found.label("cgroup_writable"),
+            no_host_devices_key=_no_host_devices(found),
             seccomp=found.seccomp,
             seccomp_key=found.label("seccomp_profile"),
             seccomp_audit_key=self._audits(found),
@@ -183,6 +187,18 @@ class Handlers:
             self._written.discard(key)
             self._kept.pop(key, None)
             self._kept_facts.pop(key, None)
+
+
+def _no_host_devices(found: revisions.Revision) -> str:
+    """Return the key that keeps the host's devices out of privileged containers, "" if none does.
+
+    Where nobody says, a kernel of the pod's own does: runsc knows other devices than the host, and
+    kata plugs each block device that is in a spec into the machine.
+    """
+    asked = found.handler.privileged_without_host_devices
+    if asked == "":
+        return f"[runtimes.{found.name}] dialect" if found.handler.has_guest_kernel else ""
+    return found.label("privileged_without_host_devices") if asked else ""
 
 
 def place(wanted: config.Handler, common: config.Network) -> conf.Place | None:

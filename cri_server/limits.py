@@ -5,6 +5,7 @@ Pure. What is wrong is a ValueError with a reason; the caller knows where it sto
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 UNLIMITED = 2**64 - 1
@@ -16,6 +17,11 @@ _NAMES = (
 )
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 _SIZE = re.compile(r"([0-9]{1,18})(k|M|G|Ki|Mi|Gi)?", re.ASCII)
+UNIFIED_KEY = re.compile(r"(?!cgroup\.)[a-z0-9_]+(\.[a-zA-Z0-9_]+)+")  # a controller's file
+# What the request's own fields or other options set: there it would win over them.
+_SET_ELSEWHERE = re.compile(
+    r"cpu\.(max|weight)|cpuset\.(cpus|mems)|memory\.(swap\.)?max|pids\.max|hugetlb\..*"
+)
 _VALUE = re.compile(r"[0-9]{1,19}", re.ASCII)
 
 
@@ -61,6 +67,18 @@ def _number(text: str) -> int:
     if not _VALUE.fullmatch(text):
         raise ValueError(f"{text[:40]!r} is neither a number nor unlimited")
     return int(text)
+
+
+def unified(table: Mapping[str, str]) -> Mapping[str, str]:
+    """Check files of a cgroup (v2) and what is written there: {"memory.oom.group": "1"}."""
+    for key, value in table.items():
+        if not UNIFIED_KEY.fullmatch(key):
+            raise ValueError(f"{key[:80]!r} is not a controller's file")
+        if _SET_ELSEWHERE.fullmatch(key):
+            raise ValueError(f"{key[:80]!r} follows from the limits of each container")
+        if not value.isprintable() or not value:
+            raise ValueError(f"{key}: {value[:40]!r} cannot be written")
+    return table
 
 
 def size(text: str) -> int:

@@ -196,6 +196,7 @@ _MAPS = frozenset(
     {
         "annotations",
         "linux.resources.unified",
+        "linux.sysctl",
         "sandbox.namespaces",
         "sandbox.sysctls",
         "sandbox.files",

@@ -110,6 +110,8 @@ class Pods:
         key = self._handlers.key(handler)
         served_by, facts = self._handlers.of(key), self._handlers.facts(key)
         spec.validate_sandbox(config, facts)
+        if served_by.dialect == "runsc":
+            spec.check_sentry_sysctls(config, host_stack=served_by.uses_host_stack)
         allowed = served_by.allowed(served_by.pod_annotations, config.annotations)
         spec.check_pod_annotations(config, allowed, facts)
         await self._sandboxes.check_profiles(config, facts)
@@ -174,7 +176,7 @@ class Pods:
         network = _NetworkEvents(asyncio.Event(), asyncio.Event())
         if pod.own_network and not spec.ids(pod.config):  # else it belongs to the user namespace
             with recipe.step("network namespace"):
-                await asyncio.to_thread(netns.create, pod.netns, _sysctls(pod, network=True))
+                await asyncio.to_thread(netns.create, pod.netns, self._sysctls(pod, network=True))
             network.made.set()
         result, started = await side_by_side.both(
             self._attach(pod, network, recipe), self._start_shim(pod, network, recipe)
@@ -490,12 +492,21 @@ class Pods:
         mapped = spec.ids(pod.config)
         if mapped is None:
             request.network_path = ""  # it is there already
-            request.sysctls.update(_sysctls(pod, network=False))
+            request.sysctls.update(self._sysctls(pod, network=False))
             return request
         request.sysctls.update(spec.sysctls(pod.config))
         request.uid_mappings.add(host_id=mapped.uid, size=mapped.uids)
         request.gid_mappings.add(host_id=mapped.gid, size=mapped.gids)
         return request
+
+    def _sysctls(self, pod: state.Pod, *, network: bool) -> dict[str, str]:
+        """Return the sysctls of the pod's network namespace, or those of the others; none for a
+        virtual machine, which sets them itself (`spec.sandbox`).
+        """
+        if self._handlers.of(pod.handler).is_machine:
+            return {}
+        every = spec.sysctls(pod.config)
+        return {name: value for name, value in every.items() if name.startswith("net.") == network}
 
     def _release_request(self, pod: state.Pod) -> shim_pb2.CreateSandboxRequest:
         """Return what names the namespaces; all that the shim needs to release them."""
@@ -526,9 +537,3 @@ def _owes(pod: state.Pod) -> bool:
     """Say whether nothing of a pod runs any more but its network was never given back."""
     ended = pod.state in (state.PodState.STOPPED, state.PodState.FAILED)
     return ended and pod.network is not None and not pod.shim_pid
-
-
-def _sysctls(pod: state.Pod, *, network: bool) -> dict[str, str]:
-    """Return the sysctls of the pod's network namespace, or those of the others."""
-    every = spec.sysctls(pod.config)
-    return {name: value for name, value in every.items() if name.startswith("net.") == network}

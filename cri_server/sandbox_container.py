@@ -8,6 +8,7 @@ of the pod's files; the shim and the cgroup of the pod take it with them.
 
 import asyncio
 import shutil
+from pathlib import Path
 
 import msgspec
 
@@ -97,13 +98,9 @@ class SandboxContainers:
         bundle = self._files.bundle(pod.id)
         bundle.mkdir(mode=0o700)
         podfiles.admit(bundle, podfiles.root_of(pod))
-        (bundle / "rootfs").mkdir(mode=0o755)
-        for name in ("proc", "dev", "sys"):
-            (bundle / "rootfs" / name).mkdir()
-        if self._handlers.of(pod.handler).kind == "shim":  # nothing of the host in a guest
-            shutil.copy(_binary(), bundle / "rootfs/catatonit")
-        else:
-            (bundle / "rootfs/catatonit").touch()
+        handler = self._handlers.of(pod.handler)
+        copied, machine = handler.kind == "shim", handler.is_machine
+        _make_rootfs(bundle / "rootfs", copied=copied, machine=machine)
         with why.recorded() as found:
             document = spec.sandbox(self._input(pod, cgroups_path))
         (bundle / "config.json").write_bytes(msgspec.json.encode(document))
@@ -125,9 +122,31 @@ class SandboxContainers:
             defaults=self._handlers.defaults(pod.handler),
             seccomp_profile=sources.seccomp_profile(profile) if profile else None,
             annotations=allowed,
-            kernel=handler.has_guest_kernel,
+            limits_pod=handler.limits_pods,
+            machine=handler.is_machine,
+            pod_files=self._pod_files(pod) if handler.is_machine else spec.PodFiles(),
             hostname=podfiles.own_hostname(pod) if handler.has_guest_kernel else "",
         )
+
+    def _pod_files(self, pod: state.Pod) -> spec.PodFiles:
+        _, _, resolv_conf = self._files.paths(pod.id)
+        return spec.PodFiles(resolv_conf=resolv_conf, shm=self._files.shm(pod))
+
+
+def _make_rootfs(rootfs: Path, *, copied: bool, machine: bool) -> None:
+    """Make its root: places to mount on, and catatonit, a copy where nothing of the host is in the
+    guest.
+    """
+    rootfs.mkdir(mode=0o755)
+    for name in ("proc", "dev", "sys"):
+        (rootfs / name).mkdir()
+    if machine:
+        (rootfs / "etc").mkdir()
+        (rootfs / "etc/resolv.conf").touch()
+    if copied:
+        shutil.copy(_binary(), rootfs / "catatonit")
+    else:
+        (rootfs / "catatonit").touch()
 
 
 def _binary() -> str:

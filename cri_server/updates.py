@@ -104,12 +104,13 @@ class Updates:
 
     def _change(self, container: state.Container, asked: api.LinuxContainerResources) -> _Change:
         facts = self._handlers.facts(container.handler)
+        defaults = self._handlers.defaults(container.handler)
         now = in_force(container)
         wanted = spec.merged(now, asked)
         return _Change(
             container=container,
-            before=spec.resources(now, facts),
-            after=spec.resources(wanted, facts),
+            before=spec.resources(now, facts, defaults),
+            after=spec.resources(wanted, facts, defaults),
             scores=(spec.oom_score_adj(now, facts), spec.oom_score_adj(wanted, facts)),
             wanted=wanted,
         )
@@ -119,7 +120,7 @@ class Updates:
         container = change.container
         facts = self._handlers.facts(container.handler)
         with why.recorded() as found:
-            spec.resources(change.wanted, facts)
+            spec.resources(change.wanted, facts, self._handlers.defaults(container.handler))
             score = spec.oom_score_adj(change.wanted, facts)
         bundle = self._bundles.directory(container.id)
         configjson.limit(bundle, change.after, oom_score_adj=score, found=found)

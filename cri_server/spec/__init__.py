@@ -81,6 +81,7 @@ __all__ = [
     "check_container_annotations",
     "check_pod_annotations",
     "check_pod_update",
+    "check_sentry_sysctls",
     "check_update",
     "check_user",
     "container",
@@ -120,6 +121,7 @@ Resources = oci.Resources
 validate_sandbox = pod.validate
 sandbox = pod.sandbox
 sysctls = pod.sysctls
+check_sentry_sysctls = pod.check_sentry_sysctls
 pid_mode = pod.pid_mode
 own_ipc = pod.own_ipc
 ids = userns.ids

@@ -109,7 +109,7 @@ def _inject_nodes(
         if not devices.bound(node, wanted):
             listed[node.path] = _device(node, document["process"]["user"])
             why.cri(f"linux.devices[{node.path}]", "CDI_devices", origin)
-        if node.access and not wanted.security.privileged:
+        if node.access and not devices.has_all(wanted):
             rules.append(_rule(node, origin))
         if wanted.ids is not None:
             _note_own(node, wanted)

@@ -5,7 +5,6 @@ Pure. `requests` says what is asked for; `cri_server.sources` looks at the nodes
 as DeviceNode. CDI devices are `cdi`'s.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cri_server import errors
@@ -59,13 +58,21 @@ def _request(device: api.Device) -> Request:
 def nodes(wanted: types.ContainerInput) -> list[oci.Device]:
     """Return the nodes to make beyond the default ones; at one path the request beats the host."""
     why.cri("linux.devices", "devices")
-    host = wanted.host_devices if wanted.security.privileged else ()
+    host = wanted.host_devices if has_all(wanted) else ()
+    if wanted.security.privileged and not has_all(wanted):
+        because = "privileged, but without the host's"
+        why.handler("linux.devices", wanted.defaults.no_host_devices_key, because)
     for node in host:
         why.cri(f"linux.devices[{node.path}]", "linux.security_context.privileged", "the host's")
     for node in wanted.devices:
         why.cri(f"linux.devices[{node.path}]", "devices")
     by_path = {node.path: node for node in (*host, *wanted.devices)}
     return [_node(node) for node in by_path.values() if not bound(node, wanted)]
+
+
+def has_all(wanted: types.ContainerInput) -> bool:
+    """Say whether the container has, and may open, every device of the host."""
+    return wanted.security.privileged and not wanted.defaults.no_host_devices_key
 
 
 def binds(wanted: types.ContainerInput) -> list[oci.Mount]:
@@ -98,13 +105,13 @@ def _node(node: types.DeviceNode) -> oci.Device:
     )
 
 
-def rules(listed: Iterable[types.DeviceNode], *, privileged: bool) -> list[oci.DeviceRule]:
+def rules(wanted: types.ContainerInput) -> list[oci.DeviceRule]:
     """Return the device cgroup's rules: deny all, the defaults, what is listed; or allow all."""
-    if privileged:
+    if has_all(wanted):
         why.cri("linux.resources.devices", "linux.security_context.privileged", "all are allowed")
         return [*_ALL]
     why.default("linux.resources.devices", "nothing but what every container has in /dev")
-    return [*_ALWAYS, *(_rule(node) for node in listed)]
+    return [*_ALWAYS, *(_rule(node) for node in wanted.devices)]
 
 
 def _rule(node: types.DeviceNode) -> oci.DeviceRule:

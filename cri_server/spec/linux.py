@@ -7,12 +7,12 @@ Pure. `resources` serves UpdateContainerResources too.
 import re
 from collections.abc import Iterable, Mapping
 
-from cri_server import errors
+from cri_server import errors, limits
 from cri_server.pb import api_pb2 as api
 from cri_server.spec import checks, devices, mounts, oci, security, types, userns, why
 
+NO_DEFAULTS = types.Defaults()
 _SET = re.compile(r"[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*")
-_UNIFIED_KEY = re.compile(r"(?!cgroup\.)[a-z0-9_]+(\.[a-zA-Z0-9_]+)+")
 _JOINED = ("network", "ipc", "uts", "pid", "user")
 _POD_FIELDS = {"network": "network", "ipc": "ipc", "uts": "network", "user": "userns_options"}
 
@@ -106,16 +106,21 @@ def _paths(paths: Iterable[str], part: str, field: str) -> list[str]:
 
 
 def _resources(wanted: types.ContainerInput) -> oci.Resources:
-    result = resources(wanted.config.linux.resources, wanted.host)
-    result["devices"] = devices.rules(wanted.devices, privileged=wanted.security.privileged)
+    result = resources(wanted.config.linux.resources, wanted.host, wanted.defaults)
+    result["devices"] = devices.rules(wanted)
     if limit := wanted.defaults.pids_limit:
         why.handler("linux.resources.pids.limit", wanted.defaults.pids_key)
         result["pids"] = oci.Pids(limit=limit)
     return result
 
 
-def resources(asked: api.LinuxContainerResources, host: types.HostFacts) -> oci.Resources:
-    """Return the limits asked for; zero and "" mean "not set".
+def resources(
+    asked: api.LinuxContainerResources,
+    host: types.HostFacts,
+    defaults: types.Defaults = NO_DEFAULTS,
+) -> oci.Resources:
+    """Return the limits asked for, and what `defaults` have for the cgroup where nothing is asked;
+    zero and "" mean "not set".
 
     Raises InvalidArgument for what cannot be set. oom_score_adj is not here: it belongs to the
     process.
@@ -127,8 +132,8 @@ def resources(asked: api.LinuxContainerResources, host: types.HostFacts) -> oci.
         result["memory"] = memory
     if pages := _hugepages(asked, host):
         result["hugepageLimits"] = pages
-    if asked.unified:
-        result["unified"] = _unified(asked, host)
+    if unified := {**_defaults(defaults, host), **_unified(asked, host)}:
+        result["unified"] = unified
     return result
 
 
@@ -226,14 +231,23 @@ def _hugepages(
     return result
 
 
-def _unified(asked: api.LinuxContainerResources, host: types.HostFacts) -> dict[str, str]:
-    checks.unsupported(not host.cgroup_v2, "unified", "this host has no cgroup v2")
+def _defaults(defaults: types.Defaults, host: types.HostFacts) -> Mapping[str, str]:
+    missing = bool(defaults.unified) and not host.cgroup_v2
+    checks.unsupported(missing, defaults.unified_key, "this host has no cgroup v2")
+    for key in defaults.unified:
+        why.handler(f"linux.resources.unified[{key}]", defaults.unified_key)
+    return defaults.unified
+
+
+def _unified(asked: api.LinuxContainerResources, host: types.HostFacts) -> Mapping[str, str]:
+    missing = bool(asked.unified) and not host.cgroup_v2
+    checks.unsupported(missing, "unified", "this host has no cgroup v2")
     for key, value in asked.unified.items():
-        if not _UNIFIED_KEY.fullmatch(key):
+        if not limits.UNIFIED_KEY.fullmatch(key):
             raise errors.InvalidArgument(f"unified: {key[:80]!r} is not a controller's file")
         checks.text(value, f"unified[{key}]")
         why.cri(f"linux.resources.unified[{key}]", "linux.resources.unified")
-    return dict(asked.unified)
+    return asked.unified
 
 
 def oom_score_adj(asked: api.LinuxContainerResources, host: types.HostFacts) -> int:

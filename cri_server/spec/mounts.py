@@ -12,6 +12,7 @@ from cri_server.pb import api_pb2 as api
 from cri_server.spec import checks, devices, imagevolumes, oci, types, userns, why
 
 SHM = "/dev/shm"
+RESOLV_CONF = "/etc/resolv.conf"
 _REASONS = {
     "/proc": "Linux programs expect it (OCI spec, default filesystems)",
     "/dev": "room for the default devices and nothing else",
@@ -94,7 +95,8 @@ def _depth(mount: oci.Mount) -> int:
 
 def _defaults(wanted: types.ContainerInput) -> list[oci.Mount]:
     mode = "rw" if wanted.security.privileged else "ro"
-    return [
+    cgroups = "rw" if wanted.defaults.cgroup_writable_key else mode
+    defaults = [
         _mount("/proc", "proc", "nosuid", "noexec", "nodev"),
         _mount("/dev", "tmpfs", "nosuid", "strictatime", "mode=755", "size=65536k"),
         _mount(
@@ -110,8 +112,11 @@ def _defaults(wanted: types.ContainerInput) -> list[oci.Mount]:
         _mount(SHM, "tmpfs", "nosuid", "noexec", "nodev", "mode=1777", "size=65536k"),
         _mount("/dev/mqueue", "mqueue", "nosuid", "noexec", "nodev"),
         _sysfs(wanted, mode),
-        _mount("/sys/fs/cgroup", "cgroup", "nosuid", "noexec", "nodev", "relatime", mode),
+        _mount("/sys/fs/cgroup", "cgroup", "nosuid", "noexec", "nodev", "relatime", cgroups),
     ]
+    if cgroups != mode:
+        why.handler("mounts[/sys/fs/cgroup]", wanted.defaults.cgroup_writable_key, "writable")
+    return defaults
 
 
 def _sysfs(wanted: types.ContainerInput, mode: str) -> oci.Mount:
@@ -145,11 +150,22 @@ def minimal() -> list[oci.Mount]:
     ]
 
 
+def of_machine(files: types.PodFiles) -> Iterable[oci.Mount]:
+    """Yield what kata looks for in its sandbox, and containerd has there: it sizes the /dev/shm
+    that the containers share by the first (getShmSize), and takes its name servers from the other.
+    """
+    options = ("rbind", "ro", "nosuid", "nodev", "noexec")
+    for target, source in ((SHM, files.shm), (RESOLV_CONF, files.resolv_conf)):
+        if source:
+            why.default(f"mounts[{target}]", "the pod's, for a virtual machine to be made like it")
+            yield oci.Mount(destination=target, type="bind", source=source, options=[*options])
+
+
 def _pod_files(wanted: types.ContainerInput) -> Iterable[oci.Mount]:
     files = wanted.pod_files
     mode = "ro" if wanted.security.readonly_rootfs else "rw"
     shared = (
-        ("/etc/resolv.conf", files.resolv_conf, mode),
+        (RESOLV_CONF, files.resolv_conf, mode),
         ("/etc/hostname", files.hostname, mode),
         ("/etc/hosts", files.hosts, mode),
         (SHM, files.shm, "rw"),

@@ -145,6 +145,7 @@ class Linux(TypedDict, total=False):
     uidMappings: list[IdMapping]
     gidMappings: list[IdMapping]
     devices: list[Device]
+    sysctl: dict[str, str]
     cgroupsPath: str
     resources: Resources
     rootfsPropagation: str

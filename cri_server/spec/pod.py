@@ -205,8 +205,9 @@ def check_namespaces(config: api.ContainerConfig, sandbox: api.PodSandboxConfig)
 # -- sysctls ---------------------------------------------------------------------------------------
 
 
-def sysctls(config: api.PodSandboxConfig) -> dict[str, str]:
-    """Return the sysctls to write in the pod's namespaces, by dotted name.
+def sysctls(config: api.PodSandboxConfig, *, part: str = "sandbox.sysctls") -> dict[str, str]:
+    """Return the sysctls to write in the pod's namespaces, by dotted name; they are explained as
+    elements of `part`.
 
     A "/" inside a name's part stands for a dot in it ("eth0/100"). Refused is what would change the
     host: a name that no namespace of the pod's own contains (GHSA-w2j5-3rcx-vx7x). Added are, with
@@ -215,7 +216,7 @@ def sysctls(config: api.PodSandboxConfig) -> dict[str, str]:
     result: dict[str, str] = {}
     for name, value in config.linux.sysctls.items():
         dotted = _dotted(name)
-        why.pod(f"sandbox.sysctls[{dotted}]", f"linux.sysctls[{name}]")
+        why.pod(f"{part}[{dotted}]", f"linux.sysctls[{name}]")
         if not _namespaced(dotted, config):
             raise errors.InvalidArgument(
                 f"sysctls: {name[:100]!r} is not in a namespace of the pod's own"
@@ -224,9 +225,22 @@ def sysctls(config: api.PodSandboxConfig) -> dict[str, str]:
     if own_network(config):
         for name, value, because in _unprivileged(config):
             if name not in result:
-                why.default(f"sandbox.sysctls[{name}]", because)
+                why.default(f"{part}[{name}]", because)
                 result[name] = value
     return result
+
+
+def check_sentry_sysctls(config: api.PodSandboxConfig, *, host_stack: bool) -> None:
+    """Refuse the sysctls of a gVisor pod that nobody would set: InvalidArgument that names one.
+
+    The Sentry reads none from a spec (google/gvisor#10790). Those of the network, written in the
+    namespace, count where it passes calls on to the `host_stack`.
+    """
+    for name in config.linux.sysctls:
+        if not (host_stack and _dotted(name).startswith("net.")):
+            raise errors.InvalidArgument(
+                f"sysctls: {name[:100]!r}: gVisor's kernel cannot be given it"
+            )
 
 
 def _unprivileged(config: api.PodSandboxConfig) -> Iterable[tuple[str, str, str]]:
@@ -307,7 +321,7 @@ def sandbox(wanted: types.SandboxInput) -> oci.Spec:
             oomScoreAdj=max(_OOM_SCORE_ADJ, wanted.host.oom_score_adj_floor),
         ),
         root=oci.Root(path=wanted.rootfs, readonly=True),
-        mounts=[*mounts.minimal(), *bound],
+        mounts=[*mounts.minimal(), *mounts.of_machine(wanted.pod_files), *bound],
         annotations={
             **wanted.annotations,
             **annotations("sandbox", wanted.id, wanted.config),
@@ -343,6 +357,8 @@ def _linux(wanted: types.SandboxInput) -> oci.Linux:
         resources=_limits(wanted),
     )
     context, local = wanted.config.linux.security_context, wanted.seccomp_profile
+    if wanted.machine and (found := sysctls(wanted.config, part="linux.sysctl")):
+        result["sysctl"] = found
     profile = security.seccomp_profile(
         context, held=(), host=wanted.host, localhost=local, defaults=wanted.defaults
     )
@@ -353,10 +369,13 @@ def _linux(wanted: types.SandboxInput) -> oci.Linux:
 
 
 def _limits(wanted: types.SandboxInput) -> oci.Resources:
-    """Return almost nothing for an init, and what the pod may use for a kernel with all its
+    """Return almost nothing for an init, and what the pod may use where that limits all of its
     containers: resources and overhead together (CRI LinuxPodSandboxConfig).
+
+    A virtual machine is no such place: kata adds up the limits of all its containers, this one too,
+    so the pod's would count twice (sandbox.go, calculateSandboxMemory). It has the annotations.
     """
-    if not wanted.kernel:
+    if not wanted.limits_pod:
         return oci.Resources(
             cpu=oci.Cpu(shares=_CPU_SHARES), devices=[{"allow": False, "access": "rwm"}]
         )

@@ -140,7 +140,9 @@ class Defaults:
     """What a handler's configuration gives to each container that does not ask.
 
     The keys say where it is set, "[runtimes.runc] default_rlimits"; "" for what is ours. `seccomp`
-    is the handler's own RuntimeDefault, None for ours; with `seccomp_audit_key` it only logs.
+    is the handler's own RuntimeDefault, None for ours; with `seccomp_audit_key` it only logs. With
+    `no_host_devices_key` a privileged container has the devices of any other, with
+    `cgroup_writable_key` each may write to its cgroup. `unified` are files of cgroup v2.
     """
 
     capabilities: tuple[str, ...] = capability.DEFAULT
@@ -149,6 +151,10 @@ class Defaults:
     rlimits_key: str = ""
     pids_limit: int = 0
     pids_key: str = ""
+    unified: Mapping[str, str] = field(default_factory=dict)
+    unified_key: str = ""
+    cgroup_writable_key: str = ""
+    no_host_devices_key: str = ""
     seccomp: Mapping[str, object] | None = None
     seccomp_key: str = ""
     seccomp_audit_key: str = ""
@@ -252,8 +258,10 @@ class SandboxInput:
     host, `rootfs` a folder of ours.
 
     `namespaces` as in ContainerInput, without "pid": the point of this container is to hold a new
-    one. `kernel`: all containers of the pod run in what it starts, and its limits are the pod's;
-    `hostname` is for that kernel to tell.
+    one. `limits_pod`: all containers of the pod run in what it starts, and its limits are the
+    pod's. `hostname` is for a kernel of the pod's own to tell. `machine`: that is a virtual
+    machine, which sets the pod's sysctls and is made for `pod_files`, of which it wants
+    `resolv_conf` and `shm`.
     `seccomp_profile` is the parsed Localhost file that security.seccomp_path() named.
     """
 
@@ -267,7 +275,9 @@ class SandboxInput:
     defaults: Defaults = field(default_factory=Defaults)
     seccomp_profile: Mapping[str, object] | None = None
     annotations: Mapping[str, str] = field(default_factory=dict)
-    kernel: bool = False
+    limits_pod: bool = False
+    machine: bool = False
+    pod_files: PodFiles = field(default_factory=PodFiles)
     hostname: str = ""
 
 

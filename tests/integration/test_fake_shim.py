@@ -174,6 +174,25 @@ def test_what_a_machine_uses_is_what_its_shim_counts(lab: Lab) -> None:
     assert (stats.attributes.id, stats.HasField("cpu")) == (container, False)
 
 
+def test_a_machine_is_told_of_its_pod_what_containerd_tells(lab: Lab) -> None:
+    sysctls = {"kernel.shm_rmid_forced": "1", "net.core.somaxconn": "77"}
+    config = lab.kubelet.pod_config()
+    config.linux.sysctls.update(sysctls)
+    config.linux.resources.memory_limit_in_bytes = 64 << 20
+    pod = lab.kubelet.run_pod(config, handler="machine")
+
+    folder = lab.site.state / "pods" / pod.id
+    told = json.loads((folder / "sandbox/config.json").read_bytes())
+    sources = {m["destination"]: m["source"] for m in told["mounts"]}
+    assert sources["/dev/shm"] == os.fspath(folder / "shm")
+    assert sources["/etc/resolv.conf"] == os.fspath(folder / "resolv.conf")
+    assert told["linux"]["sysctl"].items() > sysctls.items()
+    assert "memory" not in told["linux"]["resources"]
+    assert told["annotations"]["io.kubernetes.cri.sandbox-memory"] == str(64 << 20)
+    names = ("sysctl", "-n", *sysctls)  # the fake's machine is this host, and it has set them
+    assert lab.kubelet.exec_sync(lab.run(pod), list(names)).stdout.split() == [b"1", b"77"]
+
+
 def test_a_machines_size_is_not_changed_for_the_pod(lab: Lab) -> None:
     pod = lab.pod("machine")
     request = api.UpdatePodSandboxResourcesRequest(pod_sandbox_id=pod.id)

@@ -296,6 +296,22 @@ def test_limits_change_while_it_runs_or_that_is_refused(lab: Lab) -> None:
     lab.note("cell", "refused")
 
 
+def test_sysctls_are_those_of_the_pod_or_refused(lab: Lab) -> None:
+    name, config = "kernel.shm_rmid_forced", lab.kubelet.pod_config()
+    config.linux.sysctls.update({name: "1", "net.core.somaxconn": "77"})
+    if not lab.kernel:
+        container = lab.run(lab.kubelet.run_pod(config, handler=lab.name), "exec sleep 600")
+        asked = lab.exec(container, "sysctl", "-n", *config.linux.sysctls).stdout
+        assert sorted(asked.split()) == [b"1", b"77"]
+        return
+    with pytest.raises(grpc.RpcError, match=name) as caught:
+        lab.kubelet.run_pod(config, handler=lab.name)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    del config.linux.sysctls[name]
+    lab.kubelet.run_pod(config, handler=lab.name)  # calls go to the host's stack: --network=host
+    lab.note("cell", "of the network")
+
+
 def test_a_restart_of_the_server_changes_nothing(lab: Lab) -> None:
     pod = lab.pod()
     script = "trap 'exit 4' TERM; echo before; while :; do sleep 0.1; done"

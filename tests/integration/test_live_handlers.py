@@ -22,7 +22,7 @@ from cri_server.pb import api_pb2 as api
 from tests.conftest import Marks
 from tests.fakes.kubelet import Kubelet, Pod, conditions, refusal
 from tests.integration.conftest import SLEEP, running_site
-from tests.lab import faults, network, server, waiting
+from tests.lab import cgroups, faults, network, server, waiting
 
 pytestmark = [
     pytest.mark.needs("root", "netns", "overlay", "cni", "runc", "docker-registry"),
@@ -521,6 +521,48 @@ def test_a_limit_of_processes_holds_also_after_an_update(lab: Lab) -> None:
 
     done = lab.client.exec_sync(container, ["sh", "-c", script])
     assert b"can't fork" in done.stderr
+
+
+def test_what_a_handler_has_for_cgroup_v2_holds_or_is_refused(lab: Lab) -> None:
+    unified = 'default_unified = { "memory.oom.group" = "1" }'
+    lab.drop("own.toml", f'[runtimes.own]\npath = "runc"\ncgroup_writable = true\n{unified}')
+    if not cgroups.is_v2():
+        text = r"own\.toml: \[runtimes\.own\]: cgroup_writable: this host has no cgroup v2"
+        assert lab.wait_problem(text)
+        (finding,) = [f for f in lab.check() if f["name"] == "handler own"]
+        assert re.search(text, finding["detail"])
+        code, reason = refusal(lambda: lab.pod("own"))
+        assert (code, bool(re.search(text, reason))) == (grpc.StatusCode.FAILED_PRECONDITION, True)
+        return
+    waiting.until(lambda: "own" in lab.names(), "the handler")
+    container = lab.client.run(lab.pod("own"), lab.image, SLEEP)
+    resources = api.LinuxContainerResources(memory_limit_in_bytes=64 << 20)
+    lab.client.runtime.UpdateContainerResources(
+        api.UpdateContainerResourcesRequest(container_id=container, linux=resources)
+    )
+    script = "cd /sys/fs/cgroup; mkdir below && rmdir below && cat memory.oom.group"
+    assert lab.client.exec_sync(container, ["sh", "-c", script]).stdout == b"1\n"
+
+
+def test_a_privileged_container_has_the_hosts_devices_unless_the_handler_keeps_them(
+    lab: Lab,
+) -> None:
+    lab.handler("own", "privileged_without_host_devices = true")
+    frame = api.LinuxSandboxSecurityContext(privileged=True)
+    context = api.LinuxContainerSecurityContext(privileged=True)
+    wanted = api.LinuxContainerConfig(security_context=context)
+    script = "mknod /tmp/kmsg c 1 11; (: < /tmp/kmsg) 2>/dev/null; echo $?; ls -d /dev/kmsg"
+
+    found = {}
+    for name in ("runc", "own"):
+        config = lab.client.pod_config()
+        config.linux.security_context.MergeFrom(frame)
+        pod = lab.client.run_pod(config, handler=name)
+        found[name] = lab.said(pod, script, linux=wanted)
+
+    assert found["runc"] == ["0", "/dev/kmsg"]
+    assert found["own"][0] != "0"  # nor may it open a node that it makes itself
+    assert "No such file" in found["own"][1]
 
 
 def test_a_memory_limit_below_the_handlers_least_is_refused(lab: Lab) -> None:

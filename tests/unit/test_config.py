@@ -148,6 +148,7 @@ def test_the_dialect_is_told_by_key_program_or_name(
         ('args = ["-log=/tmp"]', "the server gives --log itself"),
         ('sandbox = "namespaces"', "runsc needs a sandbox container"),
         ('dialect = "kata"', "dialect"),
+        ('default_unified = { "memory.high" = "1" }', "runsc cannot limit one container"),
     ],
 )
 def test_what_a_runtime_cannot_be_given_is_refused(
@@ -157,6 +158,24 @@ def test_what_a_runtime_cannot_be_given_is_refused(
 
     with pytest.raises(config.ConfigError, match=rf"\[runtimes\.runsc\]: .*{message}"):
         read(f"[runtimes.runsc]\n{keys}")
+
+
+@pytest.mark.parametrize(
+    ("args", "host"),
+    [
+        ([], False),
+        (["--network=host"], True),
+        (["-network=host"], True),
+        (["--network=sandbox"], False),
+        (["--network=host", "--network=none"], False),
+    ],
+)
+def test_the_network_stack_of_a_guest_kernel_is_the_hosts_where_runsc_is_told_so(
+    read: Read, install: Install, args: list[str], *, host: bool
+) -> None:
+    install()
+    found = read(f"[runtimes.runsc]\nargs = {args}\n[runtimes.runc]\nargs = {args}").runtimes
+    assert (found["runsc"].uses_host_stack, found["runc"].uses_host_stack) == (host, True)
 
 
 def test_annotations_are_let_through_by_glob_only() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cri_server import config, errors, handler_set
+from cri_server import cgroups, config, errors, handler_set
 
 
 @pytest.fixture
@@ -79,6 +79,9 @@ async def test_the_same_settings_have_the_same_key(settings: config.Config) -> N
         ['min_memory = "much"'],
         ["default_pids_limit = -1"],
         ['seccomp_audit = "yes"'],
+        ['default_unified = { "memory.max" = "1" }'],
+        ['default_unified = { "../memory.high" = "1" }'],
+        ['default_unified = { "memory.high" = 1 }'],
     ],
 )
 async def test_what_is_wrong_holds_the_earlier_state(
@@ -94,6 +97,25 @@ async def test_what_is_wrong_holds_the_earlier_state(
     assert len(after.problems) == 1
     assert "own.toml" in after.problems[0].message
     assert await handler_set.load(settings, after) == after
+
+
+@pytest.mark.parametrize("mode", ["v1", "hybrid", "v2"])
+@pytest.mark.parametrize(
+    "line", ["cgroup_writable = true", 'default_unified = { "memory.high" = "1" }']
+)
+async def test_an_option_for_cgroup_v2_is_refused_without_it(
+    settings: config.Config, monkeypatch: pytest.MonkeyPatch, mode: cgroups.Mode, line: str
+) -> None:
+    there = cgroups.Hierarchy(mode=mode, v1={}, unified=None)
+    monkeypatch.setattr(cgroups, "detect", lambda: there)
+    drop(settings, "own", line)
+
+    found = await handler_set.load(settings)
+
+    assert ("own" in found.current) == (mode == "v2")
+    option = line.split()[0]
+    told = [f"own.toml: [runtimes.own]: {option}: this host has no cgroup v2"]
+    assert [p.message[-len(told[0]) :] for p in found.problems] == (told if mode != "v2" else [])
 
 
 async def test_a_program_that_fails_holds_the_earlier_state(settings: config.Config) -> None:

@@ -79,3 +79,13 @@ def test_a_privileged_container_has_the_hosts_nodes_and_may_open_all() -> None:
     ]
     plain = spec.container(wishes.given(host_devices=(DISK,)))["linux"]
     assert plain["devices"] == []
+
+
+def test_a_privileged_container_without_the_hosts_devices_has_those_of_any_other() -> None:
+    wish = wishes.container(security=wishes.security(privileged=True))
+    none = spec.Defaults(no_host_devices_key="[runtimes.kata] dialect")
+    given = wishes.given(wish, host_devices=(DISK,), devices=(FUSE,), defaults=none)
+    found, plain = spec.container(given)["linux"], spec.container(wishes.given(devices=(FUSE,)))
+    assert found["devices"] == plain["linux"]["devices"]
+    assert found["resources"]["devices"] == plain["linux"]["resources"]["devices"]
+    assert found["maskedPaths"] == []

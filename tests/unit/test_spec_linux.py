@@ -119,6 +119,26 @@ def test_resources(asked: Resources, host: spec.HostFacts, expected: dict[str, o
     assert {k: v for k, v in found.items() if k != "devices"} == expected
 
 
+OOM = {"memory.oom.group": "1", "memory.high": "5"}
+GIVEN = spec.Defaults(unified=OOM, unified_key="[runtimes.x] default_unified")
+
+
+def test_what_the_handler_has_for_the_cgroup_gives_way_to_what_is_asked() -> None:
+    asked = Resources(unified={"memory.high": "9", "io.weight": "1"})
+    expected = {"memory.oom.group": "1", "memory.high": "9", "io.weight": "1"}
+    assert spec.resources(asked, wishes.FACTS, GIVEN)["unified"] == expected
+    found = linux(wishes.container(resources=asked), defaults=GIVEN)["resources"]
+    assert found["unified"] == expected
+    assert spec.resources(Resources(), wishes.FACTS, GIVEN) == {"unified": OOM}
+
+
+def test_what_the_handler_has_for_cgroup_v2_is_refused_without_it_by_its_key() -> None:
+    with pytest.raises(
+        errors.InvalidArgument, match=r"\[runtimes.x\] default_unified: .* no cgroup"
+    ):
+        spec.resources(Resources(), V1, GIVEN)
+
+
 @pytest.mark.parametrize(
     ("asked", "host", "message"),
     [

@@ -46,6 +46,15 @@ def test_a_privileged_container_may_write_sysfs_and_cgroups() -> None:
     assert not [m for m in found if "ro" in m["options"]]
 
 
+def test_a_handler_may_let_containers_write_to_their_cgroups_and_to_no_more() -> None:
+    given = spec.Defaults(cgroup_writable_key="[runtimes.x] cgroup_writable")
+    found = by_target(container(defaults=given))
+    assert ("rw" in found["/sys/fs/cgroup"]["options"], "ro" in found["/sys"]["options"]) == (
+        True,
+        True,
+    )
+
+
 @pytest.mark.parametrize("readonly", [True, False])
 def test_the_pods_files_are_bound_and_writable_only_if_the_root_is(readonly: bool) -> None:
     wish = wishes.container(security=wishes.security(readonly_rootfs=readonly))

@@ -16,6 +16,8 @@ from tests.lab import wishes
 Mode = api.NamespaceMode
 Context = api.LinuxSandboxSecurityContext
 Profile = api.SecurityProfile
+NO_FILES = spec.PodFiles()
+OF_POD = spec.PodFiles(resolv_conf="/p/resolv.conf", hostname="/p/name", hosts="/p/h", shm="/p/shm")
 NET_DEFAULTS = {
     "net.ipv4.ip_unprivileged_port_start": "0",
     "net.ipv4.ping_group_range": "0 2147483647",
@@ -182,6 +184,22 @@ def test_sysctls_that_reach_beyond_the_pod_are_refused(
         spec.validate_sandbox(config, wishes.FACTS)
 
 
+@pytest.mark.parametrize("name", ["net/core/somaxconn", "kernel.shm_rmid_forced"])
+def test_a_sysctl_that_gvisors_kernel_would_not_hear_of_is_refused_by_name(name: str) -> None:
+    with pytest.raises(errors.InvalidArgument, match=f"sysctls: '{name}': gVisor"):
+        spec.check_sentry_sysctls(wishes.pod(sysctls={name: "1"}), host_stack=False)
+
+
+def test_gvisor_on_the_hosts_network_stack_has_the_sysctls_of_the_network() -> None:
+    spec.check_sentry_sysctls(wishes.pod(sysctls={"net/core/somaxconn": "1"}), host_stack=True)
+    with pytest.raises(errors.InvalidArgument, match=r"kernel\.sem"):
+        spec.check_sentry_sysctls(wishes.pod(sysctls={"kernel.sem": "1 1"}), host_stack=True)
+
+
+def test_a_gvisor_pod_without_sysctls_of_its_own_is_not_refused_for_our_defaults() -> None:
+    spec.check_sentry_sysctls(wishes.pod(), host_stack=False)
+
+
 def test_a_pod_in_the_hosts_network_gets_no_network_sysctls() -> None:
     assert spec.sysctls(wishes.pod(options={"network": Mode.NODE})) == {}
 
@@ -245,7 +263,9 @@ def sandbox(
     seccomp_file: dict[str, object] | None = None,
     init: str = "/usr/bin/catatonit",
     annotations: Mapping[str, str] = types.MappingProxyType({}),
-    kernel: bool = False,
+    limits_pod: bool = False,
+    machine: bool = False,
+    pod_files: spec.PodFiles = NO_FILES,
     **host: Any,
 ) -> spec.oci.Spec:
     return spec.sandbox(
@@ -255,7 +275,9 @@ def sandbox(
             rootfs="/root",
             init=init,
             annotations=annotations,
-            kernel=kernel,
+            limits_pod=limits_pod,
+            machine=machine,
+            pod_files=pod_files,
             namespaces={"network": "/netns", "pid": "/not-this-one"},
             cgroups_path="/kubepods/p1",
             host=dataclasses.replace(wishes.FACTS, **host),
@@ -363,7 +385,8 @@ def test_the_annotations_of_the_pods_init_tell_what_to_size_a_machine_by() -> No
 # What a VM is made from: kata reads the sandbox's config.json, and shares what is mounted.
 
 
-def test_a_virtual_machine_gets_its_size_and_what_the_pod_needs_beside_it() -> None:
+def sized() -> api.PodSandboxConfig:
+    """Return a pod with resources, and overhead beside them."""
     config = wishes.pod()
     config.linux.resources.CopyFrom(
         api.LinuxContainerResources(
@@ -375,19 +398,49 @@ def test_a_virtual_machine_gets_its_size_and_what_the_pod_needs_beside_it() -> N
             cpu_period=100_000, cpu_quota=25_000, memory_limit_in_bytes=160 << 20
         )
     )
-    document = sandbox(config, init="", kernel=True)
+    return config
+
+
+def test_a_virtual_machine_is_told_its_size_once() -> None:
+    """kata adds the limits of this container to those of the others."""
+    document = sandbox(sized(), init="")
     prefix = "io.kubernetes.cri.sandbox-"
     sizing = ("cpu-period", "cpu-quota", "cpu-shares", "memory")
     told = [document["annotations"][prefix + name] for name in sizing]
     assert told == ["100000", "200000", "2048", str(1 << 30)]
-    limits = document["linux"]["resources"]
+    assert document["linux"]["resources"] == {
+        "cpu": {"shares": 2},
+        "devices": [{"allow": False, "access": "rwm"}],
+    }
+
+
+def test_a_kernel_whose_limits_are_the_pods_has_what_the_pod_needs_beside_them_too() -> None:
+    limits = sandbox(sized(), limits_pod=True)["linux"]["resources"]
     assert limits["memory"]["limit"] == (1 << 30) + (160 << 20)
     assert limits["cpu"]["quota"] == 225_000
 
 
-def test_no_path_of_the_host_is_in_the_guest() -> None:
-    mounts = sandbox(wishes.pod(), init="", kernel=True)["mounts"]
-    assert not [one for one in mounts if one.get("source", "").startswith("/")]
+def test_no_path_of_the_host_is_in_the_guest_but_the_pods_own() -> None:
+    mounts = sandbox(wishes.pod(), init="", machine=True, pod_files=OF_POD)["mounts"]
+    bound = [one for one in mounts if one.get("source", "").startswith("/")]
+    assert [(one["destination"], one["source"]) for one in bound] == [
+        ("/dev/shm", "/p/shm"),
+        ("/etc/resolv.conf", "/p/resolv.conf"),
+    ]
+    assert all({"ro", "nosuid", "nodev", "noexec"} < set(one["options"]) for one in bound)
+    plain = sandbox(wishes.pod(), init="")["mounts"]
+    assert not [one for one in plain if one.get("source", "").startswith("/")]
+
+
+def test_a_virtual_machine_sets_the_pods_sysctls_itself() -> None:
+    config = wishes.pod(sysctls={"net/core/somaxconn": "77", "kernel.shm_rmid_forced": "1"})
+    assert sandbox(config, init="", machine=True)["linux"]["sysctl"] == NET_DEFAULTS | {
+        "net.core.somaxconn": "77",
+        "kernel.shm_rmid_forced": "1",
+    }
+    assert "sysctl" not in sandbox(config)["linux"]
+    on_host = wishes.pod(options={"network": Mode.NODE})
+    assert "sysctl" not in sandbox(on_host, init="", machine=True)["linux"]
 
 
 def test_what_kata_is_told_by_the_pod_is_what_the_handler_lets_through() -> None:
@@ -395,13 +448,13 @@ def test_what_kata_is_told_by_the_pod_is_what_the_handler_lets_through() -> None
     config.annotations["io.katacontainers.config.hypervisor.path"] = "/evil"
     config.annotations["io.katacontainers.config.hypervisor.default_vcpus"] = "2"
     allowed = {"io.katacontainers.config.hypervisor.default_vcpus": "2"}
-    found = sandbox(config, init="", kernel=True, annotations=allowed)["annotations"]
+    found = sandbox(config, init="", annotations=allowed)["annotations"]
     assert {k: v for k, v in found.items() if "katacontainers" in k} == allowed
 
 
 def test_what_containerd_tells_a_shim_of_a_sandbox_is_told_and_not_by_the_pod() -> None:
     lies = {"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "x"}
-    found = sandbox(wishes.pod(), init="", kernel=True, annotations=lies)["annotations"]
+    found = sandbox(wishes.pod(), init="", annotations=lies)["annotations"]
     assert {k: v for k, v in found.items() if k.startswith("io.kubernetes.cri.")} == {
         "io.kubernetes.cri.container-type": "sandbox",
         "io.kubernetes.cri.sandbox-id": "p1",
