@@ -44,6 +44,13 @@ def packed(
     return any_pb2.Any(type_url=message.DESCRIPTOR.full_name, value=message.SerializeToString())
 
 
+def at_start(options: Mapping[str, str]) -> bool:
+    """Say whether a shim needs its options at `start` too: runc's, to join a cgroup, is on its way
+    from there (containerd cmd/containerd-shim-runc-v2/manager).
+    """
+    return options.get("dialect") == "runc" and bool(options.get(f"{PREFIX}ShimCgroup"))
+
+
 def _set(message: Message, key: str, value: str) -> None:
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()
     old = getattr(message, name, None)

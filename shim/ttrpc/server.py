@@ -60,17 +60,7 @@ class Server:
 
     async def serve(self, listener: socket.socket) -> None:
         """Accept connections until cancelled. The listener stays open; its owner closes it."""
-        listener.setblocking(False)
-        while True:
-            await loop.readable(listener.fileno())
-            try:
-                # accept() would make a socket object, with enums, for what a descriptor can do.
-                accepted, _ = listener._accept()  # type: ignore[attr-defined]
-            except OSError as error:
-                if error.errno in _EXHAUSTED:
-                    await loop.sleep(_ACCEPT_PAUSE)
-                continue  # any other error is of the one client that has gone meanwhile
-            self.connect(accepted)
+        await accept(listener, self.connect)
 
     def connect(self, accepted: int) -> loop.Task[None]:
         """Serve one connection, beside all others; the descriptor is ours from now on."""
@@ -97,6 +87,21 @@ class Server:
             self._unary -= 1
             if not self._unary:
                 self._idle.set()
+
+
+async def accept(listener: socket.socket, take: Callable[[int], object]) -> None:
+    """Give the descriptor of each new connection to `take`, until cancelled."""
+    listener.setblocking(False)
+    while True:
+        await loop.readable(listener.fileno())
+        try:
+            # accept() would make a socket object, with enums, for what a descriptor can do.
+            accepted, _ = listener._accept()  # type: ignore[attr-defined]
+        except OSError as error:
+            if error.errno in _EXHAUSTED:
+                await loop.sleep(_ACCEPT_PAUSE)
+            continue  # any other error is of the one client that has gone meanwhile
+        take(accepted)
 
 
 def call(stream: int, service: str, method: str, payload: bytes = b"") -> bytes:

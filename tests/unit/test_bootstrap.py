@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 
 import pytest
+from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError
 
 from shim import binary, errors
 from shim.pb.containerd import bootstrap_pb2, runc_options_pb2, runtime_options_pb2
@@ -83,6 +85,30 @@ def test_kata_gets_the_path_of_its_configuration() -> None:
 
 def test_without_options_a_shim_gets_none() -> None:
     assert shimoptions.packed({"dialect": "kata", "timeout": "5"}, state="/state") is None
+
+
+def test_a_cgroup_of_the_shim_is_told_at_start() -> None:
+    options = {"dialect": "runc", "shim.BinaryName": "crun"}
+    assert not shimoptions.at_start(options)
+    assert shimoptions.at_start({**options, "shim.ShimCgroup": "/shims"})
+
+
+def test_options_at_start_are_no_bootstrap_params() -> None:
+    packed = shimoptions.packed({"dialect": "runc", "shim.ShimCgroup": "/shims"}, state="/state")
+    assert packed is not None
+    bootstrap_pb2.BootstrapParams.FromString(packed.SerializeToString())  # of itself they could be
+    said = bootstrap.old_stdin(packed)
+    with pytest.raises(DecodeError):
+        bootstrap_pb2.BootstrapParams.FromString(said)
+    options = runc_options_pb2.Options.FromString(any_pb2.Any.FromString(said).value)
+    assert options.shim_cgroup == "/shims"
+    assert bootstrap.old_stdin(None) == b""
+
+
+def test_a_shim_is_told_one_socket_for_containerd() -> None:
+    told = binary.argv("/bin/shim", "/home", "start", wanted="id", directory="/bundle")
+    assert told[told.index("-address") + 1] == "/home/grpc"
+    assert binary.environment("/home")["GRPC_ADDRESS"] == "/home/grpc"
 
 
 @pytest.mark.parametrize("option", ["shim.Rot", "shim.IoUid"])
