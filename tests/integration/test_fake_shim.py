@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import grpc
 import pytest
 from google.protobuf import any_pb2
 
+from cri_server import advisories
 from cri_server.pb import api_pb2 as api
 from shim import linux
 from shim.pb.containerd import bootstrap_pb2, runc_options_pb2
@@ -182,6 +184,15 @@ def test_runcs_shim_learns_its_cgroup_at_start(lab: Lab, start: str) -> None:
         told = any_pb2.Any.FromString(said)
     assert told.type_url == "containerd.runc.v1.Options"
     assert runc_options_pb2.Options.FromString(told.value).shim_cgroup == "/shims"
+
+
+def test_what_is_known_of_the_runtime_below_a_shim_is_named_at_start(lab: Lab) -> None:
+    said = subprocess.run(["runc", "--version"], capture_output=True, text=True, check=True).stdout
+    known = advisories.names(advisories.known("runc", said.split()[2]))
+    lines = [json.loads(line) for line in lab.site.log.read_text().splitlines()]
+    warned = {e["runtime"]: e for e in lines if "known vulnerabilities" in e["event"]}
+    assert (warned["moved"]["vulnerabilities"] if known else []) == known
+    assert "lean" not in warned
 
 
 def test_a_pod_that_takes_long_to_start_is_waited_for(lab: Lab) -> None:
