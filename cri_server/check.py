@@ -234,7 +234,7 @@ def _runtimes(settings: config.Config, facts: host.Host, driver: str) -> Iterato
             continue
         features = "reports features" if found.features else "reports no features"
         yield _ok(f"runtime {name}{default}", f"{found.path} {found.version}, {features}")
-        yield from _vulnerabilities(name, found)
+        yield from vulnerabilities(name, found)
         yield from _quirks(name, facts, driver)
 
 
@@ -250,15 +250,17 @@ def _drop_ins(settings: config.Config, now: handler_set.HandlerSet) -> Iterator[
         )
 
 
-def _vulnerabilities(name: str, found: host.RuntimeFacts) -> Iterator[Finding]:
+def vulnerabilities(name: str, found: host.RuntimeFacts) -> Iterator[Finding]:
     """A warning, never an error: distributions fix what keeps its old version (advisories.py)."""
-    if known := advisories.known(found.program, found.version):
-        what = ", ".join(advisories.names(known))
-        yield _limited(
-            f"security of {name}",
-            f"upstream version {found.version} has {what}",
-            advisories.remedy(known),
-        )
+    for program in found.programs:
+        if known := advisories.known(program.program, program.version):
+            what = ", ".join(advisories.names(known))
+            whose = f" of {program.path}" if program is not found else ""
+            yield _limited(
+                f"security of {name}",
+                f"upstream version {program.version}{whose} has {what}",
+                advisories.remedy(known),
+            )
 
 
 def _quirks(name: str, facts: host.Host, driver: str) -> Iterator[Finding]:

@@ -12,7 +12,7 @@ import fnmatch
 import re
 import shutil
 import tomllib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -330,7 +330,7 @@ def completed(name: str, handler: Handler, where: str) -> Handler:
     """Return the handler with its program as found and its dialect. Raises ConfigError."""
     wanted = handler.path or name
     if handler.kind == "shim":
-        wanted = shimtypes.binary(wanted)
+        wanted = _installed(shimtypes.binaries(wanted))
         dialect = handler.dialect or _dialect(shimtypes.program(wanted)) or "shim"
     else:
         dialect = handler.dialect or _dialect(Path(wanted).name) or _dialect(name) or "runc"
@@ -338,6 +338,11 @@ def completed(name: str, handler: Handler, where: str) -> Handler:
         return dataclasses.replace(handler, path=shutil.which(wanted) or wanted, dialect=dialect)
     except ConfigError as e:  # what is wrong only with this program
         raise ConfigError(f"{where}: {e}") from e
+
+
+def _installed(programs: Sequence[str]) -> str:
+    """Return the first that is there, the first of all when none is."""
+    return next((p for p in programs if shutil.which(p)), programs[0])
 
 
 def _dialect(name: str) -> Literal["", Dialect]:

@@ -7,11 +7,13 @@ check` all read the same facts.
 """
 
 import asyncio
+import contextlib
 import os
 import platform
 import re
 import resource
 import shutil
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,7 +36,6 @@ from cri_server import (
 )
 from shim import linux
 
-_SHIM_SECONDS = 5.0
 _COMPLAINT = 200  # characters
 _PATIENCE = 5.0  # seconds for an answer: all handlers wait at start for one that gives none
 _HUGEPAGES = Path("/sys/kernel/mm/hugepages")
@@ -44,7 +45,8 @@ _SIZES = {"KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RuntimeFacts:
     """One OCI runtime: `error` says why it cannot be used; `features` is its own JSON, {} when it
-    has none. `program` is what it calls itself, whatever its file is called.
+    has none. `program` is what it calls itself, whatever its file is called. Of a containerd shim,
+    `below` is the OCI runtime that it runs, where that is known.
     """
 
     path: str
@@ -52,6 +54,12 @@ class RuntimeFacts:
     version: str = ""
     features: Mapping[str, Any] = field(default_factory=dict)
     error: str = ""
+    below: "RuntimeFacts | None" = None
+
+    @property
+    def programs(self) -> tuple["RuntimeFacts", ...]:
+        """This program and those that it runs."""
+        return (self, *(self.below.programs if self.below else ()))
 
     @property
     def recursive_read_only(self) -> bool:
@@ -230,8 +238,13 @@ async def _runtime(handler: config.Handler) -> RuntimeFacts:
         return RuntimeFacts(path=handler.path, error="not found: install it or set its path")
     if handler.kind == "shim":
         return await _shim(binary, handler)
+    return await _command_line(binary, *handler.args)
+
+
+async def _command_line(binary: str, *args: str) -> RuntimeFacts:
+    """Ask a program with runc's command line."""
     try:
-        version = await commands.run([binary, *handler.args, "--version"], timeout=_PATIENCE)
+        version = await commands.run([binary, *args, "--version"], timeout=_PATIENCE)
         features = await commands.run([binary, "features"], timeout=_PATIENCE, check=False)
     except commands.Failed as e:
         return RuntimeFacts(path=binary, error=_complaint(e))
@@ -249,28 +262,47 @@ async def _runtime(handler: config.Handler) -> RuntimeFacts:
 
 
 async def _shim(binary: str, handler: config.Handler) -> RuntimeFacts:
-    """Ask a containerd shim for its version, and the runtime that runc's runs for its features;
-    that one says nothing is no reason not to use it.
+    """Ask a containerd shim for its version, and the runtime below it for all that it says; that
+    one says nothing is no reason not to use it.
     """
-    features = b""
-    if handler.dialect == "runc":
-        runc = handler.shim_options.get("BinaryName", "") or "runc"
-        if shutil.which(runc) is None:
-            return RuntimeFacts(path=binary, error=f"its runtime {runc} is not found")
-        features = await _said(runc, "features")
+    name = await asyncio.to_thread(_below, handler)
+    runtime = shutil.which(name) if name else None
+    if name and runtime is None:
+        return RuntimeFacts(path=binary, error=f"its runtime {name} is not found")
+    version, below = await asyncio.gather(_shim_version(binary), _asked(runtime))
     return RuntimeFacts(
         path=binary,
         program="kata" if handler.dialect == "kata" else os.path.basename(binary),
-        version=_version((await _said(binary, "-v")).decode(errors="replace")),
-        features=_features(features),
+        version=version,
+        features=below.features if below and handler.dialect == "runc" else {},
+        below=below,
     )
 
 
-async def _said(*argv: str) -> bytes:
+def _below(handler: config.Handler) -> str:
+    """Return the OCI runtime that a containerd shim runs, "" for one that runs none, or that says
+    it nowhere. runsc's has the name in its file (gVisor pkg/shim/v1/runsc/options.go).
+    """
+    if handler.dialect == "runc":
+        return handler.shim_options.get("BinaryName", "") or "runc"
+    if handler.dialect != "runsc":
+        return ""
+    told: Mapping[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        told = tomllib.loads(Path(handler.shim_options.get("ConfigPath", "")).read_text())
+    return str(told.get("binary_name", "")) or "runsc"
+
+
+async def _asked(runtime: str | None) -> RuntimeFacts | None:
+    return await _command_line(runtime) if runtime else None
+
+
+async def _shim_version(binary: str) -> str:
     try:
-        return (await commands.run(argv, timeout=_SHIM_SECONDS)).stdout
+        said = (await commands.run([binary, "-v"], timeout=_PATIENCE)).stdout
     except (commands.Failed, commands.TimedOut, OSError):
-        return b""
+        return ""
+    return _version(said.decode(errors="replace"))
 
 
 async def check_runtime(name: str, handler: config.Handler, known: RuntimeFacts | None) -> None:

@@ -126,7 +126,8 @@ async def running(settings: config.Config) -> AsyncIterator[None]:
 
 def _warn_of_old_runtimes(now: handler_set.HandlerSet) -> None:
     """Name the published vulnerabilities of the upstream versions of what will run containers."""
-    for name, found in handler_set.named(now).items():
+    programs = [(n, p) for n, found in handler_set.named(now).items() for p in found.programs]
+    for name, found in programs:
         if known := advisories.known(found.program, found.version):
             log.warning(
                 "upstream version of the runtime has known vulnerabilities",

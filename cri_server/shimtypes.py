@@ -30,13 +30,15 @@ _KINDS = {
 }
 
 
-def binary(wanted: str) -> str:
-    """Return the program that a runtime type, a path or a handler's name means."""
+def binaries(wanted: str) -> tuple[str, ...]:
+    """Return the programs that a runtime type, a path or a handler's name may mean, the first that
+    is installed counts: runc's shim and kata's are called -v2, those of gVisor and runwasi -v1.
+    """
     if found := _RUNTIME_TYPE.fullmatch(wanted):
-        return f"containerd-shim-{found[1]}-{found[2]}"
+        return (f"containerd-shim-{found[1]}-{found[2]}",)
     if "/" in wanted or wanted.startswith("containerd-shim-"):
-        return wanted
-    return f"containerd-shim-{wanted}-v2"
+        return (wanted,)
+    return (f"containerd-shim-{wanted}-v2", f"containerd-shim-{wanted}-v1")
 
 
 def program(path: str) -> str:

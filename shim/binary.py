@@ -5,6 +5,7 @@
         config.json             of the container that it is started for: for its annotations
         log                     FIFO that it logs to
         events                  socket to which it sends events
+        grpc                    socket that it is told is containerd's (shim.runtimes.refusals)
         socket                  the path of its own socket
         bundles/<container id>  link to the bundle of a container that it has not yet forgotten
         runc/                   what runc remembers, where it is runc's
@@ -22,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from shim import process
 
 NAMESPACE = "k8s.io"  # of containerd, which shims demand
+GRPC = "grpc"
 _MARK = "CRI_SHIM_HOME"
 _BUNDLES, _SOCKET = "bundles", "socket"
 
@@ -36,29 +38,36 @@ def mark(home: str) -> str:
     return f"{_MARK}={home}"
 
 
-def argv(path: str, home: str, verb: str, *, wanted: str, directory: str) -> Sequence[str]:
+def argv(
+    path: str, home: str, verb: str, *, wanted: str, directory: str, grpc: str = ""
+) -> Sequence[str]:
     """Return the command line of `start` and `delete` (containerd core/runtime/v2/README.md).
 
-    The working directory is the bundle: env(1) goes there, since posix_spawn cannot.
+    `grpc` is a name by which others find that socket of the home. The working directory is the
+    bundle: env(1) goes there, since posix_spawn cannot.
     """
     return (
         "/usr/bin/env", "-C", directory, path,
-        "-namespace", NAMESPACE, "-address", home, "-publish-binary", "/bin/true",
+        "-namespace", NAMESPACE, "-address", grpc or _grpc(home), "-publish-binary", "/bin/true",
         "-id", wanted, *(("-bundle", directory) if verb == "delete" else ()), verb,
     )  # fmt: skip
 
 
-def environment(home: str, events: str = "") -> Mapping[str, str]:
-    """Return the whole environment of a shim that sends its events to a socket."""
+def environment(home: str, events: str = "", grpc: str = "") -> Mapping[str, str]:
+    """Return the whole environment of a shim that sends its events to a socket; see `argv`."""
     key, _, value = mark(home).partition("=")
     return {
         **process.DEFAULT_ENV,
         "NAMESPACE": NAMESPACE,
         "TTRPC_ADDRESS": events,
-        "GRPC_ADDRESS": "",
+        "GRPC_ADDRESS": grpc or _grpc(home),
         "MAX_SHIM_VERSION": "2",  # as containerd says, whose shims answer 3 all the same
         key: value,
     }
+
+
+def _grpc(home: str) -> str:
+    return os.path.join(home, GRPC)
 
 
 def make(home: str) -> int:

@@ -3,8 +3,8 @@
 
 Its command line and its home are `shim.binary`'s. Three generations answer `start` in three ways:
 an address, JSON, a BootstrapResult (containerd core/runtime/v2/README.md). The first two want
-nothing on stdin, the youngest insists on BootstrapParams; so it is asked without first, and again
-with them when it refuses.
+nothing on stdin, or options; the youngest insists on BootstrapParams; so it is asked without first,
+and again with them when it refuses.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import re
 import shutil
 from typing import Any, NamedTuple
 
+from google.protobuf import any_pb2
 from google.protobuf.message import DecodeError
 
 from shim import binary, diagnostics, errors, loop, process, reaper, runtimes
@@ -30,6 +31,11 @@ _ADDRESS = re.compile(r"(unix://)?[/@\0][^\s\0]+")
 _SUN_PATH = 107
 
 
+# A field that an Any does not have and in BootstrapParams is no text. Without it, options pass for
+# BootstrapParams of another shim in containerd 2.3 (pkg/shim), which then looks no further.
+_NO_PARAMS = b"\x22\x01\xff"
+
+
 class Answer(NamedTuple):
     """Where a shim listens (a socket's path; NUL first: abstract) and which Task API it speaks."""
 
@@ -38,7 +44,9 @@ class Answer(NamedTuple):
 
 
 class Launcher:
-    """Starts the shim of a pod and cleans up behind it. All errors name handler and binary."""
+    """Starts the shim of a pod, which is told `options`, and cleans up behind it. All errors name
+    handler and binary.
+    """
 
     def __init__(
         self,
@@ -49,6 +57,7 @@ class Launcher:
         pod_id: str,
         children: reaper.Reaper,
         timeout: float,
+        options: any_pb2.Any | None = None,
     ) -> None:
         self.home = binary.home(root, pod_id)
         self.said = b""
@@ -57,6 +66,7 @@ class Launcher:
         self._pod_id = pod_id
         self._children = children
         self._timeout = timeout
+        self._options = options
         self._log: loop.Task[None] | None = None
         self._held = -1
 
@@ -77,7 +87,7 @@ class Launcher:
         """
         events = self.settle()
         self._write_config(bundle)
-        done = await self._start(events, b"")
+        done = await self._start(events, old_stdin(self._options))
         if done.returncode:
             again = await self._start(events, self._params(events).SerializeToString())
             done = done if again.returncode else again
@@ -151,12 +161,13 @@ class Launcher:
     ) -> loop.Finished:
         if "/" in self._path and not os.access(self._path, os.X_OK):
             raise errors.FailedPrecondition(self.named(f"cannot run: {self._path} is no program"))
-        argv = binary.argv(self._path, self.home, verb, wanted=wanted, directory=bundle)
+        grpc = self._grpc()
+        argv = binary.argv(self._path, self.home, verb, wanted=wanted, directory=bundle, grpc=grpc)
         try:
             with self._children.launching():
                 return await loop.run_command(
                     argv, stdin=stdin, timeout=timeout, max_output=_OUTPUT_LIMIT,
-                    env=binary.environment(self.home, events),
+                    env=binary.environment(self.home, events, grpc),
                 )  # fmt: skip
         except TimeoutError as error:
             text = f"{verb} did not end within {timeout:g} s and was killed"
@@ -169,8 +180,9 @@ class Launcher:
             instance_id=self._pod_id,
             namespace=binary.NAMESPACE,
             containerd_ttrpc_address=events,
-            containerd_grpc_address=self.home,
+            containerd_grpc_address=self._grpc(),
             containerd_binary="/bin/true",
+            extensions=[bootstrap_pb2.Extension(value=self._options)] if self._options else (),
         )
 
     def _parse(self, said: bytes) -> Answer:
@@ -189,6 +201,9 @@ class Launcher:
             )
             raise errors.FailedPrecondition(self.named(text))
         return Answer(name if is_path else "\0" + name.lstrip("@\0"), version)
+
+    def _grpc(self) -> str:
+        return self._reachable(os.path.join(self.home, binary.GRPC))
 
     def _reachable(self, path: str) -> str:
         """Return a name by which others find our socket; a long path by way of our descriptor."""
@@ -211,6 +226,11 @@ class Launcher:
             return
         finally:
             os.close(fd)
+
+
+def old_stdin(options: any_pb2.Any | None) -> bytes:
+    """Return what `start` reads where it wants no BootstrapParams."""
+    return options.SerializeToString() + _NO_PARAMS if options else b""
 
 
 def read_answer(said: bytes) -> tuple[int, str, str]:

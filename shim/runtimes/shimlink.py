@@ -3,7 +3,7 @@
 
     our shim ──ttrpc: Task v2 or v3, Sandbox──► containerd-shim-x-v2
         ▲                                               │
-        └──────────────ttrpc: Events.Forward────────────┘
+        └──────ttrpc: Events.Forward; gRPC: refused─────┘
 
 A shim that is lost takes its containers with it: `bury` kills whatever it had started. A later
 `start` begins with a new one.
@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError, Message
 
 from shim import binary, errors, loop, process, runtimes
 from shim.pb.containerd import events_pb2, task_events_pb2, task_v2_pb2
-from shim.runtimes import bootstrap
+from shim.runtimes import bootstrap, refusals
 from shim.ttrpc import address, caller, server
 
 R = TypeVar("R", bound=Message)
@@ -42,7 +42,7 @@ class Link:
         self._timeout = timeout
         self._lock = loop.Lock()
         self._connection: caller.Connection | None = None
-        self._listening: loop.Task[None] | None = None
+        self._listening: list[loop.Task[None]] = []
         self._killed: set[str] = set()  # containers in which something was killed for memory
 
     @property
@@ -58,7 +58,7 @@ class Link:
             try:
                 if self._connection:
                     await self.bury()
-                self._serve_events()
+                self._listen()
                 answer = await self.launcher.start(bundle)
                 self.version = answer.version
                 await self._connect(answer.address)
@@ -111,8 +111,8 @@ class Link:
                     await self.ask("Shutdown", request, empty_pb2.Empty)
                     await connection.closed.wait()
         await self.bury()
-        if self._listening is not None:
-            self._listening.cancel()
+        for listening in self._listening:
+            listening.cancel()
         self.launcher.remove()
 
     def named(self, what: str) -> str:
@@ -153,18 +153,31 @@ class Link:
         words = self.launcher.last_words()
         return self.named(f"ended during {method}" + (f": {words}" if words else ""))
 
-    # ---- events
+    # ---- being containerd
 
-    def _serve_events(self) -> None:
-        """Take the events that shims send; one whose events nobody takes keeps them for ever."""
-        if self._listening is not None:
+    def _listen(self) -> None:
+        """Take the events that shims send, for one whose events nobody takes keeps them for ever;
+        and be the containerd that some want to reach.
+        """
+        if self._listening:
             return
         self.launcher.settle()
+        events, grpc = self._listener(bootstrap.EVENTS), self._listener(binary.GRPC)
+        self._listening = [
+            loop.spawn(self._take_events(events), name="events"),
+            loop.spawn(self._refuse(grpc), name="gRPC"),
+        ]
+
+    def _listener(self, name: str) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX)
-        with address.usable(os.path.join(self.launcher.home, bootstrap.EVENTS)) as name:
-            listener.bind(name)
+        with address.usable(os.path.join(self.launcher.home, name)) as usable:
+            listener.bind(usable)
         listener.listen()
-        self._listening = loop.spawn(self._take_events(listener), name="events")
+        return listener
+
+    async def _refuse(self, listener: socket.socket) -> None:
+        with contextlib.suppress(loop.Cancelled):
+            await refusals.serve(listener)
 
     async def _take_events(self, listener: socket.socket) -> None:
         forward = server.Unary(request=events_pb2.ForwardRequest, handler=self._take)

@@ -47,12 +47,18 @@ class ShimV2:
         children: reaper.Reaper,
         timeout: float,
     ) -> None:
+        self._home = binary.home(root, pod_id)
+        self._given, self._options = options, self._packed(options)
         launcher = bootstrap.Launcher(
-            name, path, root, pod_id=pod_id, children=children, timeout=timeout
+            name,
+            path,
+            root,
+            pod_id=pod_id,
+            children=children,
+            timeout=timeout,
+            options=self._options if shimoptions.at_start(options) else None,
         )
         self._link = shimlink.Link(launcher, pod_id=pod_id, timeout=timeout)
-        self._home = launcher.home
-        self._given, self._options = options, self._packed(options)
         self._pod_id = pod_id
         self._has_sandbox = options.get("sandbox") == "container"
         self._bundles: dict[str, str] = {}

@@ -60,21 +60,7 @@ class Server:
 
     async def serve(self, listener: socket.socket) -> None:
         """Accept connections until cancelled. The listener stays open; its owner closes it."""
-        listener.setblocking(False)
-        while True:
-            await loop.readable(listener.fileno())
-            if not self._accept(listener):
-                await loop.sleep(_ACCEPT_PAUSE)
-
-    def _accept(self, listener: socket.socket) -> bool:
-        """Take all that wait; False when we have no descriptor for another."""
-        while True:
-            try:
-                # accept() would make a socket object, with enums, for what a descriptor can do.
-                accepted, _ = listener._accept()  # type: ignore[attr-defined]
-            except OSError as error:  # none waits, or the one client has gone meanwhile
-                return error.errno not in _EXHAUSTED
-            self.connect(accepted)
+        await accept(listener, self.connect)
 
     def connect(self, accepted: int) -> loop.Task[None]:
         """Serve one connection, beside all others; the descriptor is ours from now on."""
@@ -101,6 +87,26 @@ class Server:
             self._unary -= 1
             if not self._unary:
                 self._idle.set()
+
+
+async def accept(listener: socket.socket, take: Callable[[int], object]) -> None:
+    """Give the descriptor of each new connection to `take`, until cancelled."""
+    listener.setblocking(False)
+    while True:
+        await loop.readable(listener.fileno())
+        if not _accept_all(listener, take):
+            await loop.sleep(_ACCEPT_PAUSE)
+
+
+def _accept_all(listener: socket.socket, take: Callable[[int], object]) -> bool:
+    """Take all that wait; False when we have no descriptor for another."""
+    while True:
+        try:
+            # accept() would make a socket object, with enums, for what a descriptor can do.
+            accepted, _ = listener._accept()  # type: ignore[attr-defined]
+        except OSError as error:  # none waits, or the one client has gone meanwhile
+            return error.errno not in _EXHAUSTED
+        take(accepted)
 
 
 def call(stream: int, service: str, method: str, payload: bytes = b"") -> bytes:

@@ -11,6 +11,7 @@ change it while the shim lives:
     version   2 or 3, of the Task API; for json and protobuf
     sandbox   whether it has the Sandbox API
     delete    fail, hang
+    daemon    whether Create needs containerd's socket, as in runwasi
     at        by method: die, hang, garbage, {"error": text, "code": 13}, {"sleep": seconds},
               {"pid": a lie}, {"after": "die"} when all is done but not said
 """
@@ -35,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from google.protobuf import any_pb2, empty_pb2
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from shim import linux
 from shim.pb import ttrpc_pb2
@@ -77,7 +78,7 @@ def main() -> int:
         print(f"{NAME}:\n  Version:  0.1")
         return 0
     if given.verb == "serve":
-        asyncio.run(Shim(Path(script), given.id).serve(int(given.fd)))
+        asyncio.run(Shim(Path(script), given.id, given.address).serve(int(given.fd)))
         return 0
     verbs = {"start": start, "delete": delete}
     return verbs[given.verb](json.loads(Path(script).read_text()), given, script)
@@ -98,13 +99,22 @@ def start(script: Mapping[str, Any], given: argparse.Namespace, path: str) -> in
         print(f"unix://{name}")
     if how in ("nobody", "nothing"):
         return 0
-    if how == "protobuf" and not sys.stdin.buffer.read():
+    said = sys.stdin.buffer.read()
+    if how == "protobuf" and not is_told(said, given.id):
         print("no BootstrapParams on stdin", file=sys.stderr)
         return 1
+    Path(f"{path}.stdin").write_bytes(said)
     if how != "garbage":
         listen(name, given, path)
     sys.stdout.buffer.write(answer(how, f"unix://{name}", script.get("version", 2)))
     return 0
+
+
+def is_told(said: bytes, pod_id: str) -> bool:
+    """Say whether these are BootstrapParams, which options can look like (containerd does)."""
+    with contextlib.suppress(DecodeError):
+        return bootstrap_pb2.BootstrapParams.FromString(said).instance_id == pod_id
+    return False
 
 
 def listen(name: str, given: argparse.Namespace, script: str) -> None:
@@ -122,6 +132,8 @@ def listen(name: str, given: argparse.Namespace, script: str) -> None:
                 given.id,
                 "-fd",
                 str(fd),
+                "-address",
+                given.address,
                 "serve",
             ],
             pass_fds=[fd],
@@ -149,7 +161,8 @@ def delete(script: Mapping[str, Any], given: argparse.Namespace, _: str) -> int:
     if how == "fail":
         print("cannot remove the VM", file=sys.stderr)
         return 1
-    runc = ["runc", "--root", f"{given.address}/fake", "delete", "--force", given.id]
+    root = os.path.join(os.environ["CRI_SHIM_HOME"], "fake")
+    runc = ["runc", "--root", root, "delete", "--force", given.id]
     subprocess.run(runc, check=False, capture_output=True)
     return 0
 
@@ -197,8 +210,8 @@ class Process:
 class Shim:
     """The shim of one pod."""
 
-    def __init__(self, script: Path, pod_id: str) -> None:
-        self.script_path, self.pod_id = script, pod_id
+    def __init__(self, script: Path, pod_id: str, containerd: str) -> None:
+        self.script_path, self.pod_id, self.containerd = script, pod_id, containerd
         self.processes: dict[tuple[str, str], Process] = {}
         self.tasks: set[asyncio.Task[None]] = set()
         self.over = asyncio.Event()
@@ -317,8 +330,22 @@ class Shim:
         return task_v2_pb2.ConnectResponse(shim_pid=os.getpid(), version="fake")
 
     async def create(self, request: Any) -> Message:
+        if self.script.get("daemon"):
+            await self.look_for_containerd()
         self.processes[request.id, ""] = Process(request, request.bundle)
         return task_v2_pb2.CreateTaskResponse(pid=0)
+
+    async def look_for_containerd(self) -> None:
+        """Connect to containerd and ask for a container; that it has none must be its own word."""
+        import grpc  # for this alone: others should start soon
+
+        assert os.environ["GRPC_ADDRESS"] == self.containerd
+        async with grpc.aio.insecure_channel(f"unix://{self.containerd}") as channel:
+            await asyncio.wait_for(channel.channel_ready(), 5)
+            get: Any = channel.unary_unary("/containerd.services.containers.v1.Containers/Get")
+            call = get(b"", timeout=5)
+            if await call.code() is not grpc.StatusCode.UNIMPLEMENTED:
+                raise Failure(INTERNAL, f"containerd says {await call.details()}")
 
     async def exec(self, request: Any) -> Message:
         directory = os.path.join(os.getcwd(), f"exec-{request.id[:8]}-{request.exec_id}")

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,12 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf import any_pb2
 
+from cri_server import advisories
 from cri_server.pb import api_pb2 as api
 from shim import linux
+from shim.pb.containerd import bootstrap_pb2, runc_options_pb2
 from tests.conftest import Marks
 from tests.fakes import kubelet as kubelets
 from tests.fakes import shim
@@ -81,6 +85,11 @@ def site(settings: dict[str, dict[str, Any]], home: Path, marks: Marks) -> Itera
     tables: dict[str, dict[str, Any]] = {
         "runtimes.lean": {**common, "options": {"timeout": TIMEOUT}},
         "runtimes.full": {**common, "options": {"timeout": TIMEOUT}, "sandbox": "container"},
+        "runtimes.moved": {
+            **common,
+            "options": {"timeout": TIMEOUT, "ShimCgroup": "/shims"},
+            "dialect": "runc",
+        },
         "runtimes.machine": {**common, "options": {"timeout": TIMEOUT}, "dialect": "kata"},
     }
     with conftest.running_site({**settings, **tables}, marks) as running:
@@ -153,6 +162,37 @@ def test_every_generation_of_the_protocol_is_spoken(
     assert lab.kubelet.status(container).exit_code == 137
     lab.kubelet.remove_pod(pod.id)
     assert not lab.left()
+
+
+def test_who_looks_for_containerd_finds_it_and_that_it_can_do_nothing(lab: Lab) -> None:
+    lab.write(daemon=True)
+    pod = lab.pod()
+    for name in ("one", "two"):
+        container = lab.kubelet.run(pod, lab.image, ("sh", "-c", "exit 5"), name=name)
+        assert lab.kubelet.wait_exit(container).exit_code == 5
+
+
+@pytest.mark.parametrize("start", ["address", "protobuf"])
+def test_runcs_shim_learns_its_cgroup_at_start(lab: Lab, start: str) -> None:
+    lab.write(start=start)
+    lab.pod("moved")
+    said = Path(f"{lab.script}.stdin").read_bytes()
+    if start == "protobuf":
+        [extension] = bootstrap_pb2.BootstrapParams.FromString(said).extensions
+        told = extension.value
+    else:
+        told = any_pb2.Any.FromString(said)
+    assert told.type_url == "containerd.runc.v1.Options"
+    assert runc_options_pb2.Options.FromString(told.value).shim_cgroup == "/shims"
+
+
+def test_what_is_known_of_the_runtime_below_a_shim_is_named_at_start(lab: Lab) -> None:
+    said = subprocess.run(["runc", "--version"], capture_output=True, text=True, check=True).stdout
+    known = advisories.names(advisories.known("runc", said.split()[2]))
+    lines = [json.loads(line) for line in lab.site.log.read_text().splitlines()]
+    warned = {e["runtime"]: e for e in lines if "known vulnerabilities" in e["event"]}
+    assert (warned["moved"]["vulnerabilities"] if known else []) == known
+    assert "lean" not in warned
 
 
 def test_a_pod_that_takes_long_to_start_is_waited_for(lab: Lab) -> None:

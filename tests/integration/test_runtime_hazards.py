@@ -44,7 +44,10 @@ def test_the_start_and_check_name_what_is_known_of_the_installed_version(
     lines = [json.loads(line) for line in site.log.read_text().splitlines()]
     warned = {e["runtime"]: e for e in lines if "known vulnerabilities" in e["event"]}
     done = subprocess.run(
-        [server.command(), "check", "--json"], capture_output=True, text=True, check=False
+        [server.command(), "check", "--json", "--config", site.home / "config.toml"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     found = {f["name"]: f for f in json.loads(done.stdout)}
     assert (warned["runc"]["vulnerabilities"] if known else []) == known

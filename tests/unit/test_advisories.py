@@ -71,7 +71,9 @@ def test_youki() -> None:
 
 
 def test_kata() -> None:
-    assert ids("kata", "3.27.0") == {"CVE-2026-44210", "CVE-2026-47243"}
+    assert ids("kata", "3.29.0") == {"CVE-2026-44210", "CVE-2026-47243"}
+    assert "CVE-2026-41326" not in ids("kata", "3.3.0")
+    assert "CVE-2026-41326" in ids("kata", "3.28.0")
     assert ids("kata", "3.31.0") == set()
     assert "CVE-2020-2026" in ids("kata", "1.10.4")
     assert "CVE-2020-2026" not in ids("kata", "1.10.5")

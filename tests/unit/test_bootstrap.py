@@ -6,9 +6,12 @@ With real shims: tests/contract/test_shim.py, tests/integration/test_fake_shim.p
 
 import json
 import os
+import tomllib
 from pathlib import Path
 
 import pytest
+from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError
 
 from shim import binary, errors
 from shim.pb.containerd import bootstrap_pb2, runc_options_pb2, runtime_options_pb2
@@ -81,8 +84,66 @@ def test_kata_gets_the_path_of_its_configuration() -> None:
     )
 
 
-def test_without_options_a_shim_gets_none() -> None:
-    assert shimoptions.packed({"dialect": "kata", "timeout": "5"}, state="/state") is None
+@pytest.mark.parametrize(
+    ("dialect", "driver"), [("kata", "systemd"), ("runsc", "systemd"), ("shim", "cgroupfs")]
+)
+def test_without_options_a_shim_gets_none(dialect: str, driver: str) -> None:
+    options = {"dialect": dialect, "cgroup_driver": driver, "timeout": "5"}
+    assert shimoptions.packed(options, state="/state") is None
+
+
+def generic(**options: str) -> runtime_options_pb2.Options:
+    """Return what a shim that is not runc's gets."""
+    packed = shimoptions.packed(options, state="/state")
+    assert packed is not None
+    return runtime_options_pb2.Options.FromString(packed.value)
+
+
+def test_a_shim_of_runwasi_is_told_that_cgroups_are_systemds() -> None:
+    told = generic(dialect="shim", cgroup_driver="systemd")
+    assert tomllib.loads(told.config_body.decode()) == {"SystemdCgroup": True}
+
+
+@pytest.mark.parametrize("key", ["ConfigPath", "ConfigBody"])
+def test_who_configures_a_shim_says_all_of_it(key: str) -> None:
+    told = generic(dialect="shim", cgroup_driver="systemd", **{f"shim.{key}": "/own"})
+    assert told in (
+        runtime_options_pb2.Options(config_path="/own"),
+        runtime_options_pb2.Options(config_body=b"/own"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "type_url"),
+    [({}, "io.containerd.runsc.v1.options"), ({"shim.TypeUrl": "own"}, "own")],
+)
+def test_the_file_of_runscs_shim_has_a_format(more: dict[str, str], type_url: str) -> None:
+    told = generic(dialect="runsc", **{"shim.ConfigPath": "/etc/runsc.toml"}, **more)
+    assert told == runtime_options_pb2.Options(type_url=type_url, config_path="/etc/runsc.toml")
+
+
+def test_a_cgroup_of_the_shim_is_told_at_start() -> None:
+    options = {"dialect": "runc", "shim.BinaryName": "crun"}
+    assert not shimoptions.at_start(options)
+    assert shimoptions.at_start({**options, "shim.ShimCgroup": "/shims"})
+
+
+def test_options_at_start_are_no_bootstrap_params() -> None:
+    packed = shimoptions.packed({"dialect": "runc", "shim.ShimCgroup": "/shims"}, state="/state")
+    assert packed is not None
+    bootstrap_pb2.BootstrapParams.FromString(packed.SerializeToString())  # of itself they could be
+    said = bootstrap.old_stdin(packed)
+    with pytest.raises(DecodeError):
+        bootstrap_pb2.BootstrapParams.FromString(said)
+    options = runc_options_pb2.Options.FromString(any_pb2.Any.FromString(said).value)
+    assert options.shim_cgroup == "/shims"
+    assert bootstrap.old_stdin(None) == b""
+
+
+def test_a_shim_is_told_one_socket_for_containerd() -> None:
+    told = binary.argv("/bin/shim", "/home", "start", wanted="id", directory="/bundle")
+    assert told[told.index("-address") + 1] == "/home/grpc"
+    assert binary.environment("/home")["GRPC_ADDRESS"] == "/home/grpc"
 
 
 @pytest.mark.parametrize("option", ["shim.Rot", "shim.IoUid"])

@@ -35,8 +35,37 @@ def read(tmp_path: Path) -> Read:
 def test_a_runtime_type_a_name_or_a_path_is_a_binary(
     wanted: str, binary: str, program: str
 ) -> None:
-    assert shimtypes.binary(wanted) == binary
+    assert shimtypes.binaries(wanted)[0] == binary
     assert shimtypes.program(binary) == program
+
+
+@pytest.mark.parametrize(
+    ("installed", "found"),
+    [
+        (["v1"], "v1"),
+        (["v2"], "v2"),
+        (["v1", "v2"], "v2"),
+        ([], "v2"),
+    ],
+)
+def test_a_bare_name_is_the_version_that_is_installed(
+    read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: list[str], found: str
+) -> None:
+    for version in installed:
+        (tmp_path / f"containerd-shim-runsc-{version}").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    handler = read('[runtimes.runsc]\nkind = "shim"').runtimes["runsc"]
+    assert Path(handler.path).name == f"containerd-shim-runsc-{found}"
+    assert handler.dialect == "runsc"
+
+
+def test_a_runtime_type_is_exact(
+    read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "containerd-shim-runsc-v1").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    text = '[runtimes.x]\nkind = "shim"\npath = "io.containerd.runsc.v2"'
+    assert read(text).runtimes["x"].path == "containerd-shim-runsc-v2"
 
 
 @pytest.mark.parametrize(
