@@ -154,8 +154,10 @@ class Cgroups:
         path = self.pod_parent(pod_id, cgroup_parent)
         return {name: f"{mount}{path}" for name, mount in self.hierarchy.mounts.items()}
 
-    def accounts(self, cgroups_path: str) -> dict[str, str]:
-        """Return the directories to read a container's usage from, as `usage.read` takes them."""
+    def every(self, cgroups_path: str) -> dict[str, str]:
+        """Return all directories that a runtime makes for a container: in hybrid mode "unified" is
+        among them. `usage.read` takes them, too.
+        """
         return self._with_unified(self.directories(cgroups_path))
 
     def pod_accounts(self, pod_id: str, cgroup_parent: str) -> dict[str, str]:
@@ -216,7 +218,7 @@ class Cgroups:
     def remove_all(self, cgroups_path: str) -> None:
         """Remove a container's cgroup where its runtime was ended before it could."""
         if cgroups_path.strip("/"):
-            cgroup.Cgroup(self.directories(cgroups_path)).remove()
+            cgroup.Cgroup(self.every(cgroups_path)).remove()
 
 
 def slice_path(unit: str) -> str:

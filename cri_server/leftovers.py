@@ -140,7 +140,7 @@ class Leftovers:
             # "<id>_sandbox:<id of the pod>.state"
             return any(Path(root).glob(f"{container_id}_*"))
         places = [f"{root}/{container_id}"]
-        places += self._groups.directories(cgroups_path).values() if cgroups_path else []
+        places += self._groups.every(cgroups_path).values() if cgroups_path else []
         return any(map(os.path.exists, places))
 
     def _shims(self, handler: str) -> leftovers_shimv2.Shimv2Leftovers | None:

@@ -141,7 +141,7 @@ class Metrics:
         inside: Mapping[str, usage.Usage | None],
     ) -> catalogue.Sample | None:
         own = container.id in inside  # then its cgroup is empty
-        directories = {} if own else self._groups.accounts(container.cgroups_path)
+        directories = {} if own else self._groups.every(container.cgroups_path)
         used = inside[container.id] if own else usage.read(directories)
         if used is None:
             return None

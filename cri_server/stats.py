@@ -104,7 +104,7 @@ class Stats:
         return inside[container.id] if container.id in inside else self._of_cgroup(container)
 
     def _of_cgroup(self, container: state.Container) -> usage.Usage | None:
-        return usage.read(self._groups.accounts(container.cgroups_path)) if container.pid else None
+        return usage.read(self._groups.every(container.cgroups_path)) if container.pid else None
 
     def _writable_layer(self, container_id: str, now: int) -> api.FilesystemUsage:
         size = self._layers.usage(container_id)
@@ -157,7 +157,7 @@ class Stats:
         places = [self._own(pod)]
         used = usage.read(places[0])
         if used is None:
-            places = [self._groups.accounts(c.cgroups_path) for c in parts if c.pid]
+            places = [self._groups.every(c.cgroups_path) for c in parts if c.pid]
             used = usage.total(filter(None, (self._usage(c, inside) for c in parts)))
         if used is not None:
             _fill(linux, used, now, self._rate(pod.id, used.cpu))

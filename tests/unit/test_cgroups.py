@@ -69,13 +69,13 @@ def test_a_prefix_is_in_the_names_of_both_drivers() -> None:
 
 def test_usage_is_read_from_v2_too_where_both_are() -> None:
     g = groups(V1 + V2.format("/unified"))
-    assert g.accounts("/a/c")["unified"] == "/sys/fs/cgroup/unified/a/c"
+    assert g.every("/a/c")["unified"] == "/sys/fs/cgroup/unified/a/c"
     assert g.pod_accounts("p", "/a")["unified"] == "/sys/fs/cgroup/unified/a"
     assert "unified" not in g.directories("/a/c"), "nobody kills or limits by it"
     for text in (V1, V2.format("")):
-        assert groups(text).accounts("/a/c") == groups(text).directories("/a/c")
+        assert groups(text).every("/a/c") == groups(text).directories("/a/c")
     systemd = groups(V1 + V2.format("/unified"), driver="systemd")
-    assert systemd.accounts("a.slice:x:c")["unified"] == "/sys/fs/cgroup/unified/a.slice/x-c.scope"
+    assert systemd.every("a.slice:x:c")["unified"] == "/sys/fs/cgroup/unified/a.slice/x-c.scope"
     assert systemd.pod_accounts("p", "") == {}, "system.slice is not the pod's"
 
 
@@ -113,6 +113,20 @@ def test_a_parent_that_leaves_the_tree_is_refused(parent: str) -> None:
 def test_the_systemd_driver_takes_slices_only(parent: str) -> None:
     with pytest.raises(errors.InvalidArgument, match="slice"):
         groups(driver="systemd").pod_parent("p", parent)
+
+
+def test_what_a_runtime_made_in_both_hierarchies_of_a_hybrid_host_is_removed(
+    tmp_path: Path,
+) -> None:
+    """As after one that was killed: the next look is at v1, where it had made nothing yet."""
+    v1 = {"freezer": tmp_path / "freezer", "memory": tmp_path / "memory"}
+    hierarchy = cgroups.Hierarchy(mode="hybrid", v1=v1, unified=tmp_path / "unified")
+    (tmp_path / "unified/pod/c").mkdir(parents=True)
+    (tmp_path / "memory/pod/c").mkdir(parents=True)
+
+    cgroups.Cgroups(hierarchy, "cgroupfs").remove_all("/pod/c")
+
+    assert not [*tmp_path.glob("*/pod/*")]
 
 
 async def test_only_what_was_missing_is_removed(tmp_path: Path) -> None:
