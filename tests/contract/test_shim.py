@@ -58,21 +58,30 @@ class Pod:
         await self.shim.kill(pb.KillRequest(id=made.id, signal=number, **more))
 
     async def wait(self, made: bundle.Bundle) -> pb.ExitRecord:
-        return (await self.shim.wait(pb.WaitRequest(id=made.id), timeout=20)).exit
+        return (await self.shim.wait(pb.WaitRequest(id=made.id), timeout=waiting.patient(20))).exit
 
     async def state(self, made: bundle.Bundle) -> pb.Container:
         [found] = (await self.shim.state(pb.StateRequest(id=made.id))).containers
         return found
 
     async def delete(self, made: bundle.Bundle) -> pb.DeleteResponse:
-        return await self.shim.delete(pb.DeleteRequest(id=made.id), timeout=20)
+        return await self.shim.delete(pb.DeleteRequest(id=made.id), timeout=waiting.patient(20))
 
     async def exec(self, made: bundle.Bundle, *args: str, **limits: int) -> client.ExecResult:
-        times: dict[str, Any] = {"timeout_ms": 20_000, "drain_ms": 2_000, **limits}
+        times: dict[str, Any] = {
+            "timeout_ms": milliseconds(20),
+            "drain_ms": milliseconds(2),
+            **limits,
+        }
         return await self.shim.exec_sync(exec_start(made, *args, **times))
 
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+
+def milliseconds(seconds: float) -> int:
+    """Return what the protocol wants for `seconds` of hardware."""
+    return int(waiting.patient(seconds) * 1000)
 
 
 def exec_start(
@@ -427,8 +436,8 @@ async def test_exec_that_takes_too_long_leaves_nothing(pod: Pod) -> None:
     made = await pod.run()
     script = "sleep 656 & setsid sleep 656 & echo begun; sleep 656"
     begin = asyncio.get_running_loop().time()
-    result = await pod.exec(made, "sh", "-c", script, timeout_ms=500)
-    assert asyncio.get_running_loop().time() - begin < 1.5
+    result = await pod.exec(made, "sh", "-c", script, timeout_ms=milliseconds(0.5))
+    assert asyncio.get_running_loop().time() - begin < waiting.patient(1.5)
     assert (result.stdout, result.exit_code, result.timed_out) == (b"begun\n", 137, True)
     waiting.until(lambda: not faults.processes("sleep", "656"), "the tree is dead")
     assert (await pod.state(made)).state == pb.RUNNING
@@ -438,7 +447,9 @@ async def test_exec_that_takes_too_long_leaves_nothing(pod: Pod) -> None:
 async def test_an_exec_whose_process_left_its_session_dies_whole(one: Pod) -> None:
     made = await one.run()
     script = "setsid sh -c 'setsid sleep 657 & sleep 657' & sleep 0.1; exit 0"
-    result = await one.exec(made, "sh", "-c", f"({script}); sleep 657", timeout_ms=500)
+    result = await one.exec(
+        made, "sh", "-c", f"({script}); sleep 657", timeout_ms=milliseconds(0.5)
+    )
     assert result.timed_out
     waiting.until(lambda: not faults.processes("sleep", "657"), "the tree is dead")
 
@@ -446,8 +457,8 @@ async def test_an_exec_whose_process_left_its_session_dies_whole(one: Pod) -> No
 async def test_a_child_that_keeps_the_pipe_is_left_alive(pod: Pod) -> None:
     made = await pod.run()
     begin = asyncio.get_running_loop().time()
-    result = await pod.exec(made, "sh", "-c", "sleep 3 & echo $!", drain_ms=200)
-    assert asyncio.get_running_loop().time() - begin < 2
+    result = await pod.exec(made, "sh", "-c", f"sleep {waiting.patient(3)} & echo $!", drain_ms=200)
+    assert asyncio.get_running_loop().time() - begin < waiting.patient(2)
     assert (result.exit_code, result.timed_out) == (0, False)
     alive = await pod.exec(made, "kill", "-0", result.stdout.decode().strip())
     assert alive.exit_code == 0
