@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from concurrent import futures
 from pathlib import Path
 
@@ -36,6 +36,8 @@ from cri_server import (
 from cri_server.network import leaks
 from cri_server.pb import api_pb2_grpc
 from cri_server.services import interceptors
+from shim import client
+from shim import errors as shim_errors
 
 log = structlog.get_logger()
 RECEIVE_LIMIT = 32 << 20  # peers accept 16 and 80 MiB
@@ -104,7 +106,7 @@ async def running(settings: config.Config) -> AsyncIterator[None]:
         stack.push_async_callback(_end, server, edge)
         stack.callback(objects.events.close)
         log.info("listening", address=settings.server.listen, cgroup_driver=groups.driver)
-        await objects.zygotes.start({h.kind for h in settings.runtimes.values()})
+        await _start_zygotes(objects.zygotes, {h.kind for h in settings.runtimes.values()})
         await objects.streaming.start()
         await objects.recovery.run()
         await _tried("handlers of earlier pods", live.sweep(objects.handlers_in_use()))
@@ -200,6 +202,16 @@ async def _end(server: grpc.aio.Server, edge: interceptors.Edge) -> None:
     await asyncio.wait([stopping], timeout=STREAM_GRACE)
     await server.stop(None)
     await stopping
+
+
+async def _start_zygotes(zygotes: client.Zygotes, kinds: Iterable[str]) -> None:
+    """Have them ready before the first pod. One that is late, as on a node that boots with all its
+    pods, keeps nobody from being served: who needs it waits for it, or starts it anew.
+    """
+    try:
+        await zygotes.start(kinds)
+    except shim_errors.Unavailable as e:
+        log.warning("zygote not ready", error=e.message)
 
 
 async def _tried(what: str, work: Awaitable[None]) -> None:

@@ -61,9 +61,14 @@ class Zygote:
         self._ended.set()
 
     async def start(self) -> None:
-        """Start the process and wait until it is ready. Raises Unavailable."""
+        """Start the process and wait until it is ready. Raises Unavailable; one that is only late
+        goes on, and `fork` finds it.
+        """
         async with self._lock:
-            await self._ensure()
+            try:
+                await self._ensure()
+            except OSError as error:  # also TimeoutError
+                raise errors.Unavailable(f"the zygote is not ready: {error!r}") from error
 
     async def fork(
         self,

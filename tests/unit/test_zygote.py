@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from google.protobuf.message import DecodeError
 
+from cri_server import server
 from shim import client, errors, process
 from shim.pb import shim_pb2 as pb
 from tests.lab import faults, waiting
@@ -97,6 +98,25 @@ async def test_a_socket_path_may_be_longer_than_the_kernel_takes(
 
 
 # ---- once, and again
+
+
+async def test_one_that_is_late_forks_when_it_is_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = client.Zygote()
+    monkeypatch.setattr(client, "_START_SECONDS", 0.001)
+    with pytest.raises(errors.Unavailable, match="not ready"):
+        await late.start()
+    async with forked(late, tmp_path) as (pid, _):
+        assert comm(pid) == "cri-shim"
+    await late.close()
+
+
+async def test_the_server_does_not_fail_with_its_zygotes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_START_SECONDS", 0.001)
+    zygotes = client.Zygotes()
+    await server._start_zygotes(zygotes, ("oci", "shim"))
+    await zygotes.close()
 
 
 async def test_asking_again_gives_the_same_shim(zygote: client.Zygote, tmp_path: Path) -> None:

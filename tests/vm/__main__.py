@@ -38,7 +38,10 @@ NODE = tuple(
     )
 )  # fmt: skip
 # These restart the server some hundred times: hours in emulation.
-LONG = (f"--deselect={HERE}/test_recovery.py::test_killed_at_every_step",)
+LONG = (
+    f"--deselect={HERE}/test_recovery.py::test_killed_at_every_step",
+    f"--deselect={HERE}/test_userns.py::test_no_kill_costs_a_file_of_a_volume",
+)
 CLIENTS = tuple(
     f"{HERE}/test_{name}.py"
     for name in ("streaming", "streaming_rules", "streaming_hazards", "portforward")
@@ -146,7 +149,7 @@ def plan(wanted: argparse.Namespace) -> list[dict[str, Any]]:
         "cgroupfs": _run("cgroupfs", DRIVEN, "cgroupfs"),
         "node": _run("node", (*NODE, *LONG), "systemd"),
         "clients": _run("clients", CLIENTS, "systemd"),
-        "others": _run("others", OTHERS, "systemd"),
+        "others": _run("others", (*OTHERS, *LONG), "systemd"),
         "kernel": _run("kernel", KERNEL, "cgroupfs"),
         "selinux-unit": _run("selinux-unit", [DEPLOYED], "systemd", **SOCKET),
         "selinux": _run("selinux", LABELLED, "systemd", ENGINE),
