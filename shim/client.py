@@ -56,6 +56,7 @@ class Zygote:
         self._kind, self._stderr = kind, stderr
         self._lock = asyncio.Lock()
         self._child: process.Child | None = None
+        self._ready = False  # whether it has said so
         self._socket: socket.socket | None = None
         self._ended = asyncio.Event()
         self._ended.set()
@@ -133,8 +134,14 @@ class Zygote:
         return self._socket
 
     async def _ensure(self) -> None:
-        if self._child is not None:
-            return
+        if self._child is None:
+            await self._launch()
+        if not self._ready:
+            async with asyncio.timeout(_START_SECONDS):
+                await self._receive()
+            self._ready = True
+
+    async def _launch(self) -> None:
         await self._stop()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
@@ -142,11 +149,9 @@ class Zygote:
         with theirs:
             argv = _argv(3, self._kind)
             child = process.spawn(argv, fds={3: theirs.fileno()}, stderr=self._stderr)
-        self._child = child
+        self._child, self._ready = child, False
         self._ended.clear()
         asyncio.get_running_loop().add_reader(child.pidfd, self._reap, child)
-        async with asyncio.timeout(_START_SECONDS):
-            await self._receive()
 
     def _reap(self, child: process.Child) -> None:
         asyncio.get_running_loop().remove_reader(child.pidfd)

@@ -105,11 +105,16 @@ async def test_one_that_is_late_forks_when_it_is_ready(
 ) -> None:
     late = client.Zygote()
     monkeypatch.setattr(client, "_START_SECONDS", 0.001)
-    with pytest.raises(errors.Unavailable, match="not ready"):
-        await late.start()
-    async with forked(late, tmp_path) as (pid, _):
-        assert comm(pid) == "cri-shim"
-    await late.close()
+    try:
+        with pytest.raises(errors.Unavailable, match="not ready"):
+            await late.start()
+        begun = late._child
+        monkeypatch.undo()
+        async with forked(late, tmp_path) as (pid, _):
+            assert comm(pid) == "cri-shim"
+        assert late._child is begun
+    finally:
+        await late.close()
 
 
 async def test_the_server_does_not_fail_with_its_zygotes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,10 +38,10 @@ NODE = tuple(
     )
 )  # fmt: skip
 # These restart the server some hundred times: hours in emulation.
-LONG = (
-    f"--deselect={HERE}/test_recovery.py::test_killed_at_every_step",
-    f"--deselect={HERE}/test_userns.py::test_no_kill_costs_a_file_of_a_volume",
-)
+LONG = {
+    "node": f"--deselect={HERE}/test_recovery.py::test_killed_at_every_step",
+    "others": f"--deselect={HERE}/test_userns.py::test_no_kill_costs_a_file_of_a_volume",
+}
 CLIENTS = tuple(
     f"{HERE}/test_{name}.py"
     for name in ("streaming", "streaming_rules", "streaming_hazards", "portforward")
@@ -147,9 +147,9 @@ def plan(wanted: argparse.Namespace) -> list[dict[str, Any]]:
         "unit": _run("unit", [DEPLOYED], "systemd", **SOCKET),
         "systemd": _run("systemd", DRIVEN, "systemd"),
         "cgroupfs": _run("cgroupfs", DRIVEN, "cgroupfs"),
-        "node": _run("node", (*NODE, *LONG), "systemd"),
+        "node": _run("node", (*NODE, LONG["node"]), "systemd"),
         "clients": _run("clients", CLIENTS, "systemd"),
-        "others": _run("others", (*OTHERS, *LONG), "systemd"),
+        "others": _run("others", (*OTHERS, LONG["others"]), "systemd"),
         "kernel": _run("kernel", KERNEL, "cgroupfs"),
         "selinux-unit": _run("selinux-unit", [DEPLOYED], "systemd", **SOCKET),
         "selinux": _run("selinux", LABELLED, "systemd", ENGINE),
