@@ -29,6 +29,7 @@ ALLOWED = frozenset(
         "kvm",
         "sys_resource",
         "userns",
+        "id-mapped-tmpfs",
     }
 )
 PROBES: dict[str, Callable[[], str]] = {}
@@ -88,6 +89,11 @@ def _userns() -> str:
     temporary = Path(tempfile.gettempdir())
     old = host_version() < userns.LAYERS
     return "overlayfs takes no id-mapped layers" if old else userns.why_not(temporary, temporary)
+
+
+@probe("id-mapped-tmpfs")
+def _id_mapped_tmpfs() -> str:
+    return "" if host_version() >= (6, 3) else "tmpfs takes no mapped ids before Linux 6.3"
 
 
 def host_version() -> tuple[int, ...]:
