@@ -234,10 +234,13 @@ class Pods:
     ) -> "_Started":
         """Make the pod's files, then start its shim, which makes the other namespaces, and the
         sandbox container if any.
+
+        What is under way when the network fails comes to its end first: of a shim half born nobody
+        would know, and a thread that goes on would write beside the undo.
         """
         with recipe.step("files"):
-            await asyncio.to_thread(self._create_files, pod)
-        with recipe.step("shim"):  # uninterrupted: of a shim half born nobody would know
+            await side_by_side.uninterrupted(asyncio.to_thread(self._create_files, pod))
+        with recipe.step("shim"):
             shim_pid, start_time = await side_by_side.uninterrupted(self._shims.fork(pod))
         with recipe.step("namespaces"):
             async with self._shims.calling(pod.id) as shim:

@@ -23,6 +23,7 @@ from cri_server import (
     podfiles,
     revisions,
     shims,
+    side_by_side,
     sources,
     spec,
     state,
@@ -83,7 +84,7 @@ class SandboxContainers:
         cgroups_path = self.cgroup(pod)
         facts = self._handlers.facts(pod.handler)
         await self._profiles.provide_for(pod.config.linux.security_context, facts)
-        await asyncio.to_thread(self._write_bundle, pod, cgroups_path)
+        await side_by_side.uninterrupted(asyncio.to_thread(self._write_bundle, pod, cgroups_path))
         request = shim_pb2.CreateRequest(
             id=pod.id,
             bundle=str(self._files.bundle(pod.id)),

@@ -2,9 +2,11 @@
 """Requests that cannot work and helpers that fail: a clear
 error with the right code, and nothing left behind."""
 
+import concurrent.futures
 import json
 import os
 import stat
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ import pytest
 from cri_server.pb import api_pb2 as api
 from tests.fakes.kubelet import Kubelet, Pod, conditions, refusal
 from tests.integration.conftest import SLEEP, ClientOf, MakeSite
-from tests.lab import server, waiting
+from tests.lab import holding, server, waiting
 
 pytestmark = [
     pytest.mark.needs("root", "netns", "overlay", "cni", "runc", "docker-registry"),
@@ -194,6 +196,28 @@ def test_without_a_network_only_host_network_pods_run(
     config.linux.security_context.namespace_options.network = api.NODE
     client.remove_pod(client.run_pod(config).id)
     assert not client.pods()
+
+
+def test_a_pod_whose_network_fails_at_once_is_undone_after_its_files_are_made(
+    make_site: MakeSite, client_of: ClientOf, tmp_path: Path
+) -> None:
+    site = make_site(network={"conf_dir": os.fspath(tmp_path)})
+    site.kill()
+    gate = holding.Gate(site.home / "gate")
+    program = ("tests.lab.holding", str(site.home / "gate"), str(site.state / "pods"))
+    site.program = (sys.executable, "-m", *program)
+    site.start()
+    client = client_of(site)
+    gate.shut()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        refused = pool.submit(refusal, client.run_pod)
+        gate.wait()  # a file is about to be there
+        done, _ = concurrent.futures.wait([refused], timeout=0.5)
+        gate.open()
+        assert not done, "it would have undone what was still being made"
+        assert refused.result()[0] is grpc.StatusCode.UNAVAILABLE
+    assert not client.pods()
+    assert not list((site.state / "pods").iterdir())
 
 
 def test_a_plugin_that_fails(make_site: MakeSite, client_of: ClientOf, tmp_path: Path) -> None:
