@@ -406,7 +406,7 @@ class Containers:
             for container in known:
                 if container.id in self._running:
                     group.create_task(self.stop(container.id, 0))
-                else:
+                elif container.complete:  # else who makes it finds the pod stopped, and undoes it
                     group.create_task(self._give_up_start(container.id))
 
     async def _give_up_start(self, container_id: str) -> None:

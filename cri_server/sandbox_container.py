@@ -66,8 +66,8 @@ class SandboxContainers:
         return options.pid == api.NamespaceMode.POD or of_handler
 
     async def check_profiles(self, config: api.PodSandboxConfig, facts: spec.HostFacts) -> None:
-        """Refuse AppArmor and seccomp profiles that are not there, also for a pod without such a
-        container: nothing is ignored in silence.
+        """Load the AppArmor profile; refuse it and the seccomp profile where they are not there,
+        also for a pod without such a container: nothing is ignored in silence.
 
         Raises InvalidArgument that names the field, DeadlineExceeded for a file that cannot be
         read in time.
@@ -82,8 +82,6 @@ class SandboxContainers:
         if not self.needed(pod):
             return 0
         cgroups_path = self.cgroup(pod)
-        facts = self._handlers.facts(pod.handler)
-        await self._profiles.provide_for(pod.config.linux.security_context, facts)
         await side_by_side.uninterrupted(asyncio.to_thread(self._write_bundle, pod, cgroups_path))
         request = shim_pb2.CreateRequest(
             id=pod.id,

@@ -6,7 +6,6 @@ import concurrent.futures
 import json
 import os
 import stat
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -202,11 +201,7 @@ def test_a_pod_whose_network_fails_at_once_is_undone_after_its_files_are_made(
     make_site: MakeSite, client_of: ClientOf, tmp_path: Path
 ) -> None:
     site = make_site(network={"conf_dir": os.fspath(tmp_path)})
-    site.kill()
-    gate = holding.Gate(site.home / "gate")
-    program = ("tests.lab.holding", str(site.home / "gate"), str(site.state / "pods"))
-    site.program = (sys.executable, "-m", *program)
-    site.start()
+    gate = holding.gated(site, site.state / "pods")
     client = client_of(site)
     gate.shut()
     with concurrent.futures.ThreadPoolExecutor() as pool:

@@ -2,7 +2,6 @@
 """CreateContainer and RemoveImage at the same moment: who has begun with an image keeps it."""
 
 import concurrent.futures
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -29,11 +28,7 @@ def test_an_image_removed_while_a_container_is_being_made_keeps_its_layers(
 ) -> None:
     """The image goes after the container was asked for, before its record says what it needs."""
     site = make_site()
-    site.kill()
-    gate = holding.Gate(site.home / "gate")
-    program = ("tests.lab.holding", str(site.home / "gate"), str(site.root / "containers"))
-    site.program = (sys.executable, "-m", *program)
-    site.start()
+    gate = holding.gated(site, site.root / "containers")
     client = client_of(site)
     extra = [image.Entry(name="proof", data=b"here\n")]
     going = client.pull(registry.push(image.busybox(extra), "claims/going"))

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import socket
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -137,11 +136,7 @@ def test_a_thread_that_never_comes_back_does_not_keep_the_server_from_ending(
     make_site: Callable[..., server.Site], client_of: Callable[[server.Site], Kubelet]
 ) -> None:
     site = make_site()
-    site.kill()
-    gate = holding.Gate(site.home / "gate")
-    program = ("tests.lab.holding", str(site.home / "gate"), str(site.root / "pods"))
-    site.program = (sys.executable, "-m", *program)
-    site.start()
+    gate = holding.gated(site, site.root / "pods")
     client = client_of(site)
     gate.shut()
     with concurrent.futures.ThreadPoolExecutor() as pool:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from cri_server import __main__
-from tests.lab import waiting
+from tests.lab import server, waiting
 
 
 class Gate:
@@ -38,6 +38,15 @@ class Gate:
 
     def open(self) -> None:
         os.close(self._fd)
+
+
+def gated(site: server.Site, folder: Path) -> Gate:
+    """Have a site's server, started anew, with a gate before `folder`."""
+    site.kill()
+    gate = site.home / "gate"
+    site.program = (sys.executable, "-m", "tests.lab.holding", os.fspath(gate), os.fspath(folder))
+    site.start()
+    return Gate(gate)
 
 
 def main() -> int:
