@@ -89,9 +89,9 @@ def own_kills(directories: Mapping[str, str]) -> int:
     reached; all on v1, which counts so, and before Linux 5.2.
     """
     if "memory" not in directories and "" in directories:
-        local = os.path.join(directories[""], "memory.events.local")
-        if _read(local, b"oom") == 0:
-            return _read(local) or 0
+        local = _fields(os.path.join(directories[""], "memory.events.local"))
+        if local.get(b"oom") == 0:
+            return local.get(b"oom_kill", 0)
     return kills(directories)
 
 
@@ -105,12 +105,15 @@ def above(directories: Mapping[str, str]) -> int:
     return _read(os.path.join(os.path.dirname(own), "memory.events")) or 0
 
 
-def _read(path: str, name: bytes = b"oom_kill") -> int | None:
-    """Return the field of a file of "name value" lines, None when it has none."""
+def _read(path: str) -> int | None:
+    """Return the field `oom_kill` of a file, None when it has none."""
+    return _fields(path).get(b"oom_kill")
+
+
+def _fields(path: str) -> Mapping[bytes, int]:
+    """Return a file of "name value" lines, {} for one that is not there or holds something else."""
     try:
         with open(path, "rb") as file:
-            fields = dict(line.split() for line in file)
+            return {name: int(value) for name, value in map(bytes.split, file)}
     except (OSError, ValueError):
-        return None
-    value = fields.get(name)
-    return None if value is None else int(value)
+        return {}

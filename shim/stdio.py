@@ -113,8 +113,8 @@ class Streams:
     ) -> P:
         with self._pipes(directory) as ends:
             self._remote = made = await launch(ends)
-        if self._terminal and self._size:
-            loop.spawn(_resize(made, *self._size), name="resize")
+        if self._size:
+            self.resize(*self._size)
         self._input_ready.set()
         return made
 
