@@ -19,7 +19,8 @@ from pathlib import Path
 PACKAGES = (
     "systemd-sysv", "dbus", "udev", "kmod", "linux-image-cloud-amd64", "apparmor",
     "iproute2", "iptables", "containernetworking-plugins", "runc", "crun", "catatonit",
-    "docker-registry", "busybox-static", "python3", "python3-venv", "libstdc++6",
+    "containerd", "docker-registry", "busybox-static", "curl", "python3", "python3-venv",
+    "libstdc++6",
 )  # fmt: skip
 UNNEEDED = ("doc", "man", "locale", "info", "bash-completion", "lintian")
 SIZE = "4G"  # sparse
@@ -45,6 +46,7 @@ FILES = {
 LINKS = {
     "etc/systemd/system/multi-user.target.wants/tests.service": "/etc/systemd/system/tests.service",
     "etc/systemd/system/serial-getty@ttyS0.service": "/dev/null",
+    "etc/systemd/system/containerd.service": "/dev/null",  # only its shim is wanted
     "etc/systemd/system/apt-daily.timer": "/dev/null",
     "etc/systemd/system/apt-daily-upgrade.timer": "/dev/null",
 }
