@@ -153,10 +153,10 @@ async def end(pod: Pod) -> None:
     if not faults.alive(pod.pid):
         return
     shim = await client.ShimClient.connect(pod.shim.socket_path)
-    await shim.stop_sandbox(pb.StopSandboxRequest(), timeout=20)
+    await shim.stop_sandbox(pb.StopSandboxRequest(), timeout=waiting.patient(20))
     for one in (await shim.state(pb.StateRequest())).containers:
-        await shim.delete(pb.DeleteRequest(id=one.id), timeout=20)
-    await shim.shutdown(timeout=5)
+        await shim.delete(pb.DeleteRequest(id=one.id), timeout=waiting.patient(20))
+    await shim.shutdown(timeout=waiting.patient(5))
     waiting.until(lambda: not faults.alive(pod.pid), "the shim has ended")
     pod.shim.close()
     shim.close()
@@ -799,15 +799,16 @@ def odd(tmp_path: Path, pods: Callable[..., Any]) -> Callable[..., Any]:
 async def test_a_start_that_hangs_ends_in_time_and_disturbs_nobody(
     odd: Callable[..., Any],
 ) -> None:
-    pod, folder = await odd(timeout="1")
+    seconds = f"{waiting.patient(1):g}"
+    pod, folder = await odd(timeout=seconds)
     other = await pod.run()
     faults.break_(folder, run="sleep 662 & wait")
     made = await pod.create()
     starting = asyncio.create_task(pod.shim.start(pb.StartRequest(id=made.id)))
     await asyncio.to_thread(waiting.until, lambda: faults.processes("sleep", "662"), "it hangs")
     assert (await pod.exec(other, "true")).exit_code == 0
-    await pod.shim.ping(timeout=0.5)
-    with pytest.raises(errors.DeadlineExceeded, match="did not end within 1 s"):
+    await pod.shim.ping(timeout=waiting.patient(0.5))
+    with pytest.raises(errors.DeadlineExceeded, match=f"did not end within {seconds} s"):
         await starting
     assert (await pod.wait(made)).reason == "StartError"
     waiting.until(lambda: not faults.processes("sleep", "662"), "nothing is left of it")
@@ -830,7 +831,7 @@ async def test_an_exec_that_hangs_ends_in_time(odd: Callable[..., Any]) -> None:
     pod, folder = await odd()
     made = await pod.run()
     faults.break_(folder, exec="sleep 664 & wait")
-    result = await pod.exec(made, "true", timeout_ms=300)
+    result = await pod.exec(made, "true", timeout_ms=milliseconds(0.3))
     assert result.timed_out
     waiting.until(lambda: not faults.processes("sleep", "664"), "nothing is left of it")
 
@@ -854,7 +855,7 @@ async def test_a_megabyte_of_stderr_blocks_nobody(odd: Callable[..., Any]) -> No
 
 
 async def test_a_delete_that_hangs_does_not_hold_back_the_exit(odd: Callable[..., Any]) -> None:
-    pod, folder = await odd(timeout="1")
+    pod, folder = await odd(timeout=f"{waiting.patient(1):g}")
     made = await pod.run("true")
     faults.break_(folder, delete="sleep 665 & wait")
     await pod.kill(made, signal.SIGKILL)
