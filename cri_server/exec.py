@@ -26,6 +26,7 @@ from shim import client
 from shim.pb import shim_pb2
 
 OUTPUT_LIMIT = 16 << 20
+_LONGEST = 1 << 53  # milliseconds; a kubelet may send any int64 of seconds
 SHIM_SLACK = 10.0  # seconds that killing a tree takes a shim at most, and some
 
 
@@ -63,7 +64,7 @@ class Exec:
         """
         container = self._containers.running(container_id)
         start = self.start(container, cmd)
-        start.timeout_ms = max(int(timeout * 1000), 0)
+        start.timeout_ms = min(max(int(timeout * 1000), 0), _LONGEST)
         done = await self._run(container.pod_id, start)
         if done.timed_out:
             raise errors.DeadlineExceeded(f"command {cmd[0][:200]!r} timed out after {timeout:g} s")

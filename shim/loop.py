@@ -33,6 +33,7 @@ T = TypeVar("T")
 _READ = select.EPOLLIN
 _WRITE = select.EPOLLOUT
 _HANGUP = select.EPOLLRDHUP
+_LONGEST = 86400.0  # seconds: epoll refuses waits of more than 24 days
 _BROKEN = select.EPOLLHUP | select.EPOLLERR
 
 
@@ -128,7 +129,7 @@ class _Loop:
         if self.ready:
             wait = 0.0
         elif self.timers:
-            wait = max(0.0, self.timers[0].deadline - time.monotonic())
+            wait = min(max(0.0, self.timers[0].deadline - time.monotonic()), _LONGEST)
         else:
             wait = -1
         return self.epoll.poll(wait)

@@ -53,6 +53,11 @@ def test_a_timeout_is_deadline_exceeded_and_leaves_nothing(
     waiting.until(gone, "the tree of the exec is gone", seconds=5)
 
 
+@pytest.mark.parametrize("timeout", [2**31 - 1, 2**63 - 1])
+def test_a_timeout_of_ages_is_one(kubelet: Kubelet, container: str, timeout: int) -> None:
+    assert kubelet.exec_sync(container, ["sleep", "0.1"], timeout=timeout).exit_code == 0
+
+
 @pytest.mark.ours
 def test_a_child_that_keeps_the_pipes_does_not_keep_the_call(
     kubelet: Kubelet, container: str

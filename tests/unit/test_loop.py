@@ -4,6 +4,7 @@
 import os
 import resource
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -287,6 +288,17 @@ def test_timeout_in_time_leaves_no_timer() -> None:
         assert clean()
 
     loop.run(main())
+
+
+def test_a_limit_of_ages_is_one() -> None:
+    async def main() -> bytes:
+        with pipe() as (r, w):
+            threading.Timer(0.05, os.write, (w, b"x")).start()
+            async with loop.timeout(2.0**53):
+                await loop.readable(r)
+            return os.read(r, 1)
+
+    assert loop.run(main()) == b"x"
 
 
 def test_the_outer_limit_passes_through_the_inner_one() -> None:
