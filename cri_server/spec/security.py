@@ -203,6 +203,8 @@ def profile(
     """
     if present:
         kind, reference = _kind(message.profile_type, field), message.localhost_ref
+        stray = bool(reference) and kind != "localhost"
+        checks.unsupported(stray, f"{field}.localhost_ref", "only a Localhost profile has one")
     else:
         kind, reference = _deprecated(deprecated, field)
     if kind == "localhost" and not reference:
@@ -307,9 +309,13 @@ def _runtime_default(
 def apparmor(context: _Context | api.LinuxSandboxSecurityContext, host: types.HostFacts) -> str:
     """Return the AppArmor profile's name, "" for none; `apparmor` sees to it that it is loaded.
 
-    Without AppArmor the default is void and a Localhost profile an error (behaviour.md §1.6). The
-    default is void too where nothing can load it, as in containerd.
+    A container that names none gets the default, as with the peers: the kubelet sends nothing for a
+    pod that says nothing, and such a pod is not to be the less confined. Without AppArmor the
+    default is void and a Localhost profile an error (behaviour.md §1.6). The default is void too
+    where nothing can load it, as in containerd.
     """
+    if _names_no_apparmor(context):
+        return _apparmor_unasked(privileged=context.privileged, host=host)
     deprecated = context.apparmor_profile if isinstance(context, _Context) else ""
     kind, name = profile(context.HasField("apparmor"), context.apparmor, deprecated, "apparmor")
     _note_profile("process.apparmorProfile", context, "apparmor", kind)
@@ -323,4 +329,25 @@ def apparmor(context: _Context | api.LinuxSandboxSecurityContext, host: types.Ho
     checks.unsupported(
         not host.apparmor, "apparmor", f"profile {name[:80]!r}: this host has no AppArmor"
     )
+    return name
+
+
+def _names_no_apparmor(context: _Context | api.LinuxSandboxSecurityContext) -> bool:
+    """Say whether it is a container's and leaves the profile to us."""
+    return (
+        isinstance(context, _Context)
+        and not context.HasField("apparmor")
+        and not context.apparmor_profile
+    )
+
+
+def _apparmor_unasked(*, privileged: bool, host: types.HostFacts) -> str:
+    name = "" if privileged else host.apparmor_default
+    if privileged:
+        because = "unconfined, as the container is privileged"
+    elif name:
+        because = "RuntimeDefault, as the container names no profile"
+    else:
+        because = "unconfined, as this host has no profile to load"
+    why.default("process.apparmorProfile", because)
     return name

@@ -59,7 +59,7 @@ def said(kubelet: Kubelet, pod: Pod, image: str, script: str, **security: Any) -
         ({"apparmor_profile": "runtime/default"}, f"{apparmor.NAME} (enforce)"),
         ({"apparmor": DEFAULT, "apparmor_profile": "unconfined"}, f"{apparmor.NAME} (enforce)"),
         ({"apparmor": Profile(profile_type=Profile.Unconfined)}, "unconfined"),
-        ({}, "unconfined"),
+        ({}, f"{apparmor.NAME} (enforce)"),  # as with the peers
     ],
 )
 def test_a_container_and_its_execs_run_under_the_profile_asked_for(

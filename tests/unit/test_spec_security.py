@@ -197,6 +197,8 @@ def test_the_file_of_a_localhost_profile_is_named() -> None:
         {"apparmor": Profile(profile_type=Profile.Localhost, localhost_ref="not-loaded")},
         {"apparmor_profile": "localhost/not-loaded"},
         {"apparmor_profile": "nonsense"},
+        {"apparmor": Profile(localhost_ref="of-no-use")},
+        {"seccomp": Profile(profile_type=Profile.Unconfined, localhost_ref="/of/no/use")},
     ],
 )
 def test_a_profile_that_cannot_be_is_refused(fields: dict[str, object]) -> None:
@@ -224,11 +226,12 @@ def test_a_profile_on_a_kernel_without_seccomp_is_refused() -> None:
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({}, None),
+        ({}, "ours"),
+        ({"privileged": True}, None),
         ({"apparmor": Profile()}, "ours"),
         ({"apparmor": Profile(profile_type=Profile.Unconfined)}, None),
         ({"apparmor": Profile(profile_type=Profile.Localhost, localhost_ref="localhost/a")}, "a"),
-        ({"apparmor_profile": ""}, None),
+        ({"apparmor_profile": ""}, "ours"),
         ({"apparmor_profile": "unconfined"}, None),
         ({"apparmor_profile": "runtime/default"}, "ours"),
         ({"apparmor_profile": "localhost/mine"}, "mine"),
@@ -247,9 +250,12 @@ def test_the_apparmor_profile_is_the_fields_then_the_old_strings(
     assert process.get("apparmorProfile") == expected
 
 
+@pytest.mark.parametrize("fields", [{}, {"apparmor": Profile()}])
 @pytest.mark.parametrize("enabled", [False, True])
-def test_the_default_apparmor_profile_is_void_where_nothing_can_load_it(enabled: bool) -> None:
+def test_the_default_apparmor_profile_is_void_where_nothing_can_load_it(
+    enabled: bool, fields: dict[str, object]
+) -> None:
     host = dataclasses.replace(wishes.FACTS, apparmor=enabled, apparmor_default="")
-    wish = wishes.container(security=wishes.security(apparmor=Profile()))
+    wish = wishes.container(security=wishes.security(**fields))
     wishes.validate(wish, host=host)
     assert "apparmorProfile" not in spec.container(wishes.given(wish, host=host))["process"]
