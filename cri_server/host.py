@@ -38,6 +38,7 @@ from shim import linux
 
 _COMPLAINT = 200  # characters
 _PATIENCE = 5.0  # seconds for an answer: all handlers wait at start for one that gives none
+_THIS_KERNEL = ("runc", "crun", "youki")  # programs whose containers share the host's kernel
 _HUGEPAGES = Path("/sys/kernel/mm/hugepages")
 _SIZES = {"KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
 
@@ -158,6 +159,13 @@ class Host:
             return f"{runtime.path} does not list SCMP_ACT_LOG among its features"
         return self.no_seccomp_log
 
+    def _cgroup_mount(self, runtime: RuntimeFacts | None) -> str:
+        """Return the one mount of cgroup v2, if it can be bound into containers of this runtime: a
+        kernel of their own would take it for its own.
+        """
+        here = runtime is not None and any(p.program in _THIS_KERNEL for p in runtime.programs)
+        return str(self.hierarchy.mounts.get("", "")) if here else ""
+
     @cached_property
     def _facts(self) -> dict[str, spec.HostFacts]:
         return {}
@@ -175,6 +183,7 @@ class Host:
             capabilities=self.bounding & runtime.capabilities if runtime else self.bounding,
             known_capabilities=self.known,
             cgroup_v2=self.hierarchy.mode == "v2",
+            cgroup_mount=self._cgroup_mount(runtime),
             oom_score_adj_floor=-1000 if self.raises_limits else self.oom_score_adj,
             seccomp=self.seccomp,
             apparmor=self.apparmor,

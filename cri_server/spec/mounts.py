@@ -34,8 +34,8 @@ _FLAGLESS = {"bind", "rbind", "rw", "rro", *_OPTIONS.values()}
 def mounts(wanted: types.ContainerInput) -> list[oci.Mount]:
     """Return all mounts in the order to make them: by depth, otherwise as listed.
 
-    A CRI mount replaces a default with the same target, one on /dev replaces every default below it
-    too.
+    A CRI mount replaces the defaults at and below its target: who mounts the host's /sys wants all
+    of it, the node's cgroups too, and not our mount of the container's own on top.
     """
     base, shared = _defaults(wanted), list(_pod_files(wanted))
     requested = [_requested(n, m, wanted) for n, m in enumerate(wanted.config.mounts)]
@@ -75,10 +75,10 @@ def _whence(mount: api.Mount, source: str) -> str:
 
 
 def _replaced(destination: str, taken: set[str]) -> bool:
-    below = "/dev" in taken and destination.startswith("/dev/")
-    if below:
-        why.cri(f"mounts[{destination}]", "mounts", "left out: /dev is mounted over")
-    return below or destination in taken
+    over = next((t for t in taken if checks.below(destination, t)), "")
+    if over and destination not in taken:
+        why.cri(f"mounts[{destination}]", "mounts", f"left out: {over} is mounted over")
+    return bool(over)
 
 
 def in_order(mounts: Iterable[oci.Mount]) -> list[oci.Mount]:
@@ -95,7 +95,7 @@ def _depth(mount: oci.Mount) -> int:
 
 def _defaults(wanted: types.ContainerInput) -> list[oci.Mount]:
     mode = "rw" if wanted.security.privileged else "ro"
-    cgroups = "rw" if wanted.defaults.cgroup_writable_key else mode
+    writable = "rw" if wanted.defaults.cgroup_writable_key else mode
     defaults = [
         _mount("/proc", "proc", "nosuid", "noexec", "nodev"),
         _mount("/dev", "tmpfs", "nosuid", "strictatime", "mode=755", "size=65536k"),
@@ -112,9 +112,9 @@ def _defaults(wanted: types.ContainerInput) -> list[oci.Mount]:
         _mount(SHM, "tmpfs", "nosuid", "noexec", "nodev", "mode=1777", "size=65536k"),
         _mount("/dev/mqueue", "mqueue", "nosuid", "noexec", "nodev"),
         _sysfs(wanted, mode),
-        _mount("/sys/fs/cgroup", "cgroup", "nosuid", "noexec", "nodev", "relatime", cgroups),
+        _cgroups(wanted, writable),
     ]
-    if cgroups != mode:
+    if writable != mode:
         why.handler("mounts[/sys/fs/cgroup]", wanted.defaults.cgroup_writable_key, "writable")
     return defaults
 
@@ -134,6 +134,22 @@ def _sysfs(wanted: types.ContainerInput, mode: str) -> oci.Mount:
         type="bind",
         source=wanted.sysfs,
         options=["rbind", "rprivate", *options],
+    )
+
+
+def _cgroups(wanted: types.ContainerInput, mode: str) -> oci.Mount:
+    """Return /sys/fs/cgroup. A privileged container is in the host's cgroup namespace, and from
+    there every new mount of cgroup v2 sets the options of all: it would take nsdelegate and
+    memory_recursiveprot off the host's. It sees the same tree in a bind mount of that.
+    """
+    options = ("nosuid", "noexec", "nodev", "relatime", mode)
+    made = _mount("/sys/fs/cgroup", "cgroup", *options)
+    if not wanted.security.privileged or wanted.ids or not wanted.host.cgroup_mount:
+        return made
+    why.cri(f"mounts[{made['destination']}]", "linux.security_context.privileged", "the host's")
+    bind = ["rbind", "rprivate", *options]
+    return oci.Mount(
+        **{**made, "type": "bind", "source": wanted.host.cgroup_mount, "options": bind}
     )
 
 
@@ -280,11 +296,11 @@ def image_volumes(config: api.ContainerConfig, image: types.ImageConfig) -> tupl
     """Return the image's VOLUMEs at or above which the request mounts nothing.
 
     What is mounted there is the request's: to put a fresh folder on a part of it would hide, or
-    lose, what the pod keeps there. Raises InvalidArgument for a path that is not one below the root
-    (CVE-2022-23648).
+    lose, what the pod keeps there. A relative one is taken from the root, and none leaves it
+    (CVE-2022-23648). Raises InvalidArgument for the root itself.
     """
     asked = [checks.absolute(m.container_path, "mount container_path") for m in config.mounts]
-    paths = [checks.absolute(v, "image VOLUME") for v in image.volumes]
+    paths = [checks.absolute("/" + v, "image VOLUME") for v in image.volumes]
     checks.unsupported("/" in paths, "image VOLUME", "the root cannot be a volume")
     return tuple(p for p in dict.fromkeys(paths) if not any(checks.below(p, a) for a in asked))
 

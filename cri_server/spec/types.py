@@ -184,13 +184,15 @@ class HostFacts:
     with a cgroup controller, as CRI writes them:
     "2MB", "1GB". `memory` is the host's, in bytes. `no_user_namespaces` says why pods cannot have
     their own, "" where they can; `shallow_binds`, that in them the runtime leaves out what is
-    mounted below a bind mount.
+    mounted below a bind mount. `cgroup_mount` is where cgroup v2 is mounted, for a runtime whose
+    containers share this kernel and may be shown that mount; "" otherwise.
     """
 
     machine: str = "x86_64"
     capabilities: frozenset[str]
     known_capabilities: frozenset[str]
     cgroup_v2: bool
+    cgroup_mount: str = ""
     oom_score_adj_floor: int = -1000
     seccomp: bool = True
     apparmor: bool = False

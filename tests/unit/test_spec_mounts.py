@@ -46,6 +46,16 @@ def test_a_privileged_container_may_write_sysfs_and_cgroups() -> None:
     assert not [m for m in found if "ro" in m["options"]]
 
 
+def test_a_privileged_container_sees_the_hosts_mount_of_cgroup_v2() -> None:
+    wish = wishes.container(security=wishes.security(privileged=True))
+    host = wishes.facts(cgroup_mount="/sys/fs/cgroup")
+    found = by_target(spec.container(wishes.given(wish, host=host)))["/sys/fs/cgroup"]
+    assert (found["type"], found["source"]) == ("bind", "/sys/fs/cgroup")
+    assert {"rbind", "rprivate", "rw"} <= {*found["options"]}
+    own = spec.container(wishes.given(wishes.container(), host=host))
+    assert by_target(own)["/sys/fs/cgroup"]["type"] == "cgroup"
+
+
 def test_a_handler_may_let_containers_write_to_their_cgroups_and_to_no_more() -> None:
     given = spec.Defaults(cgroup_writable_key="[runtimes.x] cgroup_writable")
     found = by_target(container(defaults=given))
@@ -83,14 +93,19 @@ def test_a_request_replaces_a_default_or_a_file_of_the_pod_at_the_same_place() -
     assert by_target(found)["/sys"]["type"] == "bind"
 
 
-def test_a_request_for_dev_replaces_all_defaults_below_it() -> None:
-    found = container(api.Mount(container_path="/dev", host_path="/dev"))
-    assert [m["destination"] for m in found["mounts"]] == [
-        "/proc",
-        "/sys",
-        "/dev",
-        "/sys/fs/cgroup",
-    ]
+@pytest.mark.parametrize(
+    ("target", "others"),
+    [
+        ("/dev", ["/proc", "/sys", "/sys/fs/cgroup"]),
+        ("/sys", ["/proc", "/dev", "/dev/pts", "/dev/shm", "/dev/mqueue"]),
+        ("/sys/fs", ["/proc", "/dev", "/sys", "/dev/pts", "/dev/shm", "/dev/mqueue"]),
+    ],
+)
+def test_a_request_for_a_folder_replaces_all_defaults_below_it(
+    target: str, others: list[str]
+) -> None:
+    found = container(api.Mount(container_path=target, host_path=target))
+    assert [m["destination"] for m in found["mounts"] if m["type"] != "bind"] == others
 
 
 def test_mounts_are_ordered_by_depth_and_otherwise_as_listed() -> None:
@@ -236,6 +251,12 @@ def test_volumes_of_the_image_are_those_that_no_mount_covers() -> None:
     assert spec.image_volumes(wish, image) == ("/data", "/etc", "/coveredx")
 
 
+def test_a_relative_volume_of_the_image_is_one_of_the_root_and_none_leaves_it() -> None:
+    declared = ("data", "./x", "C:/y", "../../etc/z")
+    found = spec.image_volumes(wishes.container(), spec.ImageConfig(volumes=declared))
+    assert found == ("/data", "/x", "/C:/y", "/etc/z")
+
+
 def test_volumes_are_writable_mounts_before_what_lies_in_them() -> None:
     inner = api.Mount(container_path="/data/config", host_path="/h", readonly=True)
     found = spec.with_volumes(container(inner)["mounts"], {"/data": "/v/0", "/var/lib/x/y": "/v/1"})
@@ -250,7 +271,7 @@ def test_volumes_are_writable_mounts_before_what_lies_in_them() -> None:
     }
 
 
-@pytest.mark.parametrize("volume", ["relative", "/", "/..", "/a\0", ""])
+@pytest.mark.parametrize("volume", ["/", "/..", "..", ".", "/a\0", ""])
 def test_a_volume_of_the_image_that_is_no_folder_below_the_root_is_refused(volume: str) -> None:
     with pytest.raises(errors.InvalidArgument, match="VOLUME"):
         wishes.validate(wishes.container(), image=spec.ImageConfig(cmd=("/x",), volumes=(volume,)))
