@@ -51,13 +51,18 @@ def args(config: api.ContainerConfig, image: types.ImageConfig) -> list[str]:
     vector: list[str] = []
     _add(vector, config.command, why.cri, "command")
     if not vector:
-        _add(vector, image.entrypoint, why.image, "config.Entrypoint")
+        _add(vector, _entrypoint(image), why.image, "config.Entrypoint")
     _add(vector, config.args, why.cri, "args")
     if not config.args and not config.command:
         _add(vector, image.cmd, why.image, "config.Cmd")
     if not vector or not vector[0]:
         raise errors.InvalidArgument("command: neither the request nor the image names one")
     return vector
+
+
+def _entrypoint(image: types.ImageConfig) -> tuple[str, ...]:
+    """Return the image's ENTRYPOINT: one empty word is how a Dockerfile takes away its base's."""
+    return () if image.entrypoint == ("",) else image.entrypoint
 
 
 def _add(vector: list[str], words: Iterable[str], source: why.Verb, field: str) -> None:
@@ -67,14 +72,16 @@ def _add(vector: list[str], words: Iterable[str], source: why.Verb, field: str) 
 
 
 def env(wanted: types.ContainerInput) -> list[str]:
-    """Return the environment: PATH, the image's, TERM, HOSTNAME, the request's; HOME if unset."""
+    """Return the environment: the image's, the request's over it, and PATH, TERM, HOSTNAME and HOME
+    where neither has them. Images set HOSTNAME for the address to listen on.
+    """
     why.default("process.env[PATH]", "where programs are, for an image that does not say")
     merged = {"PATH": DEFAULT_PATH}
     merged.update(image_env(wanted.image))
     if wanted.config.tty and "TERM" not in merged:
         why.default("process.env[TERM]", "config.tty: a terminal has a type")
         merged["TERM"] = "xterm"
-    if wanted.hostname:
+    if wanted.hostname and "HOSTNAME" not in merged:
         why.default("process.env[HOSTNAME]", "the pod's host name, as shells and programs expect")
         merged["HOSTNAME"] = wanted.hostname
     merged.update(requested_env(wanted.config))

@@ -26,6 +26,8 @@ def process(config: api.ContainerConfig, **changes: object) -> spec.oci.Process:
         (["/bin/sh", "-c"], ["true"], IMAGE, ["/bin/sh", "-c", "true"]),
         ([], ["/only", "args"], spec.ImageConfig(), ["/only", "args"]),
         ([], [], spec.ImageConfig(cmd=("/cmd", "")), ["/cmd", ""]),
+        ([], [], spec.ImageConfig(entrypoint=("",), cmd=("/cmd",)), ["/cmd"]),
+        ([], ["/asked"], spec.ImageConfig(entrypoint=("",), cmd=("/cmd",)), ["/asked"]),
     ],
 )
 def test_command_replaces_entrypoint_and_cmd_and_args_replaces_cmd(
@@ -72,6 +74,11 @@ def test_the_environment_is_merged_and_each_name_is_there_once() -> None:
         "D=x=y",
         "HOME=/home/me",
     ]
+
+
+def test_the_images_host_name_is_left_to_it() -> None:
+    image = dataclasses.replace(IMAGE, env=("HOSTNAME=0.0.0.0",))
+    assert "HOSTNAME=0.0.0.0" in process(wishes.container(), image=image)["env"]
 
 
 def test_a_terminal_gets_a_term_unless_somebody_set_it() -> None:
