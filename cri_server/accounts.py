@@ -215,20 +215,27 @@ def _huge_pages(directories: Mapping[str, str]) -> Iterator[HugePages]:
 
 
 def _huge_pages_v1(directory: str, size: str) -> HugePages | None:
-    used = usage.number(directory, f"hugetlb.{size}.usage_in_bytes")
+    used = _huge(directory, size, "usage_in_bytes")
     if used is None:
         return None
-    peak = usage.number(directory, f"hugetlb.{size}.max_usage_in_bytes")
-    at_limit = usage.number(directory, f"hugetlb.{size}.failcnt")
+    peak, at_limit = (_huge(directory, size, name) for name in ("max_usage_in_bytes", "failcnt"))
     return HugePages(size=size, used=used, peak=peak, at_limit=at_limit)
 
 
 def _huge_pages_v2(directory: str, size: str) -> HugePages | None:
-    used = usage.number(directory, f"hugetlb.{size}.current")
+    used = _huge(directory, size, "current")
     if used is None:
         return None
     events = usage.fields(directory, f"hugetlb.{size}.events") or {}
     return HugePages(size=size, used=used, peak=None, at_limit=events.get("max"))
+
+
+def _huge(directory: str, size: str, name: str) -> int | None:
+    """Return a figure with the pages that are reserved and not touched yet, as cAdvisor does: they
+    are as lost to others. Kernels before 5.7 only count those in use.
+    """
+    reserved = usage.number(directory, f"hugetlb.{size}.rsvd.{name}")
+    return usage.number(directory, f"hugetlb.{size}.{name}") if reserved is None else reserved
 
 
 @functools.cache

@@ -273,4 +273,5 @@ class Graph:
             pod_host=self.pods,
             container_host=self._containers,
             bundle_host=self._bundles,
+            pod_files=self._files,
         )

@@ -23,6 +23,7 @@ from cri_server import (
     configjson,
     containers,
     handlers,
+    podfiles,
     pods,
     revisions,
     state,
@@ -54,10 +55,12 @@ class Info:
         pod_host: pods.Pods,
         container_host: containers.Containers,
         bundle_host: bundles.Bundles,
+        pod_files: podfiles.PodFiles,
     ) -> None:
         self._settings, self._handlers = settings, live
         self._groups, self._network = groups, network
         self._pods, self._containers, self._bundles = pod_host, container_host, bundle_host
+        self._files = pod_files
         self._pod_cidr = ""
 
     def version(self) -> api.VersionResponse:
@@ -216,7 +219,22 @@ class Info:
             "overhead": _message(state.limits(pod.overhead, pod.config.linux.overhead)),
             "resources": _message(state.limits(pod.resources, pod.config.linux.resources)),
             "config": _message(pod.config),
+            "runtimeSpec": self._pod_spec(pod),
         }
+
+    def _pod_spec(self, pod: state.Pod) -> Any:
+        """Return the config.json of the sandbox container; of a pod without one what would be in
+        it, so that scripts find the namespaces where the peers have them.
+        """
+        try:
+            return configjson.read(self._files.bundle(pod.id))
+        except FileNotFoundError:
+            joined = self._files.namespaces(pod).items()
+            return {
+                "hostname": podfiles.own_hostname(pod),
+                "annotations": dict(pod.config.annotations),
+                "linux": {"namespaces": [{"type": kind, "path": path} for kind, path in joined]},
+            }
 
     def container_status(self, container_id: str, *, verbose: bool) -> api.ContainerStatusResponse:
         container = self._containers.record(container_id)
@@ -230,6 +248,7 @@ class Info:
         return {
             "sandboxID": container.pod_id,
             "pid": 0 if container.finished_at else container.pid,
+            "privileged": container.config.linux.security_context.privileged,
             "bundle": str(self._bundles.directory(container.id)),
             "cgroupsPath": container.cgroups_path,
             "snapshotter": "overlayfs",

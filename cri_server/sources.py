@@ -157,7 +157,7 @@ def _below(folder: str, target: str, access: str) -> Iterator[spec.DeviceNode]:
         for name in sorted(set(names) - _SKIPPED):
             path = os.path.join(here, name)
             inside = os.path.join(target, os.path.relpath(path, folder))
-            node = _node(os.lstat(path), path, inside, access)
+            node = _node_there(path, inside, access)
             if node is not None:
                 count += 1
                 if count > DEVICE_LIMIT:
@@ -165,6 +165,14 @@ def _below(folder: str, target: str, access: str) -> Iterator[spec.DeviceNode]:
                         f"device {folder[:200]!r}: too many devices below it"
                     )
                 yield node
+
+
+def _node_there(path: str, inside: str, access: str) -> spec.DeviceNode | None:
+    """Return the device at a path that was listed, None if it is none, or gone by now."""
+    try:
+        return _node(os.lstat(path), path, inside, access)
+    except FileNotFoundError:
+        return None
 
 
 def host_devices() -> tuple[spec.DeviceNode, ...]:

@@ -397,6 +397,7 @@ def test_a_verbose_status_is_for_people(kubelet: Kubelet, pod: Pod, pulled: str)
     envs = [api.KeyValue(key="A", value=b"text"), api.KeyValue(key="B")]
     container = kubelet.run(pod, pulled, SLEEP, envs=envs)
     info = json.loads(kubelet.status_response(container, verbose=True).info["info"])
+    assert info["privileged"] is False
     assert info["config"]["envs"] == [{"key": "A", "value": "text"}, {"key": "B", "value": ""}]
     assert Path("/proc", str(info["pid"])).exists()
     kubelet.stop(container)

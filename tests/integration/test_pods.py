@@ -3,7 +3,9 @@
 
 import concurrent.futures
 import ipaddress
+import json
 import time
+from typing import Any
 
 import grpc
 import pytest
@@ -143,7 +145,28 @@ def test_list_items_carry_what_the_kubelet_reads(kubelet: Kubelet, pod: Pod) -> 
 
 
 def test_a_verbose_status_has_the_pid_free_facts_as_json(kubelet: Kubelet, pod: Pod) -> None:
-    assert kubelet.pod_status(pod.id, verbose=True).info["info"].startswith("{")
+    info = json.loads(kubelet.pod_status(pod.id, verbose=True).info["info"])
+    assert info["netns"]
+    assert "pid" in info
+
+
+@pytest.mark.ours
+@pytest.mark.parametrize("pid", [api.POD, api.CONTAINER])
+def test_a_verbose_status_tells_the_namespaces_where_the_peers_do(
+    kubelet: Kubelet, pid: api.NamespaceMode.ValueType
+) -> None:
+    config = kubelet.pod_config(annotations={"a": "b"})
+    config.linux.security_context.namespace_options.pid = pid
+    pod = kubelet.run_pod(config)
+    info = json.loads(kubelet.pod_status(pod.id, verbose=True).info["info"])
+    [path] = [n["path"] for n in _namespaces(info) if n["type"] == "network"]
+    assert path == info["netns"]
+    assert ("pid" in {n["type"] for n in _namespaces(info)}) == (pid == api.POD)
+
+
+def _namespaces(info: Any) -> Any:
+    """As `.info.runtimeSpec.linux.namespaces` in people's scripts."""
+    return info["runtimeSpec"]["linux"]["namespaces"]
 
 
 @pytest.mark.ours

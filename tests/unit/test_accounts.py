@@ -70,6 +70,10 @@ V1 = {
     "hugetlb.2MB.max_usage_in_bytes": "4194304\n",
     "hugetlb.2MB.failcnt": "5\n",
 }
+RESERVED = {  # 4 MiB more than is in use
+    "v1": {"hugetlb.2MB.rsvd.usage_in_bytes": "6291456\n"},
+    "v2": {"hugetlb.2MB.rsvd.current": "6291456\n"},
+}
 V1_ONLY = {"container_hugetlb_max_usage_bytes"}
 V2_ONLY = {"container_memory_pgscan_total", "container_memory_pgsteal_total"} | {
     m.name for m in catalogue.CONTAINERS if m.group == "pressure"
@@ -114,6 +118,13 @@ def told(of: catalogue.Sample) -> dict[tuple[str, ...], int]:
             if value is not None:
                 found[(metric.name.removeprefix("container_"), *labels)] = value
     return found
+
+
+@pytest.mark.parametrize("mode", ["v1", "v2"])
+def test_huge_pages_count_when_they_are_reserved(tmp_path: Path, mode: str) -> None:
+    for name, text in RESERVED[mode].items():
+        (tmp_path / name).write_text(text)
+    assert told(sample(tmp_path, mode))["hugetlb_usage_bytes", "2MB"] == 6 << 20
 
 
 BOTH = {

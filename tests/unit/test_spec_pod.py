@@ -30,7 +30,7 @@ def metadata(**fields: Any) -> api.PodSandboxMetadata:
 
 def test_an_ordinary_sandbox_is_accepted() -> None:
     config = wishes.pod(
-        hostname="pod-1.example",
+        hostname="pod-1_a.example",
         log_directory="/var/log/pods/x",
         dns_config=api.DNSConfig(servers=["10.0.0.10"], searches=["a.b"], options=["ndots:5"]),
         port_mappings=[api.PortMapping(container_port=80, host_port=8080, host_ip="::1")],
