@@ -165,7 +165,7 @@ def limit(
     document = read(bundle)
     earlier = document["linux"]["resources"]
     kept = {k: v for k, v in earlier.items() if k not in spec.LIMITS}
-    document["linux"]["resources"] = {**kept, **resources}
+    document["linux"]["resources"] = {**kept, **spec.resources_at_start(resources)}
     document["process"]["oomScoreAdj"] = oom_score_adj
     temporary = (bundle / NAME).with_suffix(".tmp")
     temporary.write_bytes(msgspec.json.encode(document))

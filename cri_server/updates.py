@@ -39,6 +39,7 @@ from shim import cgroup
 from shim.pb import shim_pb2
 
 log = structlog.get_logger()
+_PERIOD = 100000  # microseconds of cpu_period, as the kernel has it and CRI's default is
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,9 +173,11 @@ def split(
 ) -> tuple[spec.Resources, dict[str, str]]:
     """Return what the runtime is told to set, and the files that are written after it."""
     files = dict(_pages(limits, directories))
-    if dialect == "crun" and "cpu" in directories:
-        limits, quota = _without_quota(limits, directories["cpu"])
-        files |= quota
+    if dialect == "crun" and limits.get("cpu", {}).get("quota") == -1:
+        if "cpu" not in directories:
+            return _with_period(limits), files
+        files[f"{directories['cpu']}/cpu.cfs_quota_us"] = "-1"
+        return spec.resources_at_start(limits), files
     return limits, files
 
 
@@ -187,14 +190,9 @@ def _pages(limits: spec.Resources, directories: Mapping[str, str]) -> Iterator[t
         yield f"{directory}/hugetlb.{page['pageSize']}.{account}{last}", str(page["limit"])
 
 
-def _without_quota(limits: spec.Resources, directory: str) -> tuple[spec.Resources, dict[str, str]]:
-    """Take the quota -1 out: crun 1.8 writes it as an unsigned number, which v1 refuses."""
-    cpu = limits.get("cpu", {})
-    if cpu.get("quota") != -1:
-        return limits, {}
-    rest: spec.Resources = {**limits, "cpu": {**cpu}}
-    del rest["cpu"]["quota"]
-    return rest, {f"{directory}/cpu.cfs_quota_us": "-1"}
+def _with_period(limits: spec.Resources) -> spec.Resources:
+    """Name the period too: without one crun leaves cpu.max of cgroup v2 as it is."""
+    return {**limits, "cpu": {"period": _PERIOD, **limits["cpu"]}}
 
 
 def _rescore(directories: Mapping[str, str], before: int, after: int) -> None:

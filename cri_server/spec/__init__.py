@@ -99,6 +99,7 @@ __all__ = [
     "pid_mode",
     "process",
     "resources",
+    "resources_at_start",
     "restored",
     "sandbox",
     "seccomp_path",
@@ -129,6 +130,7 @@ id_mapped = userns.mapped
 check_user = userns.check_user
 process = processes.exec_process
 resources = linux.resources
+resources_at_start = linux.at_start
 oom_score_adj = linux.oom_score_adj
 merged = updates.merged
 check_update = updates.check

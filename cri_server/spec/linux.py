@@ -106,12 +106,25 @@ def _paths(paths: Iterable[str], part: str, field: str) -> list[str]:
 
 
 def _resources(wanted: types.ContainerInput) -> oci.Resources:
-    result = resources(wanted.config.linux.resources, wanted.host, wanted.defaults)
+    result = at_start(resources(wanted.config.linux.resources, wanted.host, wanted.defaults))
     result["devices"] = devices.rules(wanted)
     if limit := wanted.defaults.pids_limit:
         why.handler("linux.resources.pids.limit", wanted.defaults.pids_key)
         result["pids"] = oci.Pids(limit=limit)
     return result
+
+
+def at_start(limits: oci.Resources) -> oci.Resources:
+    """Return limits as a config.json has them: a quota of -1 is left out. A new cgroup has none,
+    and crun 1.8 would write it as an unsigned number, which cgroup v1 refuses.
+    """
+    cpu = limits.get("cpu", oci.Cpu())
+    if cpu.get("quota") != -1:
+        return limits
+    rest = oci.Resources(**limits)
+    rest["cpu"] = oci.Cpu(**cpu)
+    del rest["cpu"]["quota"]
+    return rest
 
 
 def resources(

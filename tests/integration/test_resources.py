@@ -102,6 +102,22 @@ def test_an_update_changes_what_it_names_and_nothing_else(
     assert resources(kubelet, container) == api.LinuxContainerResources(**{**STARTED, **asked})
 
 
+def test_a_quota_of_minus_one_is_none_at_the_start_and_lifts_one_later(
+    kubelet: Kubelet, handled: Pod, pulled: str
+) -> None:
+    unlimited = {"cpu.cfs_quota_us": "-1"}
+    container = kubelet.run(handled, pulled, SLEEP, linux=limited(cpu_quota=-1))
+    assert_limits(handled, container, unlimited)
+    config = kubelet.container_config(pulled, SLEEP, name="updated", linux=limited(cpu_quota=20000))
+    made = kubelet.create(handled, config)
+    update(kubelet, made, cpu_quota=-1)
+    kubelet.start(made)
+    assert_limits(handled, made, unlimited)
+    update(kubelet, made, cpu_quota=20000)
+    update(kubelet, made, cpu_quota=-1)
+    assert_limits(handled, made, unlimited)
+
+
 def test_updates_of_one_field_each_add_up(kubelet: Kubelet, handled: Pod, pulled: str) -> None:
     container = kubelet.run(handled, pulled, SLEEP)
     for fields in ({"cpu_shares": 300}, {"memory_limit_in_bytes": 64 * MIB}, {"cpuset_cpus": "1"}):

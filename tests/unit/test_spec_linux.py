@@ -113,10 +113,15 @@ PAGES = [api.HugepageLimit(page_size="2MB", limit=4), api.HugepageLimit(page_siz
         ),
     ],
 )
-def test_resources(asked: Resources, host: spec.HostFacts, expected: dict[str, object]) -> None:
+def test_resources(asked: Resources, host: spec.HostFacts, expected: spec.Resources) -> None:
     assert spec.resources(asked, host) == expected
     found = linux(wishes.container(resources=asked), host=host)["resources"]
-    assert {k: v for k, v in found.items() if k != "devices"} == expected
+    assert {k: v for k, v in found.items() if k != "devices"} == spec.resources_at_start(expected)
+
+
+def test_a_document_has_no_quota_that_is_none() -> None:
+    found = linux(wishes.container(resources=Resources(cpu_shares=2, cpu_quota=-1)))["resources"]
+    assert found["cpu"] == {"shares": 2}
 
 
 OOM = {"memory.oom.group": "1", "memory.high": "5"}

@@ -21,6 +21,13 @@ def test_the_others_are_told_all(directories: dict[str, str], dialect: str) -> N
     assert updates.split(UNLIMITED, directories, dialect) == (UNLIMITED, {})
 
 
+def test_crun_is_told_a_period_with_the_quota_on_cgroup_v2() -> None:
+    limits: spec.Resources = {"cpu": {"quota": -1, "shares": 5}}
+    told, files = updates.split(limits, {"": "/cg"}, "crun")
+    assert told == {"cpu": {"quota": -1, "shares": 5, "period": 100000}}
+    assert not files
+
+
 def test_huge_pages_are_written_without_any_runtime() -> None:
     limits: spec.Resources = {"hugepageLimits": [{"pageSize": "2MB", "limit": 4}]}
 
