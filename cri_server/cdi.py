@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from cri_server import errors, spec
+from cri_server import errors, openers, spec
 from cri_server.spec import cdifile, oci
 
 log = structlog.get_logger()
@@ -139,7 +139,7 @@ def _stamp(path: Path) -> _Stamp:
 def _document(path: Path) -> object:
     """Return what JSON or YAML makes of a file. Raises OSError, ValueError."""
     _check_owner(os.stat(path.parent))
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+    with open(path, "rb", opener=openers.at_once) as file:
         st = os.fstat(file.fileno())
         if not stat.S_ISREG(st.st_mode):
             raise cdifile.Invalid("it is not a regular file")

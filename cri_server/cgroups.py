@@ -149,7 +149,7 @@ class Cgroups:
         """Return the directories of the pod's own cgroup; none when the pod has no parent of its
         own.
         """
-        if self.driver == "systemd" and not cgroup_parent:
+        if self.driver == "systemd" and not cgroup_parent.strip("/"):
             return {}
         path = self.pod_parent(pod_id, cgroup_parent)
         return {name: f"{mount}{path}" for name, mount in self.hierarchy.mounts.items()}

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cri_server import config
+from cri_server import config, openers
 
 SUFFIX = ".toml"
 MAX_SIZE = 1 << 20
@@ -131,9 +131,8 @@ def is_one(name: str) -> bool:
 
 
 def _text(path: Path) -> str:
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a fifo must not hold us up
-    with os.fdopen(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+    with open(path, "rb", opener=openers.at_once) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise config.ConfigError("not a regular file")
         data = file.read(MAX_SIZE + 1)
     if len(data) > MAX_SIZE:

@@ -153,8 +153,19 @@ class Pods:
         await self._handlers.keep(key)
         with self._selinux_level(config) as level:
             return await self._store.put_pod(
-                dataclasses.replace(pod, cgroups_made=made, network=network, selinux_level=level)
+                dataclasses.replace(
+                    pod,
+                    cgroups_made=made,
+                    mark=self._mark(pod),
+                    network=network,
+                    selinux_level=level,
+                )
             )
+
+    def _mark(self, pod: state.Pod) -> str:
+        """Return the empty cgroup by which cAdvisor finds the pod, "" where it needs none."""
+        marked = self._settings.server.crio_socket and not self._sandboxes.needed(pod)
+        return self._sandboxes.cgroup(pod) if marked else ""
 
     def _selinux_level(
         self, config: api.PodSandboxConfig
@@ -194,8 +205,8 @@ class Pods:
                 )
             )
         self.watch(self._store.pod(pod.id))
-        if self._settings.server.crio_socket and not started.pid:
-            await asyncio.to_thread(self._groups.mark, self._sandboxes.cgroup(pod))
+        if pod.mark:
+            await asyncio.to_thread(self._groups.mark, pod.mark)
         recipe.done()
 
     def _create_files(self, pod: state.Pod) -> None:
@@ -314,7 +325,7 @@ class Pods:
         async with contextlib.AsyncExitStack() as each:  # pushed last, run first; all are run
             each.push_async_callback(self._volumes.remove, pod.id)
             each.push_async_callback(asyncio.to_thread, netns.remove, pod.netns)
-            each.push_async_callback(asyncio.to_thread, self._unmark, pod)
+            each.push_async_callback(asyncio.to_thread, self._groups.remove_all, pod.mark)
             each.push_async_callback(self._stop_shim, pod)
             try:
                 await self._containers.stop_all(pod.id)
@@ -337,11 +348,6 @@ class Pods:
             owed = await self._halt(pod)
         if owed:
             raise owed
-
-    def _unmark(self, pod: state.Pod) -> None:
-        """Remove the empty cgroup that stood for the pod, where there is one."""
-        with contextlib.suppress(errors.InvalidArgument):  # made under another cgroup driver
-            self._groups.remove_all(self._sandboxes.cgroup(pod))
 
     async def _stop_shim(self, pod: state.Pod) -> None:
         if not await self._shims.stop(pod, self._release_request(pod)):

@@ -12,6 +12,7 @@ to make. Repeating a call is harmless.
 """
 
 import contextlib
+import errno
 import os
 import posixpath
 import stat
@@ -294,6 +295,10 @@ def _readlink(top: int, path: str) -> str | None:
         )
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as e:
+        if e.errno == errno.ENAMETOOLONG:  # where a symlink of the image leads
+            raise errors.InvalidArgument(f"the image's {path[:200]}: {e.strerror}") from e
+        raise
     try:
         return os.readlink("", dir_fd=fd) if stat.S_ISLNK(os.fstat(fd).st_mode) else None
     finally:

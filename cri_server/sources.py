@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cri_server import errors, spec
+from cri_server import errors, openers, spec
 from cri_server.pb import api_pb2 as api
 from cri_server.spec import devices
 
@@ -186,7 +186,7 @@ def host_devices() -> tuple[spec.DeviceNode, ...]:
 def seccomp_profile(path: str) -> Mapping[str, object]:
     """Read a Localhost profile, a JSON object of at most 1 MiB. Raises InvalidArgument."""
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        with open(path, "rb", opener=openers.at_once) as file:
             text = file.read(PROFILE_LIMIT + 1)
         if len(text) > PROFILE_LIMIT:
             raise errors.InvalidArgument(

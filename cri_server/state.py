@@ -81,6 +81,7 @@ class Pod:
     ips: tuple[str, ...] = ()
     network: Mapping[str, Any] | None = None  # the CNI result; None: nothing was ever attached
     cgroups_made: tuple[str, ...] = ()  # parents that were not there before this pod
+    mark: str = ""  # the empty cgroup that stands for it where it has no sandbox container
     shim_pid: int = 0
     shim_start_time: int = 0  # with the pid: which process; see shim.process.start_time
     pid: int = 0  # the sandbox container's, where there is one

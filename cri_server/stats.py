@@ -164,7 +164,7 @@ class Stats:
             linux.process.timestamp = now
             count = sum(len(cgroup.Cgroup(place).processes()) for place in places)
             linux.process.process_count.value = count
-        if network is not None:
+        if network:  # the kubelet takes it for granted that there is a default interface
             linux.network.CopyFrom(_network(network, now))
         return api.PodSandboxStats(
             attributes=api.PodSandboxAttributes(

@@ -7,6 +7,7 @@ from cri_server import errors
 
 # What Kubernetes allows; larger numbers have wrapped to 0 elsewhere (CVE-2024-40635).
 MAX_ID = 2**31 - 1
+_NAME, _PATH = 255, 4095  # bytes that a name and a path of Linux have at most
 
 
 def text(value: str, field: str) -> str:
@@ -28,6 +29,8 @@ def absolute(path: str, field: str) -> str:
     text(path, field)
     if not path.startswith("/"):
         raise errors.InvalidArgument(f"{field}: {path[:200]!r} is not an absolute path")
+    if len(path) > _PATH or any(len(part.encode()) > _NAME for part in path.split("/")):
+        raise errors.InvalidArgument(f"{field}: {path[:200]!r} is longer than paths can be")
     return posixpath.normpath("/" + path.lstrip("/"))
 
 

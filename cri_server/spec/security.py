@@ -207,11 +207,12 @@ def profile(
         checks.unsupported(stray, f"{field}.localhost_ref", "only a Localhost profile has one")
     else:
         kind, reference = _deprecated(deprecated, field)
-    if kind == "localhost" and not reference:
+    if kind != "localhost":
+        return kind, ""
+    name = checks.line(reference.removeprefix("localhost/"), field)
+    if not name:
         raise errors.InvalidArgument(f"{field}: Localhost needs localhost_ref")
-    return kind, checks.line(
-        reference.removeprefix("localhost/"), field
-    ) if kind == "localhost" else ""
+    return kind, name
 
 
 def _kind(kind: _Kind.ValueType, field: str) -> ProfileKind:

@@ -181,6 +181,22 @@ def test_cadvisor_finds_a_cgroup_of_every_pod(
         assert not own.exists()
 
 
+def test_the_cgroup_of_a_pod_goes_also_when_the_socket_is_none_any_more(
+    site: Site, client_of: Callable[[Site], Kubelet], client: Kubelet, reference: str
+) -> None:
+    config = client.pod_config()
+    with slice_of(config):
+        pod = client.run_pod(config)
+        folder = cgroup_of(pid_of(client, client.run(pod, reference, SLEEP))).parent
+        (own,) = (p for p in folder.iterdir() if p.is_dir() and pod.id in p.name)
+        site.stop()
+        server = {k: v for k, v in site.settings["server"].items() if k != "crio_socket"}
+        site.settings = {**site.settings, "server": server}
+        site.start()
+        client_of(site).stop_pod(pod.id)
+        assert not own.exists()
+
+
 @contextlib.contextmanager
 def slice_of(config: api.PodSandboxConfig) -> Iterator[None]:
     """Have the pod's slice there for the block, as the kubelet makes it, with that driver."""

@@ -116,7 +116,8 @@ def test_many_at_once(kubelet: Kubelet, container: str) -> None:
 @pytest.mark.ours
 def test_probes_of_a_pod_may_all_come_at_once(kubelet: Kubelet, container: str) -> None:
     request = api.ExecSyncRequest(container_id=container, cmd=["true"])
-    calls = [kubelet.runtime.ExecSync.future(request, timeout=60) for _ in range(150)]
+    limit = waiting.patient(60)
+    calls = [kubelet.runtime.ExecSync.future(request, timeout=limit) for _ in range(150)]
     assert [call.result().exit_code for call in calls] == [0] * 150
 
 

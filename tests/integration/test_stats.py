@@ -5,6 +5,7 @@ In every cgroup mode: what a test compares with is read from where /proc/PID/cgr
 container is. A figure that moves is read before and after, and what we are told must lie between.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -242,6 +243,27 @@ def test_every_interface_has_its_own_traffic(wired: Lab) -> None:
         return [v.value for v in told] == [columns[n] for n in (0, 2, 8, 10)]
 
     waiting.until(same, "the counters of eth0 between two packets")
+
+
+def test_a_pod_without_an_interface_has_no_network_to_tell_of(lab: Lab) -> None:
+    request = api.PodSandboxStatsRequest(pod_sandbox_id=lab.pod.id)
+    with without_eth0(lab):
+        stats = lab.kubelet.runtime.PodSandboxStats(request).stats
+    assert stats.linux.HasField("cpu")
+    assert not stats.linux.HasField("network")
+
+
+@contextlib.contextmanager
+def without_eth0(lab: Lab) -> Iterator[None]:
+    """Take the pod's interface away for the block. Another with its address is there afterwards:
+    by that the bridge plugin knows which rules to remove.
+    """
+    address = lab.kubelet.pod_status(lab.pod.id).status.network.ip
+    inside = ["ip", "-n", lab.pod.id]
+    subprocess.run([*inside, "link", "del", "eth0"], check=True)
+    yield
+    subprocess.run([*inside, "link", "add", "eth0", "type", "veth"], check=True)
+    subprocess.run([*inside, "addr", "add", f"{address}/16", "dev", "eth0"], check=True)
 
 
 NETWORK = (

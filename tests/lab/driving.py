@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a coroutine of the shim's own loop in a test."""
+"""Run a coroutine of the shim's own loop in a test, and see that no descriptor is left open."""
 
+import contextlib
 import os
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from typing import Any
 
 from shim import loop
@@ -17,6 +18,13 @@ def drive(work: Coroutine[Any, Any, None], *, seconds: float = 20) -> None:
         async with loop.timeout(seconds):
             await work
 
+    with keeping_descriptors():
+        loop.run(within())
+
+
+@contextlib.contextmanager
+def keeping_descriptors() -> Iterator[None]:
+    """See that the block leaves no file descriptor open."""
     before = set(os.listdir("/proc/self/fd"))
-    loop.run(within())
+    yield
     assert set(os.listdir("/proc/self/fd")) <= before

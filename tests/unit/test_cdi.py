@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from cri_server import cdi, errors
+from tests.lab import driving
 
 pytestmark = pytest.mark.needs("root")
 
@@ -149,7 +150,7 @@ def test_what_is_no_regular_file_of_bounded_size_is_not_read(
     monkeypatch.setattr(cdi, "FILE_LIMIT", 10)
     write(folders[0] / "large.json", document("a"))
     monkeypatch.setattr(cdi, "NAMED_FILES", 9)
-    with pytest.raises(errors.FailedPrecondition) as failure:
+    with driving.keeping_descriptors(), pytest.raises(errors.FailedPrecondition) as failure:
         registry.resolve(["v.com/gpu=a"])
     for name in ("fifo.yaml", "folder.json", "dangling.yaml", "large.json"):
         assert name in failure.value.message

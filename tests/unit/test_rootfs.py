@@ -307,6 +307,12 @@ def test_a_loop_of_links_is_refused(root: Path) -> None:
         targets(root, bound("/a/x"))
 
 
+def test_a_link_to_a_name_that_cannot_be_is_refused(root: Path) -> None:
+    (root / "a").symlink_to("b" * 300)
+    with pytest.raises(errors.InvalidArgument, match="File name too long"):
+        targets(root, bound("/a/x"))
+
+
 # -- folders ---------------------------------------------------------------------------------------
 
 COVERED = ("/proc", "/dev", "/sys", "/data")

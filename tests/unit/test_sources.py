@@ -13,6 +13,7 @@ from cri_server import errors, sources, spec
 from cri_server.pb import api_pb2 as api
 from cri_server.spec import devices
 from shim import linux
+from tests.lab import driving
 
 Propagation = api.MountPropagation
 
@@ -170,5 +171,8 @@ def test_a_seccomp_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "huge").write_bytes(b" " * (sources.PROFILE_LIMIT + 1))
     for name in ("missing", "fifo", "huge", "."):
-        with pytest.raises(errors.InvalidArgument, match="seccomp"):
+        with (
+            driving.keeping_descriptors(),
+            pytest.raises(errors.InvalidArgument, match="seccomp"),
+        ):
             sources.seccomp_profile(str(tmp_path / name))

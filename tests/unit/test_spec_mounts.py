@@ -251,6 +251,17 @@ def test_volumes_of_the_image_are_those_that_no_mount_covers() -> None:
     assert spec.image_volumes(wish, image) == ("/data", "/etc", "/coveredx")
 
 
+@pytest.mark.parametrize("path", ["/" + "n" * 256, "/" + "ü" * 128, "/p" * 2048])
+def test_what_is_longer_than_linux_takes_it_is_refused(path: str) -> None:
+    mount = api.Mount(container_path=path, host_path="/h")
+    for wish in (wishes.container(mounts=[mount]), wishes.container(working_dir=path)):
+        with pytest.raises(errors.InvalidArgument, match="longer"):
+            wishes.validate(wish)
+    image = spec.ImageConfig(cmd=("/x",), volumes=(path,))
+    with pytest.raises(errors.InvalidArgument, match="longer"):
+        wishes.validate(wishes.container(), image=image)
+
+
 def test_a_relative_volume_of_the_image_is_one_of_the_root_and_none_leaves_it() -> None:
     declared = ("data", "./x", "C:/y", "../../etc/z")
     found = spec.image_volumes(wishes.container(), spec.ImageConfig(volumes=declared))
