@@ -164,7 +164,7 @@ class Resolver:
                 selinux_host.check(part)
             if own.mount != of_pod.mount:
                 self._files.relabel(plan.pod.id, of_pod.shared)
-            for mount in plan.config.mounts:
+            for mount in plan.config.mounts if own.relabels else ():
                 if mount.selinux_relabel and mount.host_path:
                     with own_thread.looking_at(mount.host_path):
                         selinux_relabel.relabel(

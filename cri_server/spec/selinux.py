@@ -49,10 +49,13 @@ class Label:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SelinuxLabels:
-    """What a container's processes and its files are labelled; both "" without SELinux."""
+    """What a container's processes and its files are labelled; both "" without SELinux. `relabels`:
+    volumes that ask for it take the label of its files.
+    """
 
     process: str = ""
     mount: str = ""
+    relabels: bool = True
 
     @property
     def mount_options(self) -> tuple[str, ...]:
@@ -155,12 +158,17 @@ def of_container(
     options = of_pod.namespace_options
     process, mount = "process.selinuxLabel", "linux.mountLabel"
     _note(asked, context, process=process, mount=mount, says=why.cri)
-    return _labels(
+    labels = _labels(
         asked,
         host.selinux,
         privileged=context.privileged,
         unconfined=_Mode.NODE in (options.pid, options.ipc),
     )
+    if asked.get("type") != host.selinux.unconfined:
+        return labels
+    # It may use all files as they are, and would take those of others away from them.
+    why.cri(mount, "linux.security_context.selinux_options.type", "no volume is relabelled for it")
+    return dataclasses.replace(labels, relabels=False)
 
 
 def label(document: oci.Spec, labels: SelinuxLabels) -> None:

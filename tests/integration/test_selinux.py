@@ -180,6 +180,19 @@ def test_a_volume_is_relabelled_only_when_it_asks(
     assert of_file(silent / "file") == before
 
 
+def test_no_volume_is_relabelled_for_a_container_that_asks_to_be_unconfined(
+    kubelet: Kubelet, pod: Pod, pulled: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("of another\n")
+    before = of_file(tmp_path / "file")
+    mounts = [api.Mount(container_path="/v", host_path=str(tmp_path), selinux_relabel=True)]
+    linux = api.LinuxContainerConfig()
+    linux.security_context.selinux_options.type = "spc_t"
+    container = kubelet.run(pod, pulled, SLEEP, mounts=mounts, linux=linux)
+    assert kubelet.exec_sync(container, ("cat", "/v/file")).stdout == b"of another\n"
+    assert of_file(tmp_path / "file") == before
+
+
 # -- what an enforced policy forbids ---------------------------------------------------------------
 
 

@@ -62,6 +62,19 @@ def test_processes_run_in_the_type_asked_for_or_the_policys_own(
     assert labels(**asked) == (process, FILE)
 
 
+@pytest.mark.parametrize(
+    ("of_pod", "own", "relabels"),
+    [("", "", True), ("", "spc_t", False), ("spc_t", "", False), ("spc_t", "own_t", True)],
+)
+def test_no_volume_is_relabelled_for_who_asks_to_be_unconfined(
+    of_pod: str, own: str, relabels: bool
+) -> None:
+    pod = wishes.pod()
+    pod.linux.security_context.selinux_options.type = of_pod
+    context = wishes.security(selinux_options=api.SELinuxOption(type=own))
+    assert selinux.of_container(context, pod, LEVEL, HOST).relabels == relabels
+
+
 def test_level_and_user_of_a_container_are_those_of_its_files_too() -> None:
     options = {"user": "staff_u", "role": "staff_r", "type": "own_t", "level": "s0:c1"}
     assert labels(options) == (
