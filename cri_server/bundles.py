@@ -132,7 +132,7 @@ class Bundles:
             user = rootfs.resolve_user(root, spec.user_request(plan.config, plan.image.config))
             spec.check_user(user, plan.ids, "run_as_user")
             document = self._documents.document(plan, found, user, bundle)
-            self._make_places(root, document, plan, found)
+            self._make_places(root, document, plan, found, user)
         configjson.write(bundle, document)
         origins.write(bundle, noted)
         if lowered := origins.lowered(noted):
@@ -151,9 +151,11 @@ class Bundles:
         document: Any,
         plan: container_plan.ContainerPlan,
         found: host_inputs.HostInputs,
+        user: spec.User,
     ) -> None:
         """Make mount points, working directory and VOLUMEs; what moves is put right in the mounts
-        of the document.
+        of the document. A VOLUME that the image has no folder for is the user's, who is to write
+        there.
         """
         plain = found.plain | {p for p in self._files.paths(plan.pod.id) if os.path.isfile(p)}
         document["mounts"] = rootfs.make_mountpoints(
@@ -165,7 +167,8 @@ class Bundles:
         if not asked:
             return
         folder = self._snapshots.volumes(plan.container.id)
-        made = volumes.make(root, asked, folder, covered=covered, owner=plan.owner)
+        owner = plan.ids.owner(user.uid, user.gid) if plan.ids else (user.uid, user.gid)
+        made = volumes.make(root, asked, folder, covered=covered, owner=owner)
         document["mounts"] = spec.with_volumes(document["mounts"], made)
         if made and (label := plan.labels.mount):
             selinux_relabel.relabel(os.path.realpath(folder), label)

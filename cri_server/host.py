@@ -180,6 +180,7 @@ class Host:
         runtime = self.runtimes.get(handler)
         return spec.HostFacts(
             machine=platform.machine(),
+            kernel=self.kernel_version,
             capabilities=self.bounding & runtime.capabilities if runtime else self.bounding,
             known_capabilities=self.known,
             cgroup_v2=self.hierarchy.mode == "v2",

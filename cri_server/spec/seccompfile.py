@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """An administrator's seccomp profile (Localhost), looked at field by field.
 
-The format is that of `linux.seccomp` in the OCI runtime spec (config-linux.md). What the OCI
-runtime would refuse when the container starts, or would leave out in silence, is refused here with
-its place in the file: a filter that is weaker than it reads is worse than none. Pure.
+The format is that of `linux.seccomp` in the OCI runtime spec (config-linux.md), or Docker's and
+Podman's, which `seccompdocker` brings into it. What the OCI runtime would refuse when the container
+starts, or would leave out in silence, is refused here with its place in the file: a filter that is
+weaker than it reads is worse than none. Pure.
 """
 
+import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from cri_server import errors
+from cri_server.spec import seccompdocker
 
 Check = Callable[[object, str], None]
 
@@ -26,6 +30,7 @@ _ARCHITECTURES = _prefixed(
     """,
 )
 _FLAGS = _prefixed("SECCOMP_FILTER_FLAG_", "TSYNC LOG SPEC_ALLOW WAIT_KILLABLE_RECV")
+_KERNEL = re.compile(r"\d{1,4}\.\d{1,4}", re.ASCII)
 _OPERATORS = _prefixed("SCMP_CMP_", "NE LT LE EQ GE GT MASKED_EQ")
 
 
@@ -39,6 +44,8 @@ def checked(profile: object, path: str) -> Mapping[str, object]:
     if not isinstance(profile, Mapping):
         raise errors.InvalidArgument(f"{where}: does not hold a profile")
     _fields(_PROFILE, "defaultAction")(profile, where)
+    if profile.get("archMap") and profile.get("architectures"):
+        raise errors.InvalidArgument(f"{where}: archMap: there are architectures, too")
     rules = profile.get("syscalls") or ()
     notifies = any(rule["action"] == "SCMP_ACT_NOTIFY" for rule in rules)
     if notifies and not profile.get("listenerPath"):
@@ -102,6 +109,11 @@ def _path(value: object, where: str) -> None:
         raise errors.InvalidArgument(f"{where}: {str(value)[:80]!r} is not an absolute path")
 
 
+def _kernel(value: object, where: str) -> None:
+    if not isinstance(value, str) or not _KERNEL.fullmatch(value):
+        raise errors.InvalidArgument(f"{where}: {str(value)[:80]!r} is not a version as 4.8")
+
+
 def _anything(value: object, where: str) -> None:
     """Let a comment be what it is."""
 
@@ -116,24 +128,46 @@ _ARGUMENT = _fields(
     "index",
     "op",
 )
-_RULE = _fields(
+_ERRNO = _one_of(frozenset(seccompdocker.ERRNOS))
+_WHERE = _fields({"caps": _each(_text), "arches": _each(_text), "minKernel": _kernel})
+_RULE_FIELDS = _fields(
     {
         "names": _each(_text, some=True),
+        "name": _text,
         "action": _one_of(ACTIONS),
         "errnoRet": _number(4095),
+        "errno": _ERRNO,
         "args": _each(_ARGUMENT),
+        "includes": _WHERE,
+        "excludes": _WHERE,
         "comment": _anything,
     },
-    "names",
     "action",
+)
+
+
+def _rule(value: Any, where: str) -> None:
+    _RULE_FIELDS(value, where)
+    if (value.get("names") is None) == (value.get("name") is None):
+        raise errors.InvalidArgument(f"{where}: names: is missing, or there is a name, too")
+
+
+_MACHINE = _fields(
+    {
+        "architecture": _one_of(_ARCHITECTURES),
+        "subArchitectures": _each(_one_of(_ARCHITECTURES)),
+    },
+    "architecture",
 )
 _PROFILE: Mapping[str, Check] = {
     "defaultAction": _one_of(ACTIONS - {"SCMP_ACT_NOTIFY"}),
     "defaultErrnoRet": _number(4095),
+    "defaultErrno": _ERRNO,
+    "archMap": _each(_MACHINE),
     "architectures": _each(_one_of(_ARCHITECTURES)),
     "flags": _each(_one_of(_FLAGS)),
     "listenerPath": _path,
     "listenerMetadata": _text,
-    "syscalls": _each(_RULE),
+    "syscalls": _each(_rule),
     "comment": _anything,
 }

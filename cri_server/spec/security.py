@@ -10,7 +10,16 @@ from typing import Literal
 
 from cri_server import capability, errors
 from cri_server.pb import api_pb2 as api
-from cri_server.spec import checks, oci, seccomp, seccompaudit, seccompfile, types, why
+from cri_server.spec import (
+    checks,
+    oci,
+    seccomp,
+    seccompaudit,
+    seccompdocker,
+    seccompfile,
+    types,
+    why,
+)
 
 _UNAVAILABLE = "not in our own bounding set, or unknown to the OCI runtime"
 _ORDER = {name: number for number, name in enumerate(capability.ALL)}
@@ -290,17 +299,21 @@ def seccomp_profile(
     if not host.seccomp:
         raise errors.InvalidArgument("seccomp: this host's kernel has none")
     if kind == "default":
-        return _runtime_default(seccomp.default(frozenset(held), host.machine), defaults)
-    return seccompfile.checked(localhost, path)
+        return _runtime_default(frozenset(held), host, defaults)
+    return seccompdocker.resolved(
+        seccompfile.checked(localhost, path), held=frozenset(held), host=host
+    )
 
 
 def _runtime_default(
-    ours: oci.Seccomp, given: types.Defaults
+    held: frozenset[str], host: types.HostFacts, given: types.Defaults
 ) -> Mapping[str, object] | oci.Seccomp:
-    profile: Mapping[str, object] | oci.Seccomp = ours
-    if given.seccomp is not None:
+    profile: Mapping[str, object] | oci.Seccomp
+    if given.seccomp is None:
+        profile = seccomp.default(held, host.machine)
+    else:
         why.handler("linux.seccomp", given.seccomp_key, "RuntimeDefault of this handler")
-        profile = given.seccomp
+        profile = seccompdocker.resolved(given.seccomp, held=held, host=host)
     if given.seccomp_audit_key:
         why.handler("linux.seccomp", given.seccomp_audit_key, "what it denies is only logged")
         return seccompaudit.audited(profile)

@@ -176,6 +176,7 @@ class SelinuxPolicy:
 class HostFacts:
     """What this host, and the OCI runtime that will read the spec, can do. Probed once.
 
+    `machine` is that of `uname -m`, `kernel` the first two numbers of `uname -r`.
     `capabilities` are those of our bounding set that the OCI runtime knows too,
     `known_capabilities` those of the kernel; a request for one that is known but not ours is
     refused. `apparmor_default` is the name of our profile, "" where it cannot be loaded. `selinux`
@@ -189,6 +190,7 @@ class HostFacts:
     """
 
     machine: str = "x86_64"
+    kernel: tuple[int, int] = (5, 6)
     capabilities: frozenset[str]
     known_capabilities: frozenset[str]
     cgroup_v2: bool

@@ -66,6 +66,16 @@ def test_a_volume_has_the_images_content_and_is_writable_in_a_read_only_root(
     assert kinds.strip() == "0"
 
 
+@pytest.mark.ours  # containerd's is root's, and nobody else can use it
+def test_a_volume_that_the_image_has_no_folder_for_is_the_users(
+    kubelet: Kubelet, pod: Pod, registry: Registry
+) -> None:
+    image_id = pull(kubelet, registry, "/new/volume", User="1000:50")
+    container = kubelet.run(pod, image_id, SLEEP)
+    found = sh(kubelet, container, "touch /new/volume/x && stat -c '%u %g %a' /new/volume")
+    assert found == "1000 50 755\n"
+
+
 @pytest.mark.ours
 def test_a_volume_is_the_containers_own_and_goes_with_it(
     kubelet: Kubelet, pod: Pod, registry: Registry, site: server.Site

@@ -404,13 +404,31 @@ def test_a_localhost_profile_is_the_administrators(
     assert "No space left" in found[0]
 
 
+@pytest.mark.ours  # containerd does not look at includes and excludes
+def test_a_profile_of_dockers_follows_the_capabilities(
+    kubelet: Kubelet, pod: Pod, pulled: str, tmp_path: Path
+) -> None:
+    profile = tmp_path / "profile.json"
+    rule = {"name": "mkdir", "action": "SCMP_ACT_ERRNO", "errno": "ENOSPC"}
+    rules = [{**rule, "excludes": {"caps": ["CAP_SYS_PTRACE"]}}]
+    arches = [{"architecture": f"SCMP_ARCH_{name}"} for name in ("X86_64", "AARCH64")]
+    document = {"defaultAction": "SCMP_ACT_ALLOW", "archMap": arches, "syscalls": rules}
+    profile.write_text(json.dumps(document))
+    more = api.Capability(add_capabilities=["SYS_PTRACE"])
+    script = "mkdir /tmp/x 2>&1 && echo made"
+    found = said(kubelet, pod, pulled, script, seccomp=localhost(profile))
+    assert "No space left" in found[0]
+    found = said(kubelet, pod, pulled, script, seccomp=localhost(profile), capabilities=more)
+    assert found == ["made"]
+
+
 @pytest.mark.parametrize(
     ("text", "place"),
     [
         ("", "is not JSON"),
         ("null", "does not hold a profile"),
         ("{}", "defaultAction: is missing"),
-        ('{"defaultAction": "SCMP_ACT_ALLOW", "archMap": []}', "'archMap'"),
+        ('{"defaultAction": "SCMP_ACT_ALLOW", "arches": []}', "'arches'"),
         (
             '{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["a"], "action": "NO"}]}',
             "syscalls[0]: action: 'NO'",

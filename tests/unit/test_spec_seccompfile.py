@@ -24,6 +24,7 @@ WHOLE = {
         {"names": ["bpf"], "action": "SCMP_ACT_LOG", "args": None},
     ],
 }
+MAPPED = {"defaultAction": "SCMP_ACT_ERRNO"}
 
 
 @pytest.mark.parametrize(
@@ -45,15 +46,22 @@ def test_a_profile_is_passed_on_as_it_is(profile: object) -> None:
         ({**WHOLE, "defaultErrnoRet": True}, "defaultErrnoRet: 'True'"),
         ({**WHOLE, "architectures": "x86"}, "architectures: is not a list"),
         ({**WHOLE, "architectures": ["x86"]}, r"architectures\[0\]: 'x86'"),
-        ({**WHOLE, "archMap": []}, "'archMap' is not a known field"),
+        ({**WHOLE, "arches": []}, "'arches' is not a known field"),
+        ({**WHOLE, "archMap": [{"architecture": "SCMP_ARCH_ARM"}]}, "archMap: there are"),
+        ({**MAPPED, "archMap": [{"architecture": "arm"}]}, r"archMap\[0\]: architecture: 'arm'"),
+        ({**MAPPED, "archMap": [{}]}, r"archMap\[0\]: architecture: is missing"),
+        ({**MAPPED, "defaultErrno": "EVIL"}, "defaultErrno: 'EVIL'"),
+        ({**MAPPED, "syscalls": [{**RULE, "errno": 1}]}, "errno: '1' is not known"),
+        ({**MAPPED, "syscalls": [{**RULE, "includes": {"cap": []}}]}, "'cap' is not a known"),
+        ({**MAPPED, "syscalls": [{**RULE, "excludes": {"minKernel": "new"}}]}, "a version as 4.8"),
         ({**WHOLE, "flags": ["LOG"]}, r"flags\[0\]: 'LOG'"),
         ({**WHOLE, "listenerPath": "sock"}, "listenerPath: 'sock'"),
         ({**WHOLE, "syscalls": {}}, "syscalls: is not a list"),
         ({**WHOLE, "syscalls": [RULE, 1]}, r"syscalls\[1\]: is not an object"),
         ({**WHOLE, "syscalls": [{**RULE, "names": []}]}, r"syscalls\[0\]: names: is not a list"),
         ({**WHOLE, "syscalls": [{**RULE, "names": [""]}]}, r"names\[0\]: ''"),
-        ({**WHOLE, "syscalls": [{**RULE, "name": "x"}]}, "'name' is not a known field"),
-        ({**WHOLE, "syscalls": [{**RULE, "includes": {}}]}, "'includes' is not a known field"),
+        ({**WHOLE, "syscalls": [{**RULE, "name": "x"}]}, "names: is missing, or"),
+        ({**WHOLE, "syscalls": [{"action": "SCMP_ACT_ALLOW"}]}, "names: is missing, or"),
         ({**WHOLE, "syscalls": [{"names": ["a"]}]}, "action: is missing"),
         ({**WHOLE, "syscalls": [{**RULE, "action": "ALLOW"}]}, "action: 'ALLOW'"),
         ({**WHOLE, "syscalls": [{**RULE, "args": [{"index": 1}]}]}, r"args\[0\]: op: is missing"),
