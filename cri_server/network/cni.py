@@ -14,7 +14,7 @@ The namespace itself is made by the shim and removed by `netns`.
 
 import asyncio
 import dataclasses
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -32,6 +32,7 @@ __all__ = ["IFNAME", "Attachment", "Network", "NetworkStatus", "Result"]
 log = structlog.get_logger()
 IFNAME = "eth0"
 NOT_READY = "NetworkPluginNotReady"
+PORTMAP = {"type": "portmap", "capabilities": {"portMappings": True}}
 GC_TIMEOUT = 10.0  # seconds: pods that are to be attached wait meanwhile
 T = TypeVar("T")
 
@@ -174,7 +175,8 @@ class Network:
         self, attachment: Attachment, place: conf.Place | None
     ) -> tuple[conf.Chain, cache.Entry]:
         """Choose the network and record the intent."""
-        chain = self._usable(place)
+        wanted = attachment.capabilities()
+        chain = self._with_portmap(self._usable(place), wanted)
         entry = cache.Entry(
             network=chain.name,
             container_id=attachment.pod_id,
@@ -182,11 +184,19 @@ class Network:
             netns=attachment.netns,
             config=chain.source,
             args=attachment.args(),
-            capabilities=attachment.capabilities(),
+            capabilities=wanted,
         )
         _check_heard(chain, entry)
         self._record(entry)
         return chain, entry
+
+    def _with_portmap(self, chain: conf.Chain, wanted: Mapping[str, object]) -> conf.Chain:
+        """Return the chain, for a pod with host ports with the portmap plugin at its end where that
+        is installed and no other would see to them: CRI-O's own configurations leave it out.
+        """
+        if "portMappings" not in wanted or chain.accepts("portMappings") or not chain.standard:
+            return chain
+        return chain.extended(PORTMAP) if self._plugins.find("portmap") else chain
 
     def _record(self, entry: cache.Entry) -> None:
         try:

@@ -70,6 +70,12 @@ class Chain:
         """Say whether a plugin declares a capability."""
         return any(p.accepts(capability) for p in self.plugins)
 
+    def extended(self, plugin: Document) -> "Chain":
+        """Return the same network with one more plugin at its end."""
+        document = decode(self.source)
+        plugins = [dict(p.document) for p in self.plugins]
+        return parse(msgspec.json.encode({**document, "plugins": [*plugins, plugin]}), self.path)
+
     @property
     def standard(self) -> bool:
         """Whether there are only plugins that do what their configuration says and no more."""

@@ -204,8 +204,11 @@ def test_a_pod_gets_the_addresses_that_are_reported_and_gives_them_back(
     host.run(work)
 
 
-def test_a_host_port_reaches_the_pod_until_it_is_detached(host: Host) -> None:
-    host.configure(PORTS)
+@pytest.mark.parametrize("more", [(PORTS,), ()], ids=["as configured", "put in"])
+def test_a_host_port_reaches_the_pod_until_it_is_detached(
+    host: Host, more: tuple[dict[str, Any], ...]
+) -> None:
+    host.configure(*more)
     mapping = api.PortMapping(container_port=80, host_port=8080)
     pod = host.pod("pod1", port_mappings=[mapping])
 

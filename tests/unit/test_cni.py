@@ -112,7 +112,7 @@ async def test_each_plugin_gets_only_the_capabilities_that_it_declares(
     assert extra["runtimeConfig"] == undone["runtimeConfig"] == {"portMappings": [wanted]}
 
 
-HOST_PORT = {"port_mappings": [api.PortMapping(container_port=80, host_port=8080)]}
+HOST_PORT: dict[str, Any] = {"port_mappings": [api.PortMapping(container_port=80, host_port=8080)]}
 EGRESS = {"annotations": {"kubernetes.io/egress-bandwidth": "10M"}}
 
 
@@ -133,6 +133,21 @@ async def test_what_no_plugin_takes_is_refused_unless_an_agent_may_see_to_it(
     assert host.cached() == []
     host.configure("bridge", "extra")  # which might be Cilium's
     await network.attach(attachment(**asked))
+
+
+async def test_portmap_sees_to_host_ports_where_nobody_else_does(
+    host: fakes.Fakes, network: cni.Network
+) -> None:
+    host.install("bridge", ADD=result("10.0.0.2/24"))
+    host.install("portmap", ADD=result("10.0.0.2/24"))
+    host.configure("bridge")
+    await network.attach(attachment(**HOST_PORT))
+    await network.detach(attachment())
+    assert host.verbs() == ["bridge ADD", "portmap ADD", "portmap DEL", "bridge DEL"]
+    [asked] = host.calls()[2].stdin["runtimeConfig"]["portMappings"]
+    assert asked["hostPort"] == 8080
+    await network.attach(attachment())
+    assert host.verbs()[4:] == ["bridge ADD"]
 
 
 async def test_a_port_without_a_host_port_asks_plugins_for_nothing(
