@@ -109,6 +109,7 @@ def test_v33_a_profile_that_is_none_is_not_unconfined(
         {"seccomp": {"profile_type": local, "localhost_ref": ""}},
         {"seccomp_profile_path": "localhost/"},
         {"apparmor": {"profile_type": local, "localhost_ref": ""}},
+        {"apparmor": {"profile_type": local, "localhost_ref": "localhost/"}},
     ):
         outcome = attack.attempt(reference, "true", linux=security(**wanted))
         assert outcome.code is INVALID, wanted
