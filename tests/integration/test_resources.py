@@ -531,3 +531,25 @@ def test_parents_that_are_missing_are_made_and_go_with_the_pod(
     left = [h for h in cgroups.hierarchies() for p in made if (h / p.strip("/")).exists()]
     assert left == []
     assert kubelet.status(keeper).state == api.CONTAINER_RUNNING
+
+
+@pytest.mark.needs("cgroup-v2")
+def test_a_privileged_container_leaves_the_options_of_the_hosts_cgroups_alone(
+    kubelet: Kubelet, pulled: str
+) -> None:
+    def options() -> str:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+        return next(line for line in lines if " /sys/fs/cgroup " in line).split(" - ")[1]
+
+    before = options()
+    config = kubelet.pod_config()
+    config.linux.security_context.privileged = True
+    for handler in ("runc", "crun"):
+        pod = kubelet.run_pod(config, handler=handler)
+        linux = api.LinuxContainerConfig()
+        linux.security_context.privileged = True
+        container = kubelet.run(pod, pulled, SLEEP, linux=linux)
+        done = kubelet.exec_sync(container, ["cat", "/sys/fs/cgroup/cgroup.controllers"])
+        assert b"memory" in done.stdout
+        assert options() == before
+        kubelet.remove_pod(pod.id)
