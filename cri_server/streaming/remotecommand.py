@@ -12,7 +12,7 @@ shim kills them. Attached containers go on in any case.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
 from google.protobuf.message import Message
@@ -22,6 +22,7 @@ from cri_server.streaming import peer, resize, status
 from shim import errors as shim_errors
 from shim.pb import shim_pb2 as pb
 
+_PART = 16 << 10  # bytes of sizes that are read at once
 Send = Callable[[Message], Awaitable[None]]
 
 
@@ -194,12 +195,19 @@ async def _feed(client: peer.Peer, target: _ExecInput | _AttachInput) -> None:
         await target.end()
 
 
+def _parts(data: bytes) -> Iterator[bytes]:
+    """Cut what a client sent into parts that take no time: between them others have their turn."""
+    return (data[at : at + _PART] for at in range(0, len(data), _PART))
+
+
 async def _resize(client: peer.Peer, target: _ExecInput | _AttachInput) -> None:
     sizes = resize.Sizes()
     with contextlib.suppress(shim_errors.ShimError, peer.Gone):
         while data := await client.read("resize"):
-            if (size := sizes.feed(data)) is not None:
-                await target.resize(*size)
+            for part in _parts(data):
+                for size in sizes.feed(part):
+                    await target.resize(*size)
+                await asyncio.sleep(0)
     while await client.read("resize"):  # what is left there would hold up the other streams
         continue
 

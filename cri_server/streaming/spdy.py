@@ -14,11 +14,11 @@ holds the sender back.
 import itertools
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from cri_server.streaming import spdydict
+from cri_server.streaming import idle, spdydict
 
 VERSION = 3
 MAX_CONTROL = 16 << 10  # bytes of a control frame: what clients send is below 200
@@ -107,7 +107,7 @@ class GoneAway:
     """The client will open no more streams."""
 
 
-Event = Opened | Data | Finished | Reset | Pinged | Refused | GoneAway
+Event = Opened | Data | Finished | Reset | Pinged | Refused | GoneAway | idle.Idle
 
 
 @dataclass(slots=True)
@@ -147,12 +147,15 @@ class Connection:
 
     def receive(self, data: bytes) -> Iterator[Event]:
         """Take what has arrived and yield what it says. Raises ProtocolError."""
+        return idle.told(self._receive(data))
+
+    def _receive(self, data: bytes) -> Iterator[Iterable[Event]]:
         self._buffer = self._buffer + data if self._buffer else data  # mostly no copy
         while True:
             if self._payload is not None:
-                yield from self._receive_payload(self._payload)
+                yield self._receive_payload(self._payload)
             elif (frame := self._next_frame()) is not None:
-                yield from frame
+                yield frame
             if not self._progress():
                 self._buffer, self._at = self._buffer[self._at :], 0
                 return

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import wsproto
 from wsproto import events, utilities
 
+from cri_server.streaming import idle
+
 CLOSE = 255  # v5: the next byte is the channel that ends
 _ZERO = ord("0")
 
@@ -85,7 +87,7 @@ class Closed:
     """The client has said goodbye."""
 
 
-Event = Data | Finished | Answer | Closed
+Event = Data | Finished | Answer | Closed | idle.Idle
 
 
 class Connection:
@@ -120,8 +122,7 @@ class Connection:
         """Take what has arrived and yield what it says. Raises ProtocolError."""
         try:
             self._frames.receive_data(data)
-            for event in self._frames.events():
-                yield from self._event(event)
+            yield from idle.told(self._event(event) for event in self._frames.events())
         except utilities.RemoteProtocolError as e:
             raise ProtocolError(str(e)) from e
 

@@ -3,6 +3,7 @@
 
 import asyncio
 import json
+import time
 from typing import NoReturn, cast
 
 import pytest
@@ -49,21 +50,31 @@ async def test_what_nobody_reads_is_dropped_and_holds_nobody() -> None:
 @pytest.mark.parametrize(
     ("parts", "size"),
     [
-        ([b'{"Width":80,"Height":24}'], (80, 24)),
-        ([b'{"Width":80,', b'"Height":24}\n'], (80, 24)),
-        ([b'{"Width":80,"Height":24}{"Width":81,"Height":25}'], (81, 25)),
-        ([b'{"Width":0,"Height":24}'], None),
-        ([b'{"Width":-1,"Height":24}{"Width":70000,"Height":1}{}'], None),
+        ([b'{"Width":80,"Height":24}'], ((80, 24),)),
+        ([b'{"Width":80,', b'"Height":24}\n'], ((80, 24),)),
+        ([b'{"Width":80,"Height":24} {"Width":81,"Height":25}'], ((80, 24), (81, 25))),
+        ([b'{"Width":7,"Height":7}', b'{"Width":8,"Height":2}{}'], ((8, 2),)),
+        ([b'{"Width":0,"Height":24}'], ()),
+        ([b'{"Width":-1,"Height":24}{"Width":70000,"Height":1}{}'], ()),
     ],
 )
-def test_terminal_sizes(parts: list[bytes], size: tuple[int, int] | None) -> None:
+def test_terminal_sizes(parts: list[bytes], size: tuple[tuple[int, int], ...]) -> None:
     sizes = resize.Sizes()
     assert [sizes.feed(part) for part in parts][-1] == size
 
 
+def test_many_sizes_take_no_longer_each_than_few() -> None:
+    def seconds(number: int) -> float:
+        began = time.process_time()
+        resize.Sizes().feed(b"{}" * number)
+        return (time.process_time() - began) / number
+
+    assert seconds(128 << 10) < 5 * max(seconds(4 << 10), 1e-6)
+
+
 def test_what_is_no_size_ends_the_session() -> None:
     sizes = resize.Sizes()
-    assert sizes.feed(b"{garbage" * 500) is None
+    assert sizes.feed(b"{garbage" * 500) == ()
     with pytest.raises(peer.Gone):
         sizes.feed(b"{garbage" * 100)
 

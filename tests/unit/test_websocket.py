@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from wsproto import events
 
-from cri_server.streaming import websocket
+from cri_server.streaming import idle, websocket
 
 HEAD = (
     "GET /exec/x HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
@@ -205,3 +205,9 @@ def test_a_protocol_that_is_not_ascii() -> None:
 def test_a_request_that_is_no_websockets() -> None:
     with pytest.raises(websocket.ProtocolError):
         websocket.Connection().accept(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n", websocket.EXEC)
+
+
+def test_a_crowd_of_frames_that_say_nothing_is_told_now_and_then() -> None:
+    connection = opened("v4.channel.k8s.io")
+    found = list(connection.receive(sent(*(events.Pong() for _ in range(100)))))
+    assert [type(event) for event in found] == [idle.Idle] * (100 // idle.SILENT)
