@@ -12,14 +12,15 @@ import contextlib
 import errno
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from shim import loop
 
 _UNIFIED = ""
 _TRIES = 50
 _PAUSE = 0.01
-_GONE = (errno.ENOENT, errno.ENODEV)  # ENODEV: removed while it was open
+# Removed, also while it was open; and deeper than paths go, where nobody can look.
+_GONE = (errno.ENOENT, errno.ENODEV, errno.ENAMETOOLONG)
 
 
 class Cgroup:
@@ -38,15 +39,11 @@ class Cgroup:
         Raises OSError when it cannot be seen: that nobody is there is only said when it is so.
         """
         root = self.directories.get(self.controller)
-        if not root:
-            return []
-        walk = os.walk(root, onerror=_unless_gone)
-        return [pid for directory, _, _ in walk for pid in _pids(directory)]
+        return [pid for directory in _tree(root) for pid in _pids(directory)] if root else []
 
     def kill(self) -> bool:
         """Kill everything inside, once; return whether there was something to kill."""
-        pids = self.processes()
-        if not pids:
+        if not self._populated():
             return False
         if self.controller == _UNIFIED and self._write("cgroup.kill", "1"):
             return True
@@ -55,6 +52,15 @@ class Cgroup:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         return True
+
+    def _populated(self) -> bool:
+        """Say whether there are processes; v2 knows, whatever is below. Raises OSError when it
+        cannot be seen.
+        """
+        if _UNIFIED in self.directories and self.controller == _UNIFIED:
+            with contextlib.suppress(OSError), open(self._file("cgroup.events")) as file:
+                return "populated 1" in file.read()
+        return bool(self.processes())
 
     async def kill_all(self) -> bool:
         """Kill until nothing is left, half a second at most; return whether that is seen."""
@@ -89,7 +95,7 @@ class Cgroup:
         prevent it.
         """
         for root in self.directories.values():
-            for directory, _, _ in os.walk(root, topdown=False):
+            for directory in reversed([*_tree(root, onerror=lambda _: None)]):
                 with contextlib.suppress(OSError):
                     os.rmdir(directory)
         return not any(map(os.path.exists, self.directories.values()))
@@ -105,9 +111,12 @@ class Cgroup:
         finally:
             self.thaw()
 
+    def _file(self, name: str) -> str:
+        return os.path.join(self.directories[self.controller], name)
+
     def _write(self, name: str, value: str) -> bool:
         try:
-            with open(os.path.join(self.directories[self.controller], name), "w") as file:
+            with open(self._file(name), "w") as file:
                 file.write(value)
         except OSError:
             return False
@@ -133,6 +142,21 @@ def _pids(directory: str, name: str = "cgroup.procs") -> list[int]:
             return _pids(directory, "cgroup.threads")
         _unless_gone(error)
         return []
+
+
+def _tree(root: str, *, onerror: Callable[[OSError], None] | None = None) -> Iterator[str]:
+    """Yield a directory and all below it, parents first. As os.walk, which goes as deep as Python's
+    recursion before 3.12: a container may nest its groups deeper.
+    """
+    left = [root]
+    while left:
+        directory = left.pop()
+        yield directory
+        try:
+            with os.scandir(directory) as entries:
+                left += [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+        except OSError as error:
+            (onerror or _unless_gone)(error)
 
 
 def _unless_gone(error: OSError) -> None:

@@ -138,9 +138,11 @@ class Exec:
         main.cancel()
         with contextlib.suppress(errors.ShimError, OSError):
             await main.join()
-        if self._process:
-            await self._process.kill_tree()
-        await self._part.kill_all()
+        try:
+            if self._process:
+                await self._process.kill_tree()
+        finally:
+            await self._part.kill_all()
         if self._end:
             with contextlib.suppress(TimeoutError):
                 async with loop.timeout(_KILLED_SECONDS):

@@ -231,10 +231,15 @@ def kill(who: Identity) -> None:
 
 
 def descendants(pid: int) -> Iterator[int]:
-    """Yield the live descendants of a process, parents first; orphans have gone elsewhere."""
-    for child in _children(pid):
-        yield child
-        yield from descendants(child)
+    """Yield the live descendants of a process, parents first; orphans have gone elsewhere.
+
+    Without recursion: a container may nest its processes deeper than that goes.
+    """
+    left = [pid]
+    while left:
+        for child in _children(left.pop()):
+            yield child
+            left.append(child)
 
 
 def _children(pid: int) -> list[int]:

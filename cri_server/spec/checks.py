@@ -29,9 +29,15 @@ def absolute(path: str, field: str) -> str:
     text(path, field)
     if not path.startswith("/"):
         raise errors.InvalidArgument(f"{field}: {path[:200]!r} is not an absolute path")
-    if len(path) > _PATH or any(len(part.encode()) > _NAME for part in path.split("/")):
-        raise errors.InvalidArgument(f"{field}: {path[:200]!r} is longer than paths can be")
+    sized(path, field)
     return posixpath.normpath("/" + path.lstrip("/"))
+
+
+def sized(path: str, field: str) -> str:
+    """Return a path that is no longer than Linux takes it, nor any name in it."""
+    if len(path.encode()) > _PATH or any(len(part.encode()) > _NAME for part in path.split("/")):
+        raise errors.InvalidArgument(f"{field}: {path[:200]!r} is longer than paths can be")
+    return path
 
 
 def below(path: str, folder: str) -> bool:

@@ -53,6 +53,7 @@ _INIT_OPTIONS = ["bind", "ro", "nosuid", "nodev"]
 _Mode = api.NamespaceMode
 _OPTIONS = "linux.security_context.namespace_options"
 _WHOSE = {_Mode.POD: "the pod's", _Mode.CONTAINER: "its own", _Mode.NODE: "the host's"}
+_LONGEST_NAME = 1024  # characters; Kubernetes has at most 253
 _HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _SYSCTL = re.compile(r"[\w@:-]+(/[\w@:-]+)*(\.[\w@:-]+(/[\w@:-]+)*)+", re.ASCII)
 _IPC_SYSCTLS = re.compile(r"kernel\.(shm|msg)\w+|kernel\.sem|fs\.mqueue\.\w+", re.ASCII)
@@ -97,6 +98,9 @@ def _check_metadata(config: api.PodSandboxConfig) -> None:
         checks.unsupported(
             any(c in value for c in "/;"), f"metadata.{field}", f"{value[:80]!r} contains / or ;"
         )
+        # No plugin starts, for ADD or for DEL, with a variable of more than 128 KiB (execve(2)).
+        too_long = len(value) > _LONGEST_NAME
+        checks.unsupported(too_long, f"metadata.{field}", f"is longer than {_LONGEST_NAME}")
 
 
 def _check_port(mapping: api.PortMapping) -> None:
@@ -119,7 +123,7 @@ def _check_port(mapping: api.PortMapping) -> None:
 
 
 def _check_cgroup_parent(parent: str) -> None:
-    checks.line(parent, "cgroup_parent")
+    checks.sized(checks.line(parent, "cgroup_parent"), "cgroup_parent")
     checks.unsupported(".." in parent.split("/"), "cgroup_parent", "contains '..'")
 
 

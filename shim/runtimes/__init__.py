@@ -122,6 +122,15 @@ class Runtime(Protocol):
         """End what the runtime itself keeps running for the pod, when the pod has ended."""
 
 
+def exit_status(told: object) -> int:
+    """Return the status that a runtime tells of a process (wait(2): 0 to 255). Raises Internal for
+    one that cannot be.
+    """
+    if not isinstance(told, int) or not 0 <= told <= 255:
+        raise errors.Internal(f"the runtime says that it ended with {str(told)[:80]!r}")
+    return told
+
+
 class Silent(errors.ShimError):
     """The runtime failed and its log does not say why; its stderr may."""
 

@@ -147,10 +147,13 @@ def _tree(table: bytes, top: int) -> list[int]:
 
 
 def _exit_status(answer: int) -> int:
-    """Return what `runsc wait` said, and close the pipe; it says nothing when the kernel died."""
+    """Return what `runsc wait` said, and close the pipe; it says nothing when the kernel died.
+    Raises Internal for a status that cannot be.
+    """
     try:
-        return int(json.loads(os.read(answer, _ANSWER_LIMIT))["exitStatus"])
+        told = json.loads(os.read(answer, _ANSWER_LIMIT))["exitStatus"]
     except (OSError, ValueError, KeyError, TypeError):
         return _SANDBOX_DIED
     finally:
         os.close(answer)
+    return runtimes.exit_status(told)

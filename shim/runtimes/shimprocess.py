@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Iterator
 
 from google.protobuf import empty_pb2
 
-from shim import diagnostics, errors, loop, process
+from shim import diagnostics, errors, loop, process, runtimes
 from shim.pb.containerd import sandbox_pb2, task_v2_pb2
 from shim.runtimes import shimlink
 
@@ -94,7 +94,7 @@ class Task(_Process):
                 )
         finally:
             self._over = True
-        return int(ended.exit_status)
+        return runtimes.exit_status(ended.exit_status)
 
     async def signal(self, signum: int) -> None:
         """Send a signal. Raises InvalidArgument for a number that is none."""
@@ -160,7 +160,7 @@ class Sandbox(_Process):
                 timeout=None,
                 service=shimlink.SANDBOX,
             )
-        return int(ended.exit_status)
+        return runtimes.exit_status(ended.exit_status)
 
     async def signal(self, signum: int) -> None:
         """Stop it, whatever the signal."""

@@ -4,7 +4,7 @@
 import os
 import signal
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,22 @@ def test_what_cannot_be_killed_is_not_waited_for(
     begin = time.monotonic()
     assert not run(group.kill_all())
     assert time.monotonic() - begin < 2
+
+
+def test_groups_that_are_nested_deeper_than_recursion_goes(
+    group: cgroup.Cgroup, spawn: Callable[..., process.Child]
+) -> None:
+    for directory in group.directories.values():
+        inner = directory
+        for _ in range(1100):
+            inner += "/d"
+            os.mkdir(inner)
+    child = spawn("sleep 60")
+    assert child.pid in group.processes()
+    assert run(group.kill_all())
+    waiting.until(group.remove, "the groups are removed")
+    for directory in group.directories.values():
+        os.mkdir(directory)  # for the fixture
 
 
 def pause(group: cgroup.Cgroup) -> None:

@@ -182,6 +182,11 @@ def test_orphans_are_found_by_arguments_and_variables() -> None:
     process.reap(other)
 
 
+def test_descendants_are_found_deeper_than_recursion_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "_children", lambda pid: [pid + 1] if pid < 3000 else [])
+    assert list(process.descendants(1)) == list(range(2, 3001))
+
+
 def test_who_took_the_number_of_an_orphan_lives() -> None:
     child = process.spawn(["sleep", "1000"])
     born = process.start_time(child.pid)
