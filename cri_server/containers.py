@@ -43,6 +43,7 @@ from cri_server import (
 from cri_server.images import gc
 from cri_server.images import store as images
 from cri_server.pb import api_pb2 as api
+from cri_server.spec import checks
 from shim import errors as shim_errors
 from shim.pb import shim_pb2
 
@@ -53,6 +54,7 @@ CREATED, RUNNING, EXITED = (
     api.ContainerState.CONTAINER_EXITED,
 )
 T = TypeVar("T")
+MESSAGE_LIMIT = 1024  # characters of a message in a status, as of those that shims tell
 Seen = Mapping[str, shim_pb2.Container] | None  # what a shim knows; None: there is no shim
 
 
@@ -235,7 +237,7 @@ class Containers:
         elif not isinstance(error, errors.CriError):  # a bug of ours, at whatever point
             with contextlib.suppress(errors.CriError):
                 await self._forget_in_shim(container)
-        why = error.message if isinstance(error, errors.CriError) else repr(error)
+        why = (error.message if isinstance(error, errors.CriError) else repr(error))[:MESSAGE_LIMIT]
         await self._store.note_container(_ended(container, 128, "StartError", why))
         self._publish(events.STOPPED, container)
 
@@ -528,7 +530,7 @@ def log_path(pod: api.PodSandboxConfig, config: api.ContainerConfig) -> str:
         raise errors.InvalidArgument(f"log_path {config.log_path[:200]!r} leaves the log directory")
     if any(ord(c) < 32 or ord(c) == 127 for c in path):
         raise errors.InvalidArgument(f"log_path {config.log_path[:200]!r}: control character")
-    return path
+    return checks.sized(path, "log_path")
 
 
 async def _persist(attempt: Callable[[], Awaitable[T]], failure: str, container_id: str) -> T:
@@ -570,7 +572,7 @@ def _started(
         container,
         pid=seen.pid,
         start_time=seen.start_time,
-        started_at=seen.started_at or time.time_ns(),
+        started_at=max(seen.started_at or time.time_ns(), container.created_at),
     )
 
 

@@ -228,7 +228,7 @@ class Info:
         """
         try:
             return configjson.read(self._files.bundle(pod.id))
-        except FileNotFoundError:
+        except (OSError, ValueError):
             joined = self._files.namespaces(pod).items()
             return {
                 "hostname": podfiles.own_hostname(pod),
@@ -260,7 +260,7 @@ class Info:
     def _spec(self, container_id: str) -> Any:
         try:
             return configjson.read(self._bundles.directory(container_id))
-        except FileNotFoundError:
+        except (OSError, ValueError):  # not there, or spoilt
             return None
 
 

@@ -9,6 +9,7 @@ configuration is by then. `handlers` says when one is not needed any more; a cra
 many, never one too few. Records of earlier versions say a plain name, and mean the handler of now.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -81,11 +82,20 @@ class Store:
     def _write(self, path: Path, revision: Revision) -> None:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(msgspec.json.encode(dataclasses.asdict(revision)))
-        os.replace(temporary, path)
+        try:
+            temporary.write_bytes(msgspec.json.encode(dataclasses.asdict(revision)))
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
     def read(self) -> Iterator[Revision]:
-        """Yield all that are kept; one that cannot be read is logged and left where it is."""
+        """Yield all that are kept; one that cannot be read is logged and left where it is. What a
+        crash left half written is removed: nothing else runs yet.
+        """
+        for leftover in self._folder.glob("*.tmp"):
+            with contextlib.suppress(OSError):
+                leftover.unlink()
         for path in sorted(self._folder.glob("*.json")):
             try:
                 yield msgspec.json.decode(path.read_bytes(), type=Revision)

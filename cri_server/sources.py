@@ -66,6 +66,8 @@ def _naming(path: str) -> Iterator[None]:
         yield
     except OSError as e:
         raise errors.InvalidArgument(f"mount source {path[:200]!r}: {e.strerror}") from e
+    except RecursionError as e:  # of os.makedirs
+        raise errors.InvalidArgument(f"mount source {path[:200]!r}: too many folders deep") from e
 
 
 def _nearest(path: str) -> str:

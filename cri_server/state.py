@@ -341,9 +341,14 @@ def _encode(record: Pod | Container) -> bytes:
 def _write(path: Path, data: bytes) -> None:
     temporary = path.with_suffix(".tmp")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "wb") as f:
-        f.write(data)
-    os.replace(temporary, path)
+    try:
+        with os.fdopen(fd, "wb") as f:
+            f.write(data)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)  # which no removal of the record would find
+        raise
 
 
 def _read_all(directory: Path, kind: type[R]) -> Iterator[R]:
@@ -376,4 +381,15 @@ def _decode(path: Path, kind: type[R]) -> R:
     message = api.PodSandboxConfig() if kind is Pod else api.ContainerConfig()
     raw = msgspec.json.encode(document["config"])
     json_format.ParseDict(document["config"], message, ignore_unknown_fields=True)
-    return msgspec.convert({**document, "config": message, "raw": raw}, kind)
+    record = msgspec.convert({**document, "config": message, "raw": raw}, kind)
+    _check_numbers(record)
+    return record
+
+
+def _check_numbers(record: Pod | Container) -> None:
+    """Raise ValueError for a number that no answer can hold: one spoilt digit would fail lists."""
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        bits = 31 if field.name == "exit_code" else 63
+        if isinstance(value, int) and not -(1 << bits) <= value < 1 << bits:
+            raise ValueError(f"{field.name}: {value} cannot be")

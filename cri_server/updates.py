@@ -95,6 +95,7 @@ class Updates:
         change = self._change(container, asked)
         if change.wanted == in_force(container):
             return
+        await asyncio.to_thread(self._check_bundle, container)
         if container.started_at:
             await self._set(change)
         await asyncio.to_thread(self._write, change)
@@ -102,6 +103,15 @@ class Updates:
             text = state.raw_limits(change.wanted)
             await self._store.put_container(dataclasses.replace(current, resources=text))
         log.info("resources updated", container=container.id, limits=change.after)
+
+    def _check_bundle(self, container: state.Container) -> None:
+        """See that the new limits can be written, before the kernel has them. Raises
+        FailedPrecondition.
+        """
+        try:
+            configjson.read(self._bundles.directory(container.id))
+        except (OSError, ValueError) as e:
+            raise errors.FailedPrecondition(f"the container's bundle is damaged: {e}") from e
 
     def _change(self, container: state.Container, asked: api.LinuxContainerResources) -> _Change:
         facts = self._handlers.facts(container.handler)

@@ -184,6 +184,8 @@ def _open(path: str) -> int:
         fd = os.open(path, _OPEN | os.O_CREAT, 0o640)
     except OSError as error:
         raise errors.InvalidArgument(f"cannot open the log {path!r}: {error.strerror}") from error
+    except RecursionError as error:  # of os.makedirs
+        raise errors.InvalidArgument(f"cannot open the log {path!r}: it is too deep") from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise errors.InvalidArgument(f"cannot open the log {path!r}: it is not a plain file")

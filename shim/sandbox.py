@@ -206,9 +206,9 @@ def _expect(peer: socket.socket) -> None:
     """Wait until the child has done its part. Raises InvalidArgument or OSError: what it met."""
     answer = peer.recv(_ANSWER_LIMIT)
     if answer[:1] == _REFUSED:
-        raise errors.InvalidArgument(answer[1:].decode())
+        raise errors.InvalidArgument(answer[1:].decode(errors="replace"))
     if answer != _MADE:
-        raise OSError(answer[1:].decode() or "the process that makes them died")
+        raise OSError(answer[1:].decode(errors="replace") or "the process that makes them died")
 
 
 def _become_user(peer: socket.socket, wanted: Namespaces, sysctls: Mapping[str, str]) -> NoReturn:

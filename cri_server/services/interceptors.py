@@ -11,12 +11,14 @@ it.
 from __future__ import annotations  # grpc's own classes are not generic, their stubs are
 
 import asyncio
+import errno
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
 import structlog
+from google.protobuf import message
 
 from cri_server import errors
 
@@ -40,6 +42,7 @@ MUTATIONS = frozenset(
     }
 )
 MESSAGE_LIMIT = 4096
+_SHORTAGES = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 DRAIN_TIMEOUT = 10.0
 
 Behaviour = Callable[[Any, Any], Awaitable[Any]]
@@ -73,7 +76,7 @@ class Edge(grpc.aio.ServerInterceptor):
 
     def _wrap(self, name: str, handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
         codec = {
-            "request_deserializer": handler.request_deserializer,
+            "request_deserializer": _lenient(handler.request_deserializer),
             "response_serializer": handler.response_serializer,
         }
         if handler.unary_stream is not None:
@@ -87,6 +90,7 @@ class Edge(grpc.aio.ServerInterceptor):
             self._note_call()
             with structlog.contextvars.bound_contextvars(rpc=name, **_ids(request)):
                 try:
+                    _check_whole(request)
                     self._check_ready()
                     if name not in MUTATIONS:
                         return await behaviour(request, context)
@@ -103,6 +107,7 @@ class Edge(grpc.aio.ServerInterceptor):
             request: Any, context: grpc.aio.ServicerContext[Any, Any]
         ) -> AsyncIterator[Any]:
             try:
+                _check_whole(request)
                 self._check_ready()
                 async for item in behaviour(request, context):
                     yield item
@@ -143,6 +148,27 @@ class Edge(grpc.aio.ServerInterceptor):
             await asyncio.wait(busy, timeout=DRAIN_TIMEOUT)
 
 
+class _Malformed(Exception):
+    """Bytes that are no message."""
+
+
+def _lenient(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """Return a deserializer that never fails: gRPC would answer UNKNOWN, and print a traceback."""
+
+    def deserialize(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except message.DecodeError as e:
+            return _Malformed(str(e))
+
+    return deserialize
+
+
+def _check_whole(request: Any) -> None:
+    if isinstance(request, _Malformed):
+        raise errors.InvalidArgument(f"the request cannot be read: {request}")
+
+
 def _ids(request: Any) -> dict[str, str]:
     """Return the ids that a request names, as fields for every log line of its handling."""
     fields = {"pod_sandbox_id": "pod", "container_id": "container"}
@@ -157,9 +183,28 @@ def _status(error: Exception) -> tuple[grpc.StatusCode, str]:
     if isinstance(error, errors.CriError):
         log.info("rpc failed", code=error.code, error=error.message)
         return grpc.StatusCode[error.code], _one_line(error.message)
+    if _is_shortage(error):
+        log.error("rpc failed", code=errors.ResourceExhausted.code, error=repr(error))
+        return grpc.StatusCode.RESOURCE_EXHAUSTED, _one_line(str(error))
     log.error("rpc failed", exc_info=error)
     return grpc.StatusCode.INTERNAL, _one_line(f"{type(error).__name__}: {error}")
 
 
-def _one_line(message: str) -> str:
-    return " ".join(message.split())[:MESSAGE_LIMIT]
+def _is_shortage(error: Exception) -> bool:
+    """Say whether the host has too little of something; Python tells of threads by words alone."""
+    if isinstance(error, OSError):
+        return error.errno in _SHORTAGES
+    return isinstance(error, MemoryError) or "can't start new thread" in str(error)
+
+
+def _one_line(text: str) -> str:
+    """Return a text for a gRPC status: in percent-encoding, which makes three bytes of each that is
+    not plain ASCII, clients take 8 KiB (grpc-core's limit of metadata).
+    """
+    text = " ".join(text.split())[:MESSAGE_LIMIT]
+    size = 0
+    for n, c in enumerate(text):
+        size += 1 if " " <= c <= "~" and c != "%" else 3 * len(c.encode("utf-8", "surrogatepass"))
+        if size > MESSAGE_LIMIT:
+            return text[:n]
+    return text

@@ -53,6 +53,8 @@ _INIT_OPTIONS = ["bind", "ro", "nosuid", "nodev"]
 _Mode = api.NamespaceMode
 _OPTIONS = "linux.security_context.namespace_options"
 _WHOSE = {_Mode.POD: "the pod's", _Mode.CONTAINER: "its own", _Mode.NODE: "the host's"}
+_PERIOD = 100000  # microseconds: the kernel's cpu_period where none is asked for
+_MOST = 2**63 - 1  # of an int64
 _LONGEST_NAME = 1024  # characters; Kubernetes has at most 253
 _HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _SYSCTL = re.compile(r"[\w@:-]+(/[\w@:-]+)*(\.[\w@:-]+(/[\w@:-]+)*)+", re.ASCII)
@@ -388,11 +390,12 @@ def _limits(wanted: types.SandboxInput) -> oci.Resources:
     more = wanted.config.linux.overhead
     why.pod("linux.resources", "linux.resources, linux.overhead", "of all containers together")
     if asked.memory_limit_in_bytes > 0:
-        asked.memory_limit_in_bytes += max(more.memory_limit_in_bytes, 0)
+        both = asked.memory_limit_in_bytes + max(more.memory_limit_in_bytes, 0)
+        asked.memory_limit_in_bytes = min(both, _MOST)
     if asked.cpu_quota > 0 and more.cpu_quota > 0:
-        asked.cpu_quota += (
-            more.cpu_quota * asked.cpu_period // (more.cpu_period or asked.cpu_period)
-        )
+        asked.cpu_period = asked.cpu_period or _PERIOD
+        also = more.cpu_quota * asked.cpu_period // (more.cpu_period or _PERIOD)
+        asked.cpu_quota = min(asked.cpu_quota + also, _MOST)
     return linux.resources(asked, wanted.host)
 
 

@@ -343,4 +343,6 @@ def _status(name: str, error: Exception) -> ttrpc_pb2.Status:
         return ttrpc_pb2.Status(code=errors.DeadlineExceeded.code, message=str(error))
     loop.on_task_error(name, error)
     message = f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError) and error.errno in (*_EXHAUSTED, errno.ENOSPC, errno.EDQUOT):
+        return ttrpc_pb2.Status(code=errors.ResourceExhausted.code, message=message)
     return ttrpc_pb2.Status(code=errors.Internal.code, message=message)

@@ -474,3 +474,22 @@ def test_what_the_kernel_refuses_fails_the_start(
     status = kubelet.status(container)
     assert (status.state, status.exit_code) == (api.CONTAINER_EXITED, 128)
     assert (status.reason, status.message) == ("StartError", text)
+
+
+def test_bytes_that_are_no_message_are_refused_as_such(kubelet: Kubelet, site: server.Site) -> None:
+    garbage = b"\x0a\x02\xff\xfe"  # a string that is no UTF-8
+    with grpc.insecure_channel(site.endpoint) as channel:
+        unary: Any = channel.unary_unary("/runtime.v1.RuntimeService/PodSandboxStatus")
+        stream: Any = channel.unary_stream("/runtime.v1.RuntimeService/StreamContainers")
+        for call in (lambda: unary(garbage), lambda: list(stream(garbage))):
+            code, text = refusal(call)
+            assert (code, "cannot be read" in text) == (INVALID, True), text
+    assert "Traceback" not in site.log.read_text()
+    assert kubelet.runtime.Version(api.VersionRequest()).version
+
+
+def test_a_long_text_in_an_error_stays_below_what_clients_take(kubelet: Kubelet) -> None:
+    config = kubelet.pod_config()
+    config.linux.sysctls["net.ipv4.ip_forward"] = "é" * 5000
+    code, text = refusal(lambda: kubelet.run_pod(config))
+    assert (code, text.count("é") > 100) == (INVALID, True), text

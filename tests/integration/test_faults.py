@@ -602,7 +602,9 @@ def test_on_a_full_disk_things_can_still_be_ended(
     client.stop(stopped)
     assert client.status(stopped).exit_code == 137
     client.remove(removed)
-    refusal(lambda: client.run_pod(client.pod_config("own-late")))
+    code, _ = refusal(lambda: client.run_pod(client.pod_config("own-late")))
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert not list((small / "root/pods").glob("*.tmp"))
     assert len(client.pods()) == 2
     client.remove_pod(pod.id)
     assert [p.id for p in client.pods()] == [other.id]

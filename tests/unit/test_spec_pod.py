@@ -423,6 +423,26 @@ def test_a_kernel_whose_limits_are_the_pods_has_what_the_pod_needs_beside_them_t
     assert limits["cpu"]["quota"] == 225_000
 
 
+@pytest.mark.parametrize(
+    ("resources", "overhead", "cpu", "memory"),
+    [
+        ({"cpu_quota": 50000}, {"cpu_quota": 10000}, (60000, 100000), None),
+        ({"cpu_quota": 50000}, {"cpu_quota": 5000, "cpu_period": 50000}, (60000, 100000), None),
+        ({"memory_limit_in_bytes": 2**63 - 1}, {"memory_limit_in_bytes": 9}, None, 2**63 - 1),
+    ],
+)
+def test_limits_of_a_pod_and_its_overhead_add_up(
+    resources: dict[str, Any], overhead: dict[str, Any], cpu: object, memory: int | None
+) -> None:
+    config = wishes.pod()
+    config.linux.resources.CopyFrom(api.LinuxContainerResources(**resources))
+    config.linux.overhead.CopyFrom(api.LinuxContainerResources(**overhead))
+    limits = sandbox(config, limits_pod=True)["linux"]["resources"]
+    found = limits.get("cpu")
+    assert (found and (found["quota"], found["period"])) == cpu
+    assert limits.get("memory", {}).get("limit") == memory
+
+
 def test_no_path_of_the_host_is_in_the_guest_but_the_pods_own() -> None:
     mounts = sandbox(wishes.pod(), init="", machine=True, pod_files=OF_POD)["mounts"]
     bound = [one for one in mounts if one.get("source", "").startswith("/")]

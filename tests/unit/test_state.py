@@ -89,6 +89,9 @@ async def test_a_broken_record_is_set_aside(store: state.Store, tmp_path: Path) 
     (tmp_path / "pods/types.json").write_text(
         text.replace(good.id, "types").replace('"created_at":', '"created_at":"x","was":')
     )
+    spoilt = f'"created_at":{2**64 - 1},"was":'
+    spoilt = text.replace(good.id, "digit").replace('"created_at":', spoilt)
+    (tmp_path / "pods/digit.json").write_text(spoilt)
     (tmp_path / "pods/deep.json").write_text("[" * 100_000)
     (tmp_path / "pods/folder.json").mkdir()
     (tmp_path / "pods/half.tmp").write_text("{")
@@ -98,7 +101,7 @@ async def test_a_broken_record_is_set_aside(store: state.Store, tmp_path: Path) 
 
     assert [p.id for p in again.pods()] == [good.id]
     left = sorted(p.name for p in (tmp_path / "pods").iterdir())
-    broken = {"bad", "old", "copy", "types", "deep", "folder"}
+    broken = {"bad", "old", "copy", "types", "digit", "deep", "folder"}
     assert left == sorted([*(f"{name}.broken" for name in broken), f"{good.id}.json"])
     assert again.unreadable == broken
 
