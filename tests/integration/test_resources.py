@@ -533,6 +533,22 @@ def test_parents_that_are_missing_are_made_and_go_with_the_pod(
     assert kubelet.status(keeper).state == api.CONTAINER_RUNNING
 
 
+def test_a_container_whose_bundle_is_damaged_keeps_its_limits(
+    make_site: Sites, client_of: Clients, reference: str
+) -> None:
+    site = make_site()
+    kubelet = client_of(site)
+    kubelet.pull(reference)
+    pod = kubelet.run_pod()
+    container = kubelet.run(pod, reference, SLEEP, linux=limited(cpu_shares=512))
+    document = site.state / "containers" / container / "config.json"
+    document.write_text("{")
+    assert '"pid"' in kubelet.status_response(container, verbose=True).info["info"]
+    code, message = refusal(lambda: update(kubelet, container, cpu_shares=300))
+    assert (code, "damaged" in message) == (grpc.StatusCode.FAILED_PRECONDITION, True)
+    assert_limits(pod, container, {"cpu.shares": "512"})
+
+
 @pytest.mark.needs("cgroup-v2")
 def test_a_privileged_container_leaves_the_options_of_the_hosts_cgroups_alone(
     kubelet: Kubelet, pulled: str

@@ -127,6 +127,12 @@ def test_an_existing_log_is_continued(tmp_path: Path) -> None:
     assert path.read_text().endswith("after\n")
 
 
+def test_a_path_deeper_than_can_be_made_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(errors.InvalidArgument, match="too deep"):
+        logfile.LogFile(f"{tmp_path}{'/a' * 1500}/log")
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_path_discards(tmp_path: Path) -> None:
     log = logfile.LogFile("")
     log.write("stdout", b"x\n")

@@ -64,6 +64,14 @@ def test_a_source_that_cannot_be_made_is_refused_by_name(tmp_path: Path) -> None
             )
 
 
+def test_a_missing_source_deeper_than_can_be_made_is_refused(tmp_path: Path) -> None:
+    deep = mount(f"{tmp_path}{'/a' * 1500}")
+    assert sources.find_source(deep) is None
+    with pytest.raises(errors.InvalidArgument, match="too many folders"):
+        sources.make_source(deep)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Path]:
     """Return a folder that is a mount of its own, private."""
