@@ -41,6 +41,7 @@ from shim import errors as shim_errors
 
 log = structlog.get_logger()
 RECEIVE_LIMIT = 32 << 20  # peers accept 16 and 80 MiB
+UNREQUESTED = 600  # seconds
 SEND_LIMIT = 64 << 20  # an ExecSync with both streams full is over 32 MiB
 NETWORK_CHECK = 2.0  # seconds between looks at the pinned network namespaces
 SETTLE_FIRST, SETTLE_MOST = 2.0, 60.0  # seconds between attempts at CNI DELs that failed
@@ -179,6 +180,9 @@ def _listen(address: str, edge: interceptors.Edge, objects: graph.Graph) -> grpc
         ("grpc.max_receive_message_length", RECEIVE_LIMIT),
         ("grpc.max_send_message_length", SEND_LIMIT),
         ("grpc.so_reuseport", 0),
+        # A call that the loop has not come to after 30 s would be cancelled by gRPC itself. On a
+        # node that is that busy it is better late: its own deadline says how late.
+        ("grpc.server_max_unrequested_time_in_server", UNREQUESTED),
     ]
     server = grpc.aio.server(interceptors=[edge], options=options)
     api_pb2_grpc.add_RuntimeServiceServicer_to_server(objects.runtime, server)
