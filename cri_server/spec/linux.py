@@ -122,8 +122,9 @@ def at_start(limits: oci.Resources) -> oci.Resources:
     if cpu.get("quota") != -1:
         return limits
     rest = oci.Resources(**limits)
-    rest["cpu"] = oci.Cpu(**cpu)
-    del rest["cpu"]["quota"]
+    del rest["cpu"]
+    if others := {name: value for name, value in cpu.items() if name != "quota"}:
+        rest["cpu"] = oci.Cpu(**others)  # type: ignore[typeddict-item]
     return rest
 
 

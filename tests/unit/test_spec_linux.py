@@ -122,6 +122,8 @@ def test_resources(asked: Resources, host: spec.HostFacts, expected: spec.Resour
 def test_a_document_has_no_quota_that_is_none() -> None:
     found = linux(wishes.container(resources=Resources(cpu_shares=2, cpu_quota=-1)))["resources"]
     assert found["cpu"] == {"shares": 2}
+    found = linux(wishes.container(resources=Resources(cpu_quota=-1)))["resources"]
+    assert "cpu" not in found
 
 
 OOM = {"memory.oom.group": "1", "memory.high": "5"}
