@@ -323,6 +323,54 @@ def test_a_hard_link_to_a_lower_symlink_or_device(make: Callable[[], Layer]) -> 
     assert os.lstat(top.fs / "b").st_rdev == os.makedev(1, 3)
 
 
+@pytest.mark.parametrize(
+    ("later", "expected"),
+    [
+        ((tars.file("d/b", b"new"),), {"d", "d/b"}),
+        ((tars.symlink("d/b", "nowhere"),), {"d", "d/b"}),
+        ((tars.folder("d/b"), tars.file("d/b/x")), {"d", "d/b", "d/b/x"}),
+        ((tars.file("d"),), {"d"}),
+        ((tars.file("d"), tars.folder("d")), {"d"}),
+    ],
+)
+def test_what_comes_after_a_link_to_below_takes_its_place(
+    make: Callable[[], Layer], later: tuple[bytes, ...], expected: set[str]
+) -> None:
+    bottom, top = make(), make()
+    bottom.apply(tars.file("a", b"low"))
+    top.settle(top.apply(tars.folder("d"), tars.link("d/b", "a"), *later), bottom.fs)
+    found = list(top.fs.rglob("*"))
+    assert {str(path.relative_to(top.fs)) for path in found} == expected
+    assert not any(path.is_file() and path.read_bytes() == b"low" for path in found)
+
+
+@pytest.mark.parametrize("earlier", [(), (tars.file("b", b"mine"),), (tars.folder("b"),)])
+def test_a_link_to_a_link_to_below_is_one_to_the_same_file(
+    make: Callable[[], Layer], earlier: tuple[bytes, ...]
+) -> None:
+    bottom, top = make(), make()
+    bottom.apply(tars.file("a", b"low"), tars.file("b", b"old"))
+    outcome = top.apply(*earlier, tars.link("b", "a"), tars.whiteout("b"), tars.link("c", "b"))
+    top.settle(outcome, bottom.fs)
+    assert (top.fs / "c").read_bytes() == b"low"
+    assert (top.fs / "b").samefile(top.fs / "c")
+
+
+def test_a_link_keeps_what_it_meant_when_its_target_changes(make: Callable[[], Layer]) -> None:
+    bottom, top = make(), make()
+    bottom.apply(tars.file("a", b"low"), tars.file("b", b"old"))
+    links = (tars.link("e", "b"), tars.link("b", "a"), tars.link("c", "b"))
+    outcome = top.apply(*links, tars.file("b", b"new"), tars.file("a", b"newer"))
+    top.settle(outcome, bottom.fs)
+    found = {p.name: p.read_bytes() for p in top.fs.iterdir()}
+    assert found == {"a": b"newer", "b": b"new", "c": b"low", "e": b"old"}
+
+
+def test_a_link_to_below_is_no_folder(make: Callable[[], Layer]) -> None:
+    with pytest.raises(tar.Malformed, match="not a folder"):
+        make().apply(tars.link("b", "a"), tars.file("b/x"))
+
+
 def test_a_hard_link_to_nothing_is_refused(make: Callable[[], Layer]) -> None:
     bottom, top = make(), make()
     outcome = top.apply(tars.link("a", "etc/shadow"))
