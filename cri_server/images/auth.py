@@ -252,7 +252,7 @@ def _token_request(
         method=method,
         headers=tuple(headers),
         body=body,
-        tls=host.tls if same else hosts.Tls(ca=host.tls.ca),
+        tls=host.trust(realm.hostname or ""),
         dial_timeout=host.dial_timeout,
         public_only=not same and not host.local,
     )

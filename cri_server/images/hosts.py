@@ -69,6 +69,15 @@ class Host:
         """Whether it is on this machine, by its name."""
         return proxy.is_loopback(self.name)
 
+    def trust(self, name: str) -> Tls:
+        """Return how to trust a host that this one sends us to; our certificates stay at home.
+
+        As in containerd, where the client of a host follows its redirects and asks for its tokens.
+        """
+        if name == self.name:
+            return self.tls
+        return Tls(ca=self.tls.ca, skip_verify=self.tls.skip_verify)
+
 
 def load(dirs: Sequence[Path], registry_host: str) -> tuple[Host, ...]:
     """Return the hosts to ask for a registry, best first; at least one.

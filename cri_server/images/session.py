@@ -200,9 +200,9 @@ class Session:
     def _addressed(
         self, request: transport.Request, url: str, authorization: str, *, home: bool
     ) -> transport.Request:
-        same_name = urllib.parse.urlsplit(url).hostname == self.host.name
-        tls = self.host.tls if same_name else hosts.Tls(ca=self.host.tls.ca)
-        public_only = not same_name and not self.host.local
+        name = urllib.parse.urlsplit(url).hostname or ""
+        tls = self.host.trust(name)
+        public_only = name != self.host.name and not self.host.local
         if not home:
             return dataclasses.replace(request, url=url, tls=tls, public_only=public_only)
         own = self.host.headers

@@ -17,6 +17,7 @@ from tests.fakes import certificates
 from tests.fakes import registry as fake
 from tests.fakes.pulling import (
     BASIC,
+    BLOBS,
     LAYER,
     REPO,
     SECRET,
@@ -27,7 +28,7 @@ from tests.fakes.pulling import (
     name,
     write_hosts,
 )
-from tests.fakes.registry import Raw, Say
+from tests.fakes.registry import Guard, Raw, Say
 
 # ---- proxies
 
@@ -179,6 +180,30 @@ async def test_who_is_trusted(
             assert (await client.resolve(name(secure))).digest == top.digest
             blob = secure.add_blob(REPO, LAYER * 5)
             assert await fetch(client, name(secure), blob) == LAYER * 5
+        client.close()
+
+
+@pytest.mark.parametrize("options", ["skip_verify = true\n", 'ca = "{pem}"\n'])
+async def test_trust_goes_where_the_host_sends_us(
+    client: registry.Client,
+    there: fake.Registry,
+    certificate: certificates.Certificate,
+    tmp_path: Path,
+    options: str,
+) -> None:
+    registry_host = there.address.replace("127.0.0.1", "localhost")
+    with fake.run(tls=certificate.server()) as secure:
+        text = options.format(pem=certificate.certificate)
+        write_hosts(tmp_path, registry_host, f'server = "http://{registry_host}"\n{text}')
+        secure.on("/token", Say(200, body=b'{"token":"abc"}'))
+        there.on("/v2/", Guard("Bearer abc", f'Bearer realm="https://{secure.address}/token"'))
+        there.add_image(REPO, "v1", LAYER)
+        ref = reference.parse(f"{registry_host}/{REPO}:v1")
+        await client.resolve(ref)
+        blob = there.add_blob(REPO, LAYER)
+        there.on(BLOBS, Say(307, {"Location": f"https://{secure.address}/x"}))
+        secure.on("/x", Raw(framed(LAYER, "length")))
+        assert await fetch(client, ref, blob) == LAYER
         client.close()
 
 
