@@ -184,6 +184,20 @@ async def test_an_image_without_layers(
     assert os.listdir(node.look(made.id, tmp_path / "mnt")) == []
 
 
+@pytest.mark.parametrize("config", [{}, {"rootfs": None}, {"rootfs": {"diff_ids": None}}])
+async def test_an_image_that_says_null_for_nothing(
+    hub: registry.Registry, node: pulling.Node, config: dict[str, object]
+) -> None:
+    body = json.dumps({"architecture": "amd64", "os": "linux", **config}).encode()
+    pulling.push_blobs(hub, "null", [body])
+    described = {"mediaType": image.CONFIG, "digest": image.digest(body), "size": len(body)}
+    document = {"schemaVersion": 2, "mediaType": image.MANIFEST, "config": described}
+    ways: list[dict[str, object]] = [{}, {"layers": None}, {"layers": [], "manifests": None}]
+    for more in ways:
+        pulling.put(hub, "null", "latest", {**document, **more}, image.MANIFEST)
+        assert await node.puller.pull("registry.test/null") == image.digest(body)
+
+
 async def test_the_same_layer_twice(
     hub: registry.Registry, node: pulling.Node, tmp_path: Path
 ) -> None:
@@ -708,6 +722,11 @@ def test_a_user_has_a_bound() -> None:
     assert manifest.parse_config(body % (b"9" * 256), 0).process.user == "9" * 256
     with pytest.raises(errors.InvalidArgument, match="User has 5000 characters"):
         manifest.parse_config(body % (b"9" * 5000), 0)
+
+
+def test_an_index_that_says_null_for_a_manifests_keys_is_one() -> None:
+    found = manifest.parse(b'{"manifests":[],"config":null,"layers":null}')
+    assert isinstance(found, manifest.Index)
 
 
 def test_nulls_in_a_config_are_nothing() -> None:
