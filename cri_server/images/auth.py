@@ -99,7 +99,8 @@ def choose(config: AuthConfig | None, domain: str) -> Credentials:
     User and password come first, then identity token, `auth`, registry token. A `server_address` of
     another registry means anonymous, as in containerd.
 
-    Raises InvalidArgument when `auth` is not the base64 of user:password.
+    Raises InvalidArgument when `auth` is not the base64 of user:password, or `server_address`
+    cannot be an address.
     """
     if config is None or not _meant_for(config.server_address, domain):
         return ANONYMOUS
@@ -191,7 +192,10 @@ def _meant_for(server_address: str, domain: str) -> bool:
     if not server_address:
         return True
     with_scheme = server_address if "://" in server_address else f"https://{server_address}"
-    netloc = urllib.parse.urlsplit(with_scheme).netloc
+    try:
+        netloc = urllib.parse.urlsplit(with_scheme).netloc
+    except ValueError:  # its text may hold a part of a password
+        raise errors.InvalidArgument("auth.server_address is not an address") from None
     return hosts.is_own(netloc, domain)
 
 

@@ -141,6 +141,13 @@ def test_a_malformed_auth_is_refused_without_repeating_it(text: str) -> None:
     assert text not in caught.value.message
 
 
+def test_a_malformed_server_address_is_refused_without_repeating_it() -> None:
+    lent = api.AuthConfig(username="me", server_address="https://[secret")
+    with pytest.raises(errors.InvalidArgument, match=r"auth\.server_address") as caught:
+        auth.choose(lent, "a.test")
+    assert "secret" not in caught.value.message
+
+
 def test_no_secret_is_in_a_repr() -> None:
     secret = auth.Credentials(password="hush", identity_token="hush", registry_token="hush")
     assert "hush" not in repr(secret)
