@@ -7,9 +7,12 @@
         other.example/ca.crt, c.cert, c.key without a hosts.toml: docker's way to name certificates
 
 Mirrors come in the order of the file, then `server`, then nothing: to keep the registry itself out,
-name a mirror as `server`. Nothing is kept between calls. Asking the hosts is left to `registry`.
+name a mirror as `server`. A registry on loopback that nobody has said more about is not verified,
+and may speak plain http where its port does not tell: 80 is http, 443 and none https (containerd's
+rule). Nothing is kept between calls. Asking the hosts is left to `registry`.
 """
 
+import dataclasses
 import re
 import tomllib
 import urllib.parse
@@ -34,9 +37,11 @@ class Tls:
     ca: tuple[Path, ...] = ()
     client: tuple[tuple[Path, Path | None], ...] = ()
     skip_verify: bool = False
+    only_here: bool = False  # nobody wrote that skip_verify: it is for this machine alone
 
 
 SYSTEM_TRUST = Tls()
+_LOOPBACK_TRUST = Tls(skip_verify=True, only_here=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,11 +77,13 @@ class Host:
     def trust(self, name: str) -> Tls:
         """Return how to trust a host that this one sends us to; our certificates stay at home.
 
-        As in containerd, where the client of a host follows its redirects and asks for its tokens.
+        As in containerd, where the client of a host follows its redirects and asks for its tokens;
+        but credentials go to no other machine unverified when nobody asked for that.
         """
         if name == self.name:
             return self.tls
-        return Tls(ca=self.tls.ca, skip_verify=self.tls.skip_verify)
+        far = self.tls.only_here and not proxy.is_loopback(name)
+        return Tls(ca=self.tls.ca, skip_verify=self.tls.skip_verify and not far)
 
 
 def load(dirs: Sequence[Path], registry_host: str) -> tuple[Host, ...]:
@@ -119,17 +126,17 @@ def _folder(dirs: Sequence[Path], registry_host: str) -> Path | None:
     return next((folder for folder in candidates if folder.is_dir()), None)
 
 
-def _default(registry_host: str, *, tls: Tls | None = None) -> Host:
+def _default(registry_host: str, *, tls: Tls = SYSTEM_TRUST) -> Host:
     netloc = endpoint(registry_host)
     parts = urllib.parse.urlsplit(f"//{netloc}")
-    local = tls in (None, SYSTEM_TRUST) and proxy.is_loopback(parts.hostname or "")
-    plain = local and parts.port in {None, 80}
+    local = tls == SYSTEM_TRUST and proxy.is_loopback(parts.hostname or "")
+    plain = local and parts.port == 80
     return Host(
         scheme="http" if plain else "https",
         netloc=netloc,
-        tls=tls or SYSTEM_TRUST,
+        tls=_LOOPBACK_TRUST if local and not plain else tls,
         own=True,
-        plain_fallback=local and not plain and parts.port != 443,
+        plain_fallback=local and parts.port not in {None, 80, 443},
     )
 
 
@@ -140,36 +147,29 @@ def _from_document(document: dict[str, Any], folder: Path, registry_host: str) -
     if server:
         return (*mirrors, _host(_text(server, "server"), document, folder, registry_host))
     default = _default(registry_host)
-    url = f"{default.scheme}://{default.netloc}"
-    last = _host(url, document, folder, registry_host, plain_fallback=default.plain_fallback)
+    last = _host(default.origin, document, folder, registry_host)
+    if not last.tls.ca and not last.tls.client:
+        tls = last.tls if "skip_verify" in document else default.tls
+        last = dataclasses.replace(last, tls=tls, plain_fallback=default.plain_fallback)
     return (*mirrors, last)
 
 
-def _host(
-    url: str,
-    table: dict[str, Any],
-    folder: Path,
-    registry_host: str,
-    *,
-    plain_fallback: bool = False,
-) -> Host:
+def _host(url: str, table: dict[str, Any], folder: Path, registry_host: str) -> Host:
     parts = urllib.parse.urlsplit(url if "://" in url else f"https://{url}")
     usable = parts.scheme in {"http", "https"} and parts.hostname and "@" not in parts.netloc
     if not usable or parts.port == 0:  # reading the port checks it
         raise ValueError(f"host {parts.hostname!r} is not named by an http or https URL")
     own = is_own(parts.netloc, registry_host)
-    tls = _tls(table, folder)
     return Host(
         scheme=parts.scheme,
         netloc=parts.netloc,
         path=_api_path(parts.path, override=_flag(table, "override_path")),
         namespace="" if own else registry_host,
         capabilities=_capabilities(table),
-        tls=tls,
+        tls=_tls(table, folder),
         headers=_headers(table),
         dial_timeout=_duration(table.get("dial_timeout")),
         own=own,
-        plain_fallback=plain_fallback and tls == SYSTEM_TRUST,
     )
 
 
