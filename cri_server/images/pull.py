@@ -140,9 +140,9 @@ class Puller:
         found = manifest.parse(resolved.body)
         if isinstance(found, manifest.Index):
             chosen = manifest.choose(found, self._platform)
-            child = await self._client.manifest(name, chosen, auth)
-            documents[child.digest] = child.body
-            found = manifest.parse(child.body)
+            child = await self._child(name, resolved.digest, chosen, auth)
+            documents[chosen.digest] = child
+            found = manifest.parse(child)
         if isinstance(found, manifest.Index):
             raise errors.InvalidArgument("an index in an index is not supported")
         if not found.config.digest.startswith("sha256:"):
@@ -170,10 +170,27 @@ class Puller:
 
     def _known(self, name: reference.Reference, digest: str) -> bytes | None:
         """Return the document that this very repository had under a digest earlier."""
-        if self._images.find(name.canonical(digest)) is None:
-            return None
+        known = self._images.find(name.canonical(digest)) is not None
+        return self._stored(digest) if known else None
+
+    def _stored(self, digest: str) -> bytes | None:
         body = self._images.read_blob(digest)
         return body if body is not None and ingest.matches(body, digest) else None
+
+    async def _child(
+        self,
+        name: reference.Reference,
+        index: str,
+        descriptor: manifest.Descriptor,
+        auth: api.AuthConfig | None,
+    ) -> bytes:
+        """Return a manifest of an index; it is here when this repository had the index earlier."""
+        image = self._images.find(name.canonical(index))
+        if image is not None and descriptor.digest in image.blobs:
+            body = await flights.in_thread(self._stored, descriptor.digest)
+            if body is not None:
+                return body
+        return (await self._client.manifest(name, descriptor, auth)).body
 
     async def _config(
         self,
@@ -181,8 +198,8 @@ class Puller:
         descriptor: manifest.Descriptor,
         auth: api.AuthConfig | None,
     ) -> bytes:
-        body = await flights.in_thread(self._images.read_blob, descriptor.digest)
-        if body is None or not ingest.matches(body, descriptor.digest):
+        body = await flights.in_thread(self._stored, descriptor.digest)
+        if body is None:
             body = await self._client.read_blob(name, descriptor, auth, limit=manifest.MAX_DOCUMENT)
         return body
 

@@ -18,7 +18,7 @@ import zstandard
 from structlog import testing
 
 from cri_server import errors, trees
-from cri_server.images import flights, layers, manifest, reference, tar, workers
+from cri_server.images import flights, layers, manifest, reference, tar, transport, workers
 from cri_server.pb import api_pb2 as api
 from shim import linux
 from tests.lab import image, pulling, registry, tars, waiting
@@ -219,6 +219,30 @@ async def test_a_second_pull_fetches_nothing(hub: registry.Registry, node: pulli
     assert await node.puller.pull(name) == first
     assert node.client.fetched.total() == fetched
     assert next((node.root / "images").iterdir()).stat().st_mtime_ns == record.st_mtime_ns
+
+
+async def test_a_second_pull_of_an_index_asks_for_the_tag_alone(
+    hub: registry.Registry, node: pulling.Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = pulling.make(unique("index again"))
+    hub.push(made, "again-index", tag="one")
+    document = index((made, str(manifest.host_platform())))
+    pulling.put(hub, "again-index", "latest", document, str(document["mediaType"]))
+    await node.puller.pull("registry.test/again-index")
+    http, asked = node.client._shared.http, []
+    send = http.send
+
+    async def noted(request: transport.Request) -> transport.Response:
+        asked.append((request.method, request.url.rpartition("/")[2].partition("?")[0]))
+        return await send(request)
+
+    monkeypatch.setattr(http, "send", noted)
+    await node.puller.pull("registry.test/again-index")
+    assert asked == [("HEAD", "latest")]
+    node.images.blob_path(made.digest).write_bytes(b"damaged")
+    asked.clear()
+    assert await node.puller.pull("registry.test/again-index") == made.id
+    assert asked == [("HEAD", "latest"), ("GET", made.digest)]
 
 
 async def test_layers_are_shared_between_images(hub: registry.Registry, node: pulling.Node) -> None:
