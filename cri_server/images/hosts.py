@@ -25,7 +25,7 @@ from cri_server import errors
 from cri_server.images import proxy
 
 DIAL_TIMEOUT = 30.0
-CAPABILITIES = frozenset({"pull", "resolve", "push"})
+CAPABILITIES = frozenset({"pull", "resolve", "push", "referrers"})  # as in containerd
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h)")
 
@@ -179,7 +179,7 @@ def _api_path(path: str, *, override: bool) -> str:
 
 
 def _capabilities(table: dict[str, Any]) -> frozenset[str]:
-    names = frozenset(_texts(table.get("capabilities"), "capabilities"))
+    names = frozenset(each.lower() for each in _texts(table.get("capabilities"), "capabilities"))
     if unknown := names - CAPABILITIES:
         raise ValueError(f"unknown capability {min(unknown)!r}")
     return names or CAPABILITIES

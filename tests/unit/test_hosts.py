@@ -98,7 +98,7 @@ def test_mirrors_come_in_the_order_of_the_file_and_the_server_last(tmp_path: Pat
     assert [host.own for host in found] == [False, False, False, True]
     assert [host.namespace for host in found] == ["docker.io", "docker.io", "docker.io", ""]
     assert found[0].capabilities == {"pull"}
-    assert found[1].capabilities == {"pull", "resolve", "push"}
+    assert found[1].capabilities == hosts.CAPABILITIES
 
 
 def test_without_a_server_the_registry_itself_is_last(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_all_keys_of_a_host(tmp_path: Path) -> None:
         "a.test",
         """
         [host."https://m.test/api/root/"]
-        capabilities = ["pull", "resolve"]
+        capabilities = ["Pull", "resolve", "Referrers"]
         ca = "ca.pem"
         client = [["c.pem", "c.key"], ["both.pem", ""]]
         skip_verify = true
@@ -154,7 +154,7 @@ def test_all_keys_of_a_host(tmp_path: Path) -> None:
     )
     host = hosts.load([tmp_path], "a.test")[0]
     assert host.path == "/api/root"
-    assert host.capabilities == {"pull", "resolve"}
+    assert host.capabilities == {"pull", "resolve", "referrers"}
     assert host.tls.ca == (folder / "ca.pem",)
     assert host.tls.client == ((folder / "c.pem", folder / "c.key"), (folder / "both.pem", None))
     assert host.tls.skip_verify
