@@ -4,9 +4,10 @@
     401, WWW-Authenticate ──► parse_challenges ──► Authorizer.answer ──► "Bearer …" or "Basic …"
                                                         └── token endpoint (the realm): GET, or POST
 
-Credentials go to the reference's own registry and to the realm that it names, never to a mirror.
-A realm must be https unless the registry itself is plain http. Tokens are kept in memory until they
-expire; nothing is written to disk, logged, or put into an error.
+Credentials go to the reference's own registry and to the realm that it names, never to a mirror;
+the headers of hosts.toml go to a realm at the host's own origin only. A realm must be https unless
+the registry itself is plain http. Tokens are kept in memory until they expire; nothing is written
+to disk, logged, or put into an error.
 """
 
 import base64
@@ -251,6 +252,9 @@ def _token_request(
         )
         if credentials.username:
             headers.append(("Authorization", _basic(credentials)))
+    if host.is_home(realm):
+        ours = {name.lower() for name, _ in headers}
+        headers += (pair for pair in host.headers if pair[0].lower() not in ours)
     return transport.Request(
         url=url.geturl(),
         method=method,
@@ -267,6 +271,7 @@ def _checked_realm(realm: str, host: hosts.Host) -> urllib.parse.SplitResult:
         parts = urllib.parse.urlsplit(realm)
         allowed = {"https", "http"} if host.scheme == "http" else {"https"}
         good = parts.scheme in allowed and bool(parts.hostname) and "@" not in parts.netloc
+        good = good and parts.port != 0  # reading the port checks it
     except ValueError:
         good = False
     if not good:

@@ -74,6 +74,13 @@ class Host:
         """Whether it is on this machine, by its name."""
         return proxy.is_loopback(self.name)
 
+    def is_home(self, url: urllib.parse.SplitResult) -> bool:
+        """Whether a URL is of this very scheme, name and port: what its headers may be sent to.
+
+        Raises ValueError for a port that is none.
+        """
+        return _origin(url) == _origin(urllib.parse.urlsplit(self.origin))
+
     def trust(self, name: str) -> Tls:
         """Return how to trust a host that this one sends us to; our certificates stay at home.
 
@@ -115,6 +122,10 @@ def endpoint(registry_host: str) -> str:
     if registry_host in {"docker.io", "index.docker.io"}:
         return "registry-1.docker.io"
     return registry_host.lower()
+
+
+def _origin(url: urllib.parse.SplitResult) -> tuple[str, str | None, int | None]:
+    return url.scheme, url.hostname, url.port or {"https": 443, "http": 80}.get(url.scheme)
 
 
 def _folder(dirs: Sequence[Path], registry_host: str) -> Path | None:

@@ -2,6 +2,7 @@
 """Challenges, tokens, and whose credentials go where."""
 
 import base64
+import dataclasses
 import urllib.parse
 from collections.abc import AsyncIterator, Iterator
 
@@ -235,6 +236,25 @@ async def test_a_mirrors_own_name_is_asked_for_but_only_to_pull(
     assert there.requests[0].query["scope"] == "repository:up/a:pull"  # the last of two
 
 
+async def test_a_realm_at_home_gets_the_hosts_headers(
+    there: fake.Registry, authorizer: auth.Authorizer
+) -> None:
+    host = dataclasses.replace(host_of(there), headers=(("X-Key", "k"), ("authorization", "no")))
+    away = there.address.replace("127.0.0.1", "localhost")
+    for address in (there.address, away):
+        await authorizer.answer(
+            host, "u/a", credentials=USER, challenges=bearer(f"http://{address}/token")
+        )
+    await authorizer.answer(
+        host,
+        "u/a",
+        credentials=auth.ANONYMOUS,
+        challenges=bearer(f"http://{there.address}/token"),
+    )
+    assert [each.headers.get("x-key") for each in there.requests] == ["k", None, "k"]
+    assert [each.headers["authorization"] for each in there.requests] == [BASIC, BASIC, "no"]
+
+
 async def test_basic_is_answered_with_user_and_password(authorizer: auth.Authorizer) -> None:
     host = hosts.Host(scheme="https", netloc="a.test", own=True)
     value = await authorizer.answer(
@@ -261,6 +281,7 @@ async def test_a_registry_token_is_sent_unasked_and_once(authorizer: auth.Author
         "https://",
         "https://user@a.test/token",
         "https://[::1/token",
+        "https://a.test:x/token",
         "gopher://a.test",
     ],
 )

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent import futures
 from pathlib import Path
 
+import h11
 import pytest
 
 from cri_server import errors
@@ -270,6 +271,13 @@ async def test_a_request_that_http_forbids_is_refused_without_repeating_it(
         await http.send(request)
     assert SECRET not in "".join(map(repr, causes(caught.value)))
     assert there.requests == []
+
+
+def test_a_header_of_the_request_stands_in_for_the_usual_one() -> None:
+    request = transport.Request(url="http://a.test/", headers=(("user-agent", "proxy-2"),))
+    sent = transport._encode(h11.Connection(h11.CLIENT), request, transport._target(request))
+    agents = [line for line in sent.split(b"\r\n") if line.lower().startswith(b"user-agent:")]
+    assert agents == [b"user-agent: proxy-2"]
 
 
 async def test_reading_pauses_while_nobody_takes_the_bytes(there: fake.Registry) -> None:
