@@ -4,7 +4,8 @@
     /etc/containerd/certs.d/
         registry.example:5000/hosts.toml    or registry.example_5000_/hosts.toml
         _default/hosts.toml                 for every registry without a folder of its own
-        other.example/ca.crt, c.cert, c.key without a hosts.toml: docker's way to name certificates
+        other.example/ca.crt, c.cert, c.key without a hosts.toml, or with an empty one: docker's way
+                                            to name certificates; c.cert alone holds the key too
 
 Mirrors come in the order of the file, then `server`, then nothing: to keep the registry itself out,
 name a mirror as `server`. A registry on loopback that nobody has said more about is not verified,
@@ -104,12 +105,20 @@ def load(dirs: Sequence[Path], registry_host: str) -> tuple[Host, ...]:
         return (_default(registry_host),)
     file = folder / "hosts.toml"
     try:
-        return _from_document(tomllib.loads(file.read_text("utf-8")), folder, registry_host)
-    except FileNotFoundError:
-        return (_default(registry_host, tls=_docker_certificates(folder)),)
+        text = _text_of(file)
+        if not text:  # containerd takes an empty file for none
+            return (_default(registry_host, tls=_docker_certificates(folder)),)
+        return _from_document(tomllib.loads(text), folder, registry_host)
     except (OSError, ValueError) as error:
-        text = " ".join(str(error).split())
-        raise errors.FailedPrecondition(f"cannot use {file}: {text}") from error
+        why = " ".join(str(error).split())
+        raise errors.FailedPrecondition(f"cannot use {file}: {why}") from error
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except FileNotFoundError:
+        return ""
 
 
 def is_own(netloc: str, registry_host: str) -> bool:
@@ -221,8 +230,10 @@ def _pair(entry: object, folder: Path) -> tuple[Path, Path | None]:
 
 
 def _docker_certificates(folder: Path) -> Tls:
-    pairs = ((file, file.with_suffix(".key")) for file in sorted(folder.glob("*.cert")))
-    return Tls(ca=tuple(sorted(folder.glob("*.crt"))), client=tuple(pairs))
+    """Return what the names of files tell; a certificate without a key beside it holds the key."""
+    client = ((file, file.with_suffix(".key")) for file in sorted(folder.glob("*.cert")))
+    pairs = tuple((file, key if key.exists() else None) for file, key in client)
+    return Tls(ca=tuple(sorted(folder.glob("*.crt"))), client=pairs)
 
 
 def _duration(value: object) -> float:

@@ -185,14 +185,20 @@ def test_a_file_is_read_afresh(tmp_path: Path) -> None:
     assert hosts.load([tmp_path], "a.test")[0].netloc == "new.test"
 
 
-def test_docker_certificates_are_found_by_their_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [(), ("hosts.toml",)])
+def test_docker_certificates_are_found_by_their_names(
+    tmp_path: Path, more: tuple[str, ...]
+) -> None:
     folder = tmp_path / "a.test:5000"
     folder.mkdir()
-    for name in ("ca.crt", "client.cert", "client.key"):
+    for name in ("ca.crt", "both.cert", "client.cert", "client.key", *more):
         (folder / name).touch()
     (host,) = hosts.load([tmp_path], "a.test:5000")
     assert host.tls.ca == (folder / "ca.crt",)
-    assert host.tls.client == ((folder / "client.cert", folder / "client.key"),)
+    assert host.tls.client == (
+        (folder / "both.cert", None),
+        (folder / "client.cert", folder / "client.key"),
+    )
     assert host.own
 
 
