@@ -13,8 +13,9 @@ leaves a whole image or none.
 
 Pulls of the same name with the same credentials are one pull, and so are downloads and layers of
 pulls from the same registry with the same credentials; whoever is cancelled takes nothing from the
-others, the last one ends the work. Bounds on parallel work are per pull: a registry that stalls
-holds up nobody else.
+others, the last one ends the work. What another image's pull could not bring is tried once more
+from one's own repository. Bounds on parallel work are per pull: a registry that stalls holds up
+nobody else.
 """
 
 import asyncio
@@ -220,14 +221,16 @@ class Puller:
         """See to it that a layer is there, and all below it."""
         key = plan.keys[index]
         if self._snapshots.layer(key) is None:
-            async with self._chains.hold((plan.place, key), lambda: self._make(plan, index)):
+            async with self._chains.hold(
+                (plan.place, key), lambda: self._make(plan, index), insist=True
+            ):
                 pass
 
     async def _make(self, plan: _Plan, index: int) -> None:
         """Unpack a layer while those below it are made, and commit it on top of them."""
         descriptor, below = plan.layers[index], plan.keys[:index]
         blob = self._blobs.hold(
-            (plan.place, descriptor.digest), lambda: self._download(plan, descriptor)
+            (plan.place, descriptor.digest), lambda: self._download(plan, descriptor), insist=True
         )
         parent = asyncio.create_task(self._layer(plan, index - 1)) if index else None
         try:

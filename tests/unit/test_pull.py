@@ -10,8 +10,9 @@ import random
 import stat
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
@@ -365,6 +366,36 @@ async def test_cancelling_one_of_two_images_that_share_a_download(
     node.client.open.set()
     assert await second == b.id
     assert {i.id for i in node.images.list()} == {b.id}
+
+
+async def test_the_failure_of_one_image_is_not_anothers(
+    hub: registry.Registry, node: pulling.Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R20: the layer that both have is gone from the repository of the one that was first."""
+    a, b = pulling.make(unique("lost")), pulling.make(unique("lost"), unique("beside"))
+    names = hub.push(a, "lost-a"), hub.push(b, "lost-b")
+    node.client.held = lambda domain, digest: digest not in (a.id, b.id)
+    node.client.open.clear()
+    blob, begun, joined = node.client.blob, asyncio.Event(), asyncio.Event()
+
+    async def lossy(ref: Any, descriptor: Any, auth: Any = None, **more: Any) -> None:
+        if ref.path == "lost-a" and descriptor.digest != a.id:
+            begun.set()
+            await node.client.open.wait()
+            raise errors.NotFound("lost")
+        if descriptor.digest not in (a.id, b.id):
+            joined.set()
+        await blob(ref, descriptor, auth, **more)
+
+    monkeypatch.setattr(node.client, "blob", lossy)
+    first = asyncio.create_task(node.puller.pull(names[0]))
+    await begun.wait()
+    second = asyncio.create_task(node.puller.pull(names[1]))
+    await joined.wait()
+    node.client.open.set()
+    assert await second == b.id
+    with pytest.raises(errors.NotFound, match="lost"):
+        await first
 
 
 async def test_downloads_of_one_pull_are_bounded(
@@ -778,6 +809,30 @@ async def test_a_failure_reaches_all_who_wait_and_is_not_kept() -> None:
     got = await asyncio.gather(*(use() for _ in range(5)), return_exceptions=True)
     assert all(isinstance(g, errors.NotFound) for g in got)
     assert await use() == 2
+
+
+async def test_who_insists_tries_once_when_others_have_failed() -> None:
+    shared: flights.Flights[int] = flights.Flights()
+    tried: list[int] = []
+
+    def maker(number: int) -> Callable[[], Coroutine[Any, Any, int]]:
+        async def make() -> int:
+            tried.append(number)
+            await asyncio.sleep(0)
+            if number < 3:
+                raise errors.NotFound(str(number))
+            return number
+
+        return make
+
+    async def use(number: int) -> int:
+        async with shared.hold("key", maker(number), insist=True) as value:
+            return value
+
+    got = await asyncio.gather(*map(use, range(6)), return_exceptions=True)
+    assert [str(g) for g in got[:3]] == ["0", "1", "2"]
+    assert got[3:] == [3, 3, 3]
+    assert tried == [0, 1, 2, 3]
 
 
 async def test_a_result_is_disposed_of_by_the_last_one() -> None:
