@@ -201,8 +201,9 @@ def _meant_for(server_address: str, domain: str) -> bool:
 
 
 def _decode(text: str) -> Credentials:
+    lines = text.replace("\r", "").replace("\n", "")  # base64(1) wraps; Go ignores it
     try:
-        pair = base64.b64decode(text, validate=True).decode().rstrip("\0")
+        pair = base64.b64decode(lines, validate=True).decode().rstrip("\0")
     except (binascii.Error, UnicodeDecodeError):
         pair = ""
     username, colon, password = pair.partition(":")

@@ -103,6 +103,7 @@ def test_a_long_header_takes_no_time() -> None:
         ),
         (api.AuthConfig(auth=encoded("me:secret"), registry_token="r"), USER),
         (api.AuthConfig(auth=encoded("me:secret\0\0")), USER),
+        (api.AuthConfig(auth="bWU6\r\nc2VjcmV0\n"), USER),
         (
             api.AuthConfig(auth=encoded("me:a:b")),
             auth.Credentials(username="me", password="a:b"),
