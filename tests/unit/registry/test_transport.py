@@ -3,6 +3,7 @@
 
 import asyncio
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -181,6 +182,22 @@ async def test_who_is_trusted(
             assert (await client.resolve(name(secure))).digest == top.digest
             blob = secure.add_blob(REPO, LAYER * 5)
             assert await fetch(client, name(secure), blob) == LAYER * 5
+        client.close()
+
+
+async def test_a_private_ca_without_key_usage_is_trusted(
+    client: registry.Client, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Python 3.13 makes strict contexts; so does this one, whatever Python it is."""
+    context = ssl.create_default_context()
+    context.verify_flags |= ssl.VERIFY_X509_STRICT
+    monkeypatch.setattr(ssl, "create_default_context", lambda: context)
+    authority = certificates.make(tmp_path, "ca", "DNS:ca.test")
+    signed = certificates.make(tmp_path, "signed", "IP:127.0.0.1", authority=authority)
+    with fake.run(tls=signed.server()) as secure:
+        write_hosts(tmp_path, secure.address, f'ca = "{authority.certificate}"\n')
+        top = secure.add_image(REPO, "v1", LAYER)
+        assert (await client.resolve(name(secure))).digest == top.digest
         client.close()
 
 
