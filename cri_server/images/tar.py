@@ -195,7 +195,7 @@ class Reader:
             numbers = [tarheader.decimal(n) for n in pax["GNU.sparse.map"].split(b",")]
             return self._sparse(numbers, tarheader.decimal(pax.get("GNU.sparse.size", b"")))
         if any(k.startswith("GNU.sparse.") for k in pax):
-            raise Malformed("sparse file in the format GNU 0.0, which is not supported")
+            raise Malformed("a sparse file without a map")
         return stored, ((0, stored),) if stored else ()
 
     def _old_sparse(self, block: bytes) -> tuple[int, Sequence[tuple[int, int]]]:

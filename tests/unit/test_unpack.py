@@ -210,6 +210,24 @@ def test_long_names_of_pax_and_gnu(layer: Layer) -> None:
     assert {p.name for p in (layer.fs / "d").iterdir()} == {long, longer}
 
 
+@pytest.mark.parametrize(
+    ("magic", "field", "name"),
+    [
+        (b"ustar\x0000", b"way/to", "way/to/f"),
+        (b"ustar  \0", b"way/to", "way/to/f"),  # Go before 1.8
+        (b"ustar  \0", "wäy".encode(), "f"),
+        (b"ustar  \0", b"12345670123\x0012345670123\0", "f"),  # times of access and change
+        (b"ustar  \0", b"", "f"),
+        (bytes(8), b"way/to", "f"),
+    ],
+)
+def test_a_prefix_is_a_part_of_the_name(
+    layer: Layer, magic: bytes, field: bytes, name: str
+) -> None:
+    layer.apply(tars.file("f", b"x", raw={257: magic, 345: field}))
+    assert {str(p.relative_to(layer.fs)) for p in layer.fs.rglob("f")} == {name}
+
+
 def test_later_entries_replace_earlier_ones(layer: Layer) -> None:
     layer.apply(
         tars.file("f", b"old"),
@@ -441,7 +459,16 @@ HOSTILE: dict[str, tuple[bytes, ...]] = {
     "pax record without value": (tars.header("x", b"x", size=6) + tars.padded(b"6 abc\n"),),
     "extended header at the end": (tars.pax(_EXT, b""),),
     "data cut off": (tars.header("a", size=1 << 20),),
-    "sparse 0.0": (tars.pax({"GNU.sparse.numblocks": "1"}, tars.file("a")),),
+    "sparse without a map": (tars.pax({"GNU.sparse.numblocks": "1"}, tars.file("a")),),
+    "sparse 0.0 with numbers out of turn": (
+        tars.pax({"GNU.sparse.numbytes": "0", "GNU.sparse.offset": "0"}, tars.file("a")),
+    ),
+    "sparse 0.0 with more than a number": (
+        tars.pax(
+            {"GNU.sparse.size": "1", "GNU.sparse.offset": "0,1,1", "GNU.sparse.numbytes": "0"},
+            tars.file("a", b"a"),
+        ),
+    ),
     "sparse beyond its size": (
         tars.pax({"GNU.sparse.map": "100,3", "GNU.sparse.size": "50"}, tars.file("a", b"abc")),
     ),
@@ -555,6 +582,9 @@ def test_bombs_stop_at_the_limit(layer: Layer) -> None:
 # ---- sparse files, archives of real tools
 
 
+VERSIONS = ("0.0", "0.1", "1.0")
+
+
 def test_sparse_files(layer: Layer, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
@@ -563,8 +593,7 @@ def test_sparse_files(layer: Layer, tmp_path: Path) -> None:
             file.seek(at)
             file.write(b"data at %d" % at)
         file.truncate(100 << 16)
-    for form in ("gnu", "pax"):
-        version = ["--sparse-version=1.0"] if form == "pax" else []
+    for form, version in (("gnu", []), *(("pax", [f"--sparse-version={v}"]) for v in VERSIONS)):
         command = ["tar", f"--format={form}", *version, "-C", str(source), "-Sc", "holes"]
         packed = subprocess.run(command, check=True, capture_output=True).stdout
         layer.apply(packed.removesuffix(tars.END))
