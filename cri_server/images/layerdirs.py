@@ -151,7 +151,8 @@ class Folders:
         st = lstat(parent, name)
         if st is not None and stat.S_ISLNK(st.st_mode):
             return self._behind(parent, name, path, links)
-        if (st is not None and not is_whiteout(st)) or self._seen.waiting(parent, name):
+        waits = self._seen.waiting(parent, name) is not None
+        if waits or (st is not None and not is_whiteout(st)):
             raise tar.Malformed(f"{path[:200]!r} is not a folder")
         if st is not None:
             os.unlink(name, dir_fd=parent)

@@ -163,10 +163,10 @@ class Unpacker:
         try:
             # A link to one that waits itself is one to the same file of the layers below.
             below = self._seen.waiting(fd, source)
-            st = None if below else layerdirs.lstat(fd, source)
+            st = layerdirs.lstat(fd, source) if below is None else None
             # A whiteout hides the target from the container, not from this link.
             if st is None or layerdirs.is_whiteout(st):
-                self._wait(folder, name, below or target)
+                self._wait(folder, name, target if below is None else below)
             elif stat.S_ISDIR(st.st_mode):
                 raise tar.Malformed("a hard link to a folder")
             elif not _same(folder, name, st):

@@ -399,9 +399,10 @@ def test_a_link_keeps_what_it_meant_when_its_target_changes(make: Callable[[], L
     assert found == {"a": b"newer", "b": b"new", "c": b"low", "e": b"old"}
 
 
-def test_a_link_to_below_is_no_folder(make: Callable[[], Layer]) -> None:
+@pytest.mark.parametrize("target", ["a", "/"])
+def test_a_link_to_below_is_no_folder(make: Callable[[], Layer], target: str) -> None:
     with pytest.raises(tar.Malformed, match="not a folder"):
-        make().apply(tars.link("b", "a"), tars.file("b/x"))
+        make().apply(tars.link("b", target), tars.file("b/x"))
 
 
 def test_a_hard_link_to_nothing_is_refused(make: Callable[[], Layer]) -> None:
