@@ -167,8 +167,9 @@ class Archive:
 def open_archive(path: Path, name: str = "") -> Archive:
     """Open an archive that is not compressed; blocks. With `name` its one image is called that.
 
-    Raises InvalidArgument for what is no image archive, for names that are none, and for an image
-    without a name when none is given; NotFound, ResourceExhausted, OSError.
+    Raises InvalidArgument for what is no image archive, for names that are none, for an image
+    without a name when none is given, and for a name for several; NotFound, ResourceExhausted,
+    OSError.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -208,6 +209,8 @@ def _of_layout(fd: int, members: Mapping[str, Member], name: str) -> Contents:
         if said := name or entry.name():
             named.setdefault(str(reference.parse(said)), []).append(entry.descriptor())
     contents = Contents(images={said: _one(found) for said, found in _some(named).items()})
+    if name:
+        _check_only(name, next(iter(contents.images.values())), entries)
     for path, member in members.items():
         parts = path.split("/")
         if len(parts) == 3 and parts[0] == "blobs":
@@ -221,6 +224,13 @@ def _one(found: Sequence[manifest.Descriptor]) -> manifest.Descriptor:
         index = manifest.Index(manifests=tuple(found))
         return manifest.choose(index, manifest.host_platform())
     return found[-1]
+
+
+def _check_only(name: str, chosen: manifest.Descriptor, entries: Sequence[_Entry]) -> None:
+    """Refuse to call one image so that is one of several, with no platform to tell which."""
+    same = {each.digest for each in entries if each.platform == chosen.platform}
+    if len(same) > 1:
+        raise errors.InvalidArgument(f"{name}: the archive has {len(same)} images")
 
 
 # ---- docker's form

@@ -4,9 +4,10 @@
     401, WWW-Authenticate ──► parse_challenges ──► Authorizer.answer ──► "Bearer …" or "Basic …"
                                                         └── token endpoint (the realm): GET, or POST
 
-Credentials go to the reference's own registry and to the realm that it names, never to a mirror.
-A realm must be https unless the registry itself is plain http. Tokens are kept in memory until they
-expire; nothing is written to disk, logged, or put into an error.
+Credentials go to the reference's own registry and to the realm that it names, never to a mirror;
+the headers of hosts.toml go to a realm at the host's own origin only. A realm must be https unless
+the registry itself is plain http. Tokens are kept in memory until they expire; nothing is written
+to disk, logged, or put into an error.
 """
 
 import base64
@@ -99,7 +100,8 @@ def choose(config: AuthConfig | None, domain: str) -> Credentials:
     User and password come first, then identity token, `auth`, registry token. A `server_address` of
     another registry means anonymous, as in containerd.
 
-    Raises InvalidArgument when `auth` is not the base64 of user:password.
+    Raises InvalidArgument when `auth` is not the base64 of user:password, or `server_address`
+    cannot be an address.
     """
     if config is None or not _meant_for(config.server_address, domain):
         return ANONYMOUS
@@ -191,13 +193,17 @@ def _meant_for(server_address: str, domain: str) -> bool:
     if not server_address:
         return True
     with_scheme = server_address if "://" in server_address else f"https://{server_address}"
-    netloc = urllib.parse.urlsplit(with_scheme).netloc
+    try:
+        netloc = urllib.parse.urlsplit(with_scheme).netloc
+    except ValueError:  # its text may hold a part of a password
+        raise errors.InvalidArgument("auth.server_address is not an address") from None
     return hosts.is_own(netloc, domain)
 
 
 def _decode(text: str) -> Credentials:
+    lines = text.replace("\r", "").replace("\n", "")  # base64(1) wraps; Go ignores it
     try:
-        pair = base64.b64decode(text, validate=True).decode().rstrip("\0")
+        pair = base64.b64decode(lines, validate=True).decode().rstrip("\0")
     except (binascii.Error, UnicodeDecodeError):
         pair = ""
     username, colon, password = pair.partition(":")
@@ -247,12 +253,15 @@ def _token_request(
         )
         if credentials.username:
             headers.append(("Authorization", _basic(credentials)))
+    if host.is_home(realm):
+        ours = {name.lower() for name, _ in headers}
+        headers += (pair for pair in host.headers if pair[0].lower() not in ours)
     return transport.Request(
         url=url.geturl(),
         method=method,
         headers=tuple(headers),
         body=body,
-        tls=host.tls if same else hosts.Tls(ca=host.tls.ca),
+        tls=host.trust(realm.hostname or ""),
         dial_timeout=host.dial_timeout,
         public_only=not same and not host.local,
     )
@@ -263,6 +272,7 @@ def _checked_realm(realm: str, host: hosts.Host) -> urllib.parse.SplitResult:
         parts = urllib.parse.urlsplit(realm)
         allowed = {"https", "http"} if host.scheme == "http" else {"https"}
         good = parts.scheme in allowed and bool(parts.hostname) and "@" not in parts.netloc
+        good = good and parts.port != 0  # reading the port checks it
     except ValueError:
         good = False
     if not good:

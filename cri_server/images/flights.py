@@ -35,23 +35,38 @@ class Flights(Generic[T]):
 
     @contextlib.asynccontextmanager
     async def hold(
-        self, key: Hashable, make: Callable[[], Coroutine[Any, Any, T]]
+        self, key: Hashable, make: Callable[[], Coroutine[Any, Any, T]], *, insist: bool = False
     ) -> AsyncIterator[T]:
         """Have the result of `make()` for the block, shared with all who hold the same key.
 
-        Raises what `make` raised, to everybody who waits.
+        Raises what `make` raised, to everybody who waits. With `insist` only what the caller's own
+        `make` raised: where another one's has failed, the caller's may know a better way.
         """
+        flight, ours = self._join(key, make)
+        try:
+            while insist and not ours and await _fails(flight.task):
+                self._leave(key, flight)
+                flight, ours = self._join(key, make)
+            yield await asyncio.shield(flight.task)
+        finally:
+            self._leave(key, flight)
+
+    def _join(
+        self, key: Hashable, make: Callable[[], Coroutine[Any, Any, T]]
+    ) -> tuple[_Flight[T], bool]:
+        """Return the flight with this key, and whether it had to be started."""
         flight = self._flights.get(key)
-        if flight is None or flight.task.cancelling():
+        start = flight is None or flight.task.cancelling() or _failed(flight.task)
+        if flight is None or start:
             flight = _Flight(asyncio.create_task(make(), name=f"flight {key}"))
             self._flights[key] = flight
         flight.holders += 1
-        try:
-            yield await asyncio.shield(flight.task)
-        finally:
-            flight.holders -= 1
-            if not flight.holders:
-                self._end(key, flight)
+        return flight, bool(start)
+
+    def _leave(self, key: Hashable, flight: _Flight[T]) -> None:
+        flight.holders -= 1
+        if not flight.holders:
+            self._end(key, flight)
 
     async def close(self) -> None:
         """Wait for cancelled work to have cleaned up."""
@@ -71,6 +86,16 @@ class Flights(Generic[T]):
         self._leaving.discard(task)
         if not task.cancelled() and task.exception() is None and self._dispose is not None:
             self._dispose(task.result())
+
+
+async def _fails(task: "asyncio.Task[T]") -> bool:
+    """Wait for the end of a task, which goes on when the caller does not; say how it was."""
+    await asyncio.wait([task])
+    return _failed(task)
+
+
+def _failed(task: "asyncio.Task[T]") -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)
 
 
 async def in_thread(function: Callable[..., R], *args: Any) -> R:

@@ -4,12 +4,16 @@
     /etc/containerd/certs.d/
         registry.example:5000/hosts.toml    or registry.example_5000_/hosts.toml
         _default/hosts.toml                 for every registry without a folder of its own
-        other.example/ca.crt, c.cert, c.key without a hosts.toml: docker's way to name certificates
+        other.example/ca.crt, c.cert, c.key without a hosts.toml, or with an empty one: docker's way
+                                            to name certificates; c.cert alone holds the key too
 
 Mirrors come in the order of the file, then `server`, then nothing: to keep the registry itself out,
-name a mirror as `server`. Nothing is kept between calls. Asking the hosts is left to `registry`.
+name a mirror as `server`. A registry on loopback that nobody has said more about is not verified,
+and may speak plain http where its port does not tell: 80 is http, 443 and none https (containerd's
+rule). Nothing is kept between calls. Asking the hosts is left to `registry`.
 """
 
+import dataclasses
 import re
 import tomllib
 import urllib.parse
@@ -22,7 +26,7 @@ from cri_server import errors
 from cri_server.images import proxy
 
 DIAL_TIMEOUT = 30.0
-CAPABILITIES = frozenset({"pull", "resolve", "push"})
+CAPABILITIES = frozenset({"pull", "resolve", "push", "referrers"})  # as in containerd
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h)")
 
@@ -34,9 +38,11 @@ class Tls:
     ca: tuple[Path, ...] = ()
     client: tuple[tuple[Path, Path | None], ...] = ()
     skip_verify: bool = False
+    only_here: bool = False  # nobody wrote that skip_verify: it is for this machine alone
 
 
 SYSTEM_TRUST = Tls()
+_LOOPBACK_TRUST = Tls(skip_verify=True, only_here=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +75,24 @@ class Host:
         """Whether it is on this machine, by its name."""
         return proxy.is_loopback(self.name)
 
+    def is_home(self, url: urllib.parse.SplitResult) -> bool:
+        """Whether a URL is of this very scheme, name and port: what its headers may be sent to.
+
+        Raises ValueError for a port that is none.
+        """
+        return _origin(url) == _origin(urllib.parse.urlsplit(self.origin))
+
+    def trust(self, name: str) -> Tls:
+        """Return how to trust a host that this one sends us to; our certificates stay at home.
+
+        As in containerd, where the client of a host follows its redirects and asks for its tokens;
+        but credentials go to no other machine unverified when nobody asked for that.
+        """
+        if name == self.name:
+            return self.tls
+        far = self.tls.only_here and not proxy.is_loopback(name)
+        return Tls(ca=self.tls.ca, skip_verify=self.tls.skip_verify and not far)
+
 
 def load(dirs: Sequence[Path], registry_host: str) -> tuple[Host, ...]:
     """Return the hosts to ask for a registry, best first; at least one.
@@ -81,12 +105,20 @@ def load(dirs: Sequence[Path], registry_host: str) -> tuple[Host, ...]:
         return (_default(registry_host),)
     file = folder / "hosts.toml"
     try:
-        return _from_document(tomllib.loads(file.read_text("utf-8")), folder, registry_host)
-    except FileNotFoundError:
-        return (_default(registry_host, tls=_docker_certificates(folder)),)
+        text = _text_of(file)
+        if not text:  # containerd takes an empty file for none
+            return (_default(registry_host, tls=_docker_certificates(folder)),)
+        return _from_document(tomllib.loads(text), folder, registry_host)
     except (OSError, ValueError) as error:
-        text = " ".join(str(error).split())
-        raise errors.FailedPrecondition(f"cannot use {file}: {text}") from error
+        why = " ".join(str(error).split())
+        raise errors.FailedPrecondition(f"cannot use {file}: {why}") from error
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except FileNotFoundError:
+        return ""
 
 
 def is_own(netloc: str, registry_host: str) -> bool:
@@ -101,6 +133,10 @@ def endpoint(registry_host: str) -> str:
     return registry_host.lower()
 
 
+def _origin(url: urllib.parse.SplitResult) -> tuple[str, str | None, int | None]:
+    return url.scheme, url.hostname, url.port or {"https": 443, "http": 80}.get(url.scheme)
+
+
 def _folder(dirs: Sequence[Path], registry_host: str) -> Path | None:
     name, colon, port = registry_host.rpartition(":")
     names = [registry_host, "_default"]
@@ -110,17 +146,17 @@ def _folder(dirs: Sequence[Path], registry_host: str) -> Path | None:
     return next((folder for folder in candidates if folder.is_dir()), None)
 
 
-def _default(registry_host: str, *, tls: Tls | None = None) -> Host:
+def _default(registry_host: str, *, tls: Tls = SYSTEM_TRUST) -> Host:
     netloc = endpoint(registry_host)
     parts = urllib.parse.urlsplit(f"//{netloc}")
-    local = tls in (None, SYSTEM_TRUST) and proxy.is_loopback(parts.hostname or "")
-    plain = local and parts.port in {None, 80}
+    local = tls == SYSTEM_TRUST and proxy.is_loopback(parts.hostname or "")
+    plain = local and parts.port == 80
     return Host(
         scheme="http" if plain else "https",
         netloc=netloc,
-        tls=tls or SYSTEM_TRUST,
+        tls=_LOOPBACK_TRUST if local and not plain else tls,
         own=True,
-        plain_fallback=local and not plain and parts.port != 443,
+        plain_fallback=local and parts.port not in {None, 80, 443},
     )
 
 
@@ -131,36 +167,29 @@ def _from_document(document: dict[str, Any], folder: Path, registry_host: str) -
     if server:
         return (*mirrors, _host(_text(server, "server"), document, folder, registry_host))
     default = _default(registry_host)
-    url = f"{default.scheme}://{default.netloc}"
-    last = _host(url, document, folder, registry_host, plain_fallback=default.plain_fallback)
+    last = _host(default.origin, document, folder, registry_host)
+    if not last.tls.ca and not last.tls.client:
+        tls = last.tls if "skip_verify" in document else default.tls
+        last = dataclasses.replace(last, tls=tls, plain_fallback=default.plain_fallback)
     return (*mirrors, last)
 
 
-def _host(
-    url: str,
-    table: dict[str, Any],
-    folder: Path,
-    registry_host: str,
-    *,
-    plain_fallback: bool = False,
-) -> Host:
+def _host(url: str, table: dict[str, Any], folder: Path, registry_host: str) -> Host:
     parts = urllib.parse.urlsplit(url if "://" in url else f"https://{url}")
     usable = parts.scheme in {"http", "https"} and parts.hostname and "@" not in parts.netloc
     if not usable or parts.port == 0:  # reading the port checks it
         raise ValueError(f"host {parts.hostname!r} is not named by an http or https URL")
     own = is_own(parts.netloc, registry_host)
-    tls = _tls(table, folder)
     return Host(
         scheme=parts.scheme,
         netloc=parts.netloc,
         path=_api_path(parts.path, override=_flag(table, "override_path")),
         namespace="" if own else registry_host,
         capabilities=_capabilities(table),
-        tls=tls,
+        tls=_tls(table, folder),
         headers=_headers(table),
         dial_timeout=_duration(table.get("dial_timeout")),
         own=own,
-        plain_fallback=plain_fallback and tls == SYSTEM_TRUST,
     )
 
 
@@ -170,7 +199,7 @@ def _api_path(path: str, *, override: bool) -> str:
 
 
 def _capabilities(table: dict[str, Any]) -> frozenset[str]:
-    names = frozenset(_texts(table.get("capabilities"), "capabilities"))
+    names = frozenset(each.lower() for each in _texts(table.get("capabilities"), "capabilities"))
     if unknown := names - CAPABILITIES:
         raise ValueError(f"unknown capability {min(unknown)!r}")
     return names or CAPABILITIES
@@ -201,8 +230,10 @@ def _pair(entry: object, folder: Path) -> tuple[Path, Path | None]:
 
 
 def _docker_certificates(folder: Path) -> Tls:
-    pairs = ((file, file.with_suffix(".key")) for file in sorted(folder.glob("*.cert")))
-    return Tls(ca=tuple(sorted(folder.glob("*.crt"))), client=tuple(pairs))
+    """Return what the names of files tell; a certificate without a key beside it holds the key."""
+    client = ((file, file.with_suffix(".key")) for file in sorted(folder.glob("*.cert")))
+    pairs = tuple((file, key if key.exists() else None) for file, key in client)
+    return Tls(ca=tuple(sorted(folder.glob("*.crt"))), client=pairs)
 
 
 def _duration(value: object) -> float:

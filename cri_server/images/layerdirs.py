@@ -27,6 +27,13 @@ def is_whiteout(st: os.stat_result) -> bool:
     return stat.S_ISCHR(st.st_mode) and st.st_rdev == 0
 
 
+def lstat(parent: int, name: str) -> os.stat_result | None:
+    try:
+        return os.lstat(name, dir_fd=parent)
+    except FileNotFoundError:
+        return None
+
+
 @dataclass(slots=True)
 class Seen:
     """What is known of the folders of a layer, by inode: names can change their meaning."""
@@ -34,11 +41,23 @@ class Seen:
     mtimes: dict[int, int] = field(default_factory=dict)
     implicit: set[int] = field(default_factory=set)
     opaque: set[int] = field(default_factory=set)
+    # Hard links that wait for the layers below: name in the folder ─► target
+    links: dict[int, dict[str, str]] = field(default_factory=dict)
 
     def forget(self, inode: int) -> None:
         self.mtimes.pop(inode, None)
         self.implicit.discard(inode)
         self.opaque.discard(inode)
+        self.links.pop(inode, None)
+
+    def waiting(self, folder: int, name: str) -> str | None:
+        """Return the target of the link that waits under a name; most layers have none."""
+        return self.links.get(os.fstat(folder).st_ino, {}).get(name) if self.links else None
+
+    def untie(self, folder: int, name: str) -> None:
+        """Forget the link that waits under a name: another entry takes it."""
+        if self.links:
+            self.links.get(os.fstat(folder).st_ino, {}).pop(name, None)
 
 
 class Folders:
@@ -63,6 +82,7 @@ class Folders:
 
     def make(self, parent: int, path: str, name: str, mode: int) -> int:
         """Make or find the folder `name` of `parent`; what is no folder gives way."""
+        self._seen.untie(parent, name)
         try:
             os.mkdir(name, mode & 0o777, dir_fd=parent)
         except FileExistsError:
@@ -128,10 +148,11 @@ class Folders:
         return parent
 
     def _make_implicit(self, parent: int, name: str, path: str, links: int) -> int:
-        st = _lstat(parent, name)
+        st = lstat(parent, name)
         if st is not None and stat.S_ISLNK(st.st_mode):
             return self._behind(parent, name, path, links)
-        if st is not None and not is_whiteout(st):
+        waits = self._seen.waiting(parent, name) is not None
+        if waits or (st is not None and not is_whiteout(st)):
             raise tar.Malformed(f"{path[:200]!r} is not a folder")
         if st is not None:
             os.unlink(name, dir_fd=parent)
@@ -157,10 +178,3 @@ class Folders:
             elif part not in ("", "."):
                 found.append(part)
         return os.dup(self.open("/".join(found), links=links + 1))
-
-
-def _lstat(parent: int, name: str) -> os.stat_result | None:
-    try:
-        return os.lstat(name, dir_fd=parent)
-    except FileNotFoundError:
-        return None

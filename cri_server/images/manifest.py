@@ -81,6 +81,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     layers: tuple[Descriptor, ...]
 
 
+class _Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """A manifest as it is written: Go says null for a list that is empty."""
+
+    config: Descriptor
+    layers: tuple[Descriptor, ...] | None = None
+
+
 class _Process(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     user: str | None = None
     env: tuple[str, ...] | None = None
@@ -101,7 +108,7 @@ class _Config(msgspec.Struct, frozen=True, kw_only=True):
     os: str = ""
     variant: str = ""
     config: _Process | None = None
-    rootfs: _RootFs
+    rootfs: _RootFs | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,18 +128,20 @@ def parse(body: bytes) -> Index | Manifest:
 
     Raises InvalidArgument for everything that is not an image.
     """
-    keys = _decode(body, dict[str, msgspec.Raw], "manifest").keys()
+    document = _decode(body, dict[str, msgspec.Raw], "manifest")
+    keys = {key for key, value in document.items() if bytes(value) != b"null"}
     if "manifests" in keys and ("layers" in keys or "config" in keys):
         raise errors.InvalidArgument("the document is an index and a manifest at once")
     if "manifests" in keys:
         return _checked_index(_decode(body, Index, "index"))
-    return _checked_manifest(_decode(body, Manifest, "manifest"))
+    said = _decode(body, _Manifest, "manifest")
+    return _checked_manifest(Manifest(config=said.config, layers=said.layers or ()))
 
 
 def parse_config(body: bytes, layers: int) -> Config:
     """Read the config of an image with so many layers. Raises InvalidArgument."""
     config = _decode(body, _Config, "config")
-    diff_ids = config.rootfs.diff_ids or ()
+    diff_ids = (config.rootfs or _RootFs()).diff_ids or ()
     if len(diff_ids) != layers:
         raise errors.InvalidArgument(
             f"the config has {len(diff_ids)} diff ids, the manifest {layers} layers"

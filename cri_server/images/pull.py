@@ -13,8 +13,9 @@ leaves a whole image or none.
 
 Pulls of the same name with the same credentials are one pull, and so are downloads and layers of
 pulls from the same registry with the same credentials; whoever is cancelled takes nothing from the
-others, the last one ends the work. Bounds on parallel work are per pull: a registry that stalls
-holds up nobody else.
+others, the last one ends the work. What another image's pull could not bring is tried once more
+from one's own repository. Bounds on parallel work are per pull: a registry that stalls holds up
+nobody else.
 """
 
 import asyncio
@@ -140,9 +141,9 @@ class Puller:
         found = manifest.parse(resolved.body)
         if isinstance(found, manifest.Index):
             chosen = manifest.choose(found, self._platform)
-            child = await self._client.manifest(name, chosen, auth)
-            documents[child.digest] = child.body
-            found = manifest.parse(child.body)
+            child = await self._child(name, resolved.digest, chosen, auth)
+            documents[chosen.digest] = child
+            found = manifest.parse(child)
         if isinstance(found, manifest.Index):
             raise errors.InvalidArgument("an index in an index is not supported")
         if not found.config.digest.startswith("sha256:"):
@@ -170,10 +171,27 @@ class Puller:
 
     def _known(self, name: reference.Reference, digest: str) -> bytes | None:
         """Return the document that this very repository had under a digest earlier."""
-        if self._images.find(name.canonical(digest)) is None:
-            return None
+        known = self._images.find(name.canonical(digest)) is not None
+        return self._stored(digest) if known else None
+
+    def _stored(self, digest: str) -> bytes | None:
         body = self._images.read_blob(digest)
         return body if body is not None and ingest.matches(body, digest) else None
+
+    async def _child(
+        self,
+        name: reference.Reference,
+        index: str,
+        descriptor: manifest.Descriptor,
+        auth: api.AuthConfig | None,
+    ) -> bytes:
+        """Return a manifest of an index; it is here when this repository had the index earlier."""
+        image = self._images.find(name.canonical(index))
+        if image is not None and descriptor.digest in image.blobs:
+            body = await flights.in_thread(self._stored, descriptor.digest)
+            if body is not None:
+                return body
+        return (await self._client.manifest(name, descriptor, auth)).body
 
     async def _config(
         self,
@@ -181,8 +199,8 @@ class Puller:
         descriptor: manifest.Descriptor,
         auth: api.AuthConfig | None,
     ) -> bytes:
-        body = await flights.in_thread(self._images.read_blob, descriptor.digest)
-        if body is None or not ingest.matches(body, descriptor.digest):
+        body = await flights.in_thread(self._stored, descriptor.digest)
+        if body is None:
             body = await self._client.read_blob(name, descriptor, auth, limit=manifest.MAX_DOCUMENT)
         return body
 
@@ -203,14 +221,16 @@ class Puller:
         """See to it that a layer is there, and all below it."""
         key = plan.keys[index]
         if self._snapshots.layer(key) is None:
-            async with self._chains.hold((plan.place, key), lambda: self._make(plan, index)):
+            async with self._chains.hold(
+                (plan.place, key), lambda: self._make(plan, index), insist=True
+            ):
                 pass
 
     async def _make(self, plan: _Plan, index: int) -> None:
         """Unpack a layer while those below it are made, and commit it on top of them."""
         descriptor, below = plan.layers[index], plan.keys[:index]
         blob = self._blobs.hold(
-            (plan.place, descriptor.digest), lambda: self._download(plan, descriptor)
+            (plan.place, descriptor.digest), lambda: self._download(plan, descriptor), insist=True
         )
         parent = asyncio.create_task(self._layer(plan, index - 1)) if index else None
         try:

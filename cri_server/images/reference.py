@@ -9,6 +9,7 @@ Pure: no files, no network, nothing to lose in a crash. A name that has passed `
 URL path and as a folder name; whether it exists is for `registry` and `store` to say.
 """
 
+import ipaddress
 import re
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ DEFAULT_DOMAIN = "docker.io"
 MAX_REPOSITORY = 255
 
 _LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?"
-_DOMAIN = re.compile(rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[a-fA-F0-9:.]+\])(?::([0-9]{{1,5}}))?")
+_DOMAIN = re.compile(rf"(?:{_LABEL}(?:\.{_LABEL})*|\[([a-fA-F0-9:.]+)\])(?::([0-9]{{1,5}}))?")
 _PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _PATH = re.compile(rf"{_PART}(?:/{_PART})*")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
@@ -115,7 +116,7 @@ def _looks_like_domain(first: str) -> bool:
 
 def _check_name(text: str, domain: str, path: str) -> None:
     match = _DOMAIN.fullmatch(domain)
-    if not match or int(match[1] or 1) not in range(1, 65536):
+    if not match or not _is_ipv6(match[1] or "::") or int(match[2] or 1) not in range(1, 65536):
         raise _invalid(text, "malformed registry host")
     if path != path.lower():
         raise _invalid(text, "repository name must be lower case")
@@ -123,6 +124,14 @@ def _check_name(text: str, domain: str, path: str) -> None:
         raise _invalid(text, "malformed repository name")
     if len(domain) + 1 + len(path) > MAX_REPOSITORY:
         raise _invalid(text, f"repository name is longer than {MAX_REPOSITORY} characters")
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        ipaddress.IPv6Address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _invalid(text: str, why: str) -> errors.InvalidArgument:

@@ -180,7 +180,7 @@ class Session:
         """Go where redirects lead, leaving behind at home what belongs to the host."""
         url, home = self._start(request.url), True
         for _ in range(MAX_REDIRECTS + 1):
-            home = home and _origin(url) == _origin(self.host.origin)
+            home = home and self._is_home(url)
             response = await self._shared.http.send(
                 self._addressed(request, url, authorization, home=home)
             )
@@ -193,6 +193,12 @@ class Session:
             url = _next(url, response)
         raise wire.Invalid(f"{self.host.netloc} sent us on more than {MAX_REDIRECTS} times")
 
+    def _is_home(self, url: str) -> bool:
+        try:
+            return self.host.is_home(urllib.parse.urlsplit(url))
+        except ValueError:
+            raise wire.Invalid("a redirect to an impossible port") from None
+
     def _start(self, path: str) -> str:
         query = urllib.parse.urlencode({"ns": self.host.namespace}) if self.host.namespace else ""
         return f"{self.host.origin}{path}" + (f"?{query}" if query else "")
@@ -200,9 +206,9 @@ class Session:
     def _addressed(
         self, request: transport.Request, url: str, authorization: str, *, home: bool
     ) -> transport.Request:
-        same_name = urllib.parse.urlsplit(url).hostname == self.host.name
-        tls = self.host.tls if same_name else hosts.Tls(ca=self.host.tls.ca)
-        public_only = not same_name and not self.host.local
+        name = urllib.parse.urlsplit(url).hostname or ""
+        tls = self.host.trust(name)
+        public_only = name != self.host.name and not self.host.local
         if not home:
             return dataclasses.replace(request, url=url, tls=tls, public_only=public_only)
         own = self.host.headers
@@ -254,18 +260,6 @@ def _next(url: str, response: transport.Response) -> str:
     if parts.scheme == "http" and url.startswith("https:"):
         raise wire.Invalid(f"{response.host} sent us from https to http")
     return parts._replace(fragment="").geturl()
-
-
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    try:
-        parts = urllib.parse.urlsplit(url)
-        return (
-            parts.scheme,
-            parts.hostname,
-            parts.port or {"https": 443, "http": 80}.get(parts.scheme),
-        )
-    except ValueError:
-        raise wire.Invalid("a redirect to an impossible port") from None
 
 
 def _seconds(retry_after: str) -> float | None:

@@ -86,14 +86,18 @@ class Store:
         """Return the image that a person or the kubelet means, None when there is none.
 
         In this order: a whole id, with or without "sha256:"; a name as given or after normalisation
-        ("nginx"); the beginning of an id, if it is the beginning of one only.
+        ("nginx"); the beginning of an id. Raises InvalidArgument when several ids begin so.
         """
         if match := _ID.fullmatch(wanted):
             return self._images.get(f"sha256:{match[1]}")
         found = self._named(wanted)
         if found is None and (match := _PREFIX.fullmatch(wanted)):
             images = [i for i in self.list() if i.id.startswith(f"sha256:{match[1]}")]
-            found = images[0] if len(images) == 1 else None
+            if len(images) > 1:
+                raise errors.InvalidArgument(
+                    f"image id {wanted!r} is ambiguous: {len(images)} match"
+                )
+            found = next(iter(images), None)
         return found
 
     def _named(self, wanted: str) -> Image | None:
@@ -174,6 +178,7 @@ class Store:
         there.
 
         Needs no free space. Its layers and blobs stay until `gc` finds them without an owner.
+        Raises InvalidArgument like `find`.
         """
         with self._lock:
             image = self.find(wanted)

@@ -171,7 +171,7 @@ class Reader:
             uid=tarheader.decimal(pax["uid"]) if pax.get("uid") else header.uid,
             gid=tarheader.decimal(pax["gid"]) if pax.get("gid") else header.gid,
             size=size,
-            mtime=tarheader.nanoseconds(pax["mtime"]) if pax.get("mtime") else header.mtime * 10**9,
+            mtime=_mtime(header, pax),
             device=header.device,
             xattrs={
                 k[len(tarheader.XATTR) :]: v
@@ -195,7 +195,7 @@ class Reader:
             numbers = [tarheader.decimal(n) for n in pax["GNU.sparse.map"].split(b",")]
             return self._sparse(numbers, tarheader.decimal(pax.get("GNU.sparse.size", b"")))
         if any(k.startswith("GNU.sparse.") for k in pax):
-            raise Malformed("sparse file in the format GNU 0.0, which is not supported")
+            raise Malformed("a sparse file without a map")
         return stored, ((0, stored),) if stored else ()
 
     def _old_sparse(self, block: bytes) -> tuple[int, Sequence[tuple[int, int]]]:
@@ -243,6 +243,13 @@ def _kind(header: tarheader.Header, pax: Mapping[str, bytes]) -> Kind:
     if header.flag == b"\0" and (pax.get("path") or header.name).endswith(b"/"):
         return Kind.DIR  # before POSIX there was no type for it
     return kind
+
+
+def _mtime(header: tarheader.Header, pax: Mapping[str, bytes]) -> int:
+    """Return nanoseconds; a time that 64 bits of them cannot say is the epoch, as in containerd."""
+    said = pax.get("mtime")
+    mtime = tarheader.nanoseconds(said) if said else header.mtime * 10**9
+    return mtime if -(1 << 63) <= mtime < 1 << 63 else 0
 
 
 def _check_segments(numbers: Sequence[int]) -> None:

@@ -7,6 +7,7 @@ are decimal. Nothing is trusted: a number is one, or the archive is refused.
 
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 PATH_MAX = 4096  # path_resolution(7), the final NUL counts
@@ -14,6 +15,7 @@ PATH_MAX = 4096  # path_resolution(7), the final NUL counts
 _HEADER = struct.Struct("100s8s8s8s12s12s8s1s100s8s32s32s8s8s155s12x")
 XATTR = "SCHILY.xattr."
 _PAX_KEYS = frozenset({"path", "linkpath", "size", "uid", "gid", "mtime"})
+_SPARSE_0_0 = ("GNU.sparse.offset", "GNU.sparse.numbytes")  # keys that take turns
 
 
 class Malformed(Exception):
@@ -42,7 +44,7 @@ def parse_header(block: bytes) -> Header:
     if sum(block) - sum(checksum) + 8 * 0x20 != number(checksum):
         raise Malformed("wrong checksum of a header")
     name = name.split(b"\0", 1)[0]
-    if magic == b"ustar\x0000" and (prefix := fields[14].split(b"\0", 1)[0]):
+    if prefix := _prefix(magic, fields[14]):
         name = prefix + b"/" + name
     stored = number(size)
     if stored < 0:
@@ -63,6 +65,7 @@ def parse_header(block: bytes) -> Header:
 def parse_pax(body: bytes) -> dict[str, bytes]:
     """Parse "<length> <key>=<value>\\n" records, and keep those that mean something here."""
     records: dict[str, bytes] = {}
+    sparse: list[tuple[str, bytes]] = []
     position = 0
     while position < len(body):
         blank = body.find(b" ", position, position + 20)
@@ -74,10 +77,43 @@ def parse_pax(body: bytes) -> dict[str, bytes]:
         if not equals:
             raise Malformed("a pax record without a value")
         name = text(key)
-        if name in _PAX_KEYS or name.startswith((XATTR, "GNU.sparse.")):
+        if name in _SPARSE_0_0:
+            sparse.append((name, value))
+        elif name in _PAX_KEYS or name.startswith((XATTR, "GNU.sparse.")):
             records[name] = value
         position = end
+    if sparse:
+        records["GNU.sparse.map"] = _map(sparse)
     return records
+
+
+def _map(records: Sequence[tuple[str, bytes]]) -> bytes:
+    """Return the map of a sparse file in the format 0.0 as 0.1 writes it.
+
+    Source: GNU tar, "PAX Format, Version 0.0" and "0.1".
+    """
+    if any(key != _SPARSE_0_0[at % 2] for at, (key, _) in enumerate(records)):
+        raise Malformed("the map of a sparse file is not one")
+    return b",".join(b"%d" % decimal(value) for _, value in records)
+
+
+def _prefix(magic: bytes, field: bytes) -> bytes:
+    """Return what stands in front of a name.
+
+    GNU has times there; but Go wrote a prefix into such headers until 1.8, and reads it where the
+    times are none.
+    """
+    if magic == b"ustar\x0000":
+        return field.split(b"\0", 1)[0]
+    if magic != b"ustar  \0":
+        return b""
+    try:
+        number(field[:12])
+        number(field[12:24])
+    except Malformed:
+        prefix = field.split(b"\0", 1)[0]
+        return prefix if prefix.isascii() else b""
+    return b""
 
 
 def text(value: bytes) -> str:

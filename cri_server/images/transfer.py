@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 from cri_server.images import documents, session, transport, wire
 
-MAX_WITHOUT_PROGRESS = 3
-PROGRESS = 64 << 10  # bytes that make an attempt count as progress
+MAX_WITHOUT_PROGRESS = 3  # attempts in a row that bring nothing, as in containerd
+MAX_SMALL = 100  # attempts of one transfer that bring little; a peer could go on for ever
+SMALL = 64 << 10  # bytes
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)")
 
 Sink = Callable[[bytes], object]  # or a coroutine function
@@ -31,14 +32,16 @@ class Transfer:
 
     async def run(self, at: session.Session) -> None:
         """Bring all that is still missing from one host."""
-        fruitless, ranges = 0, True
+        fruitless, small, ranges = 0, 0, True
         while self.offset < self.descriptor.size:
             before = self.offset
             try:
                 await self._once(at, ranges=ranges)
             except (wire.Broken, _NoRange) as error:
-                fruitless = 0 if self.offset - before >= PROGRESS else fruitless + 1
-                if fruitless >= (MAX_WITHOUT_PROGRESS if at.patient else 1):
+                brought = self.offset - before
+                fruitless = 0 if brought else fruitless + 1
+                small += brought < SMALL
+                if fruitless >= (MAX_WITHOUT_PROGRESS if at.patient else 1) or small >= MAX_SMALL:
                     raise
                 ranges = ranges and not isinstance(error, _NoRange)
                 await at.pause(max(fruitless, 1))

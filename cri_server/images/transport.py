@@ -238,7 +238,9 @@ def _encode(codec: h11.Connection, request: Request, target: wire.Target) -> byt
     """
     parts = urllib.parse.urlsplit(request.url)
     path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
-    headers = [("Host", parts.netloc), ("User-Agent", USER_AGENT), ("Accept-Encoding", "identity")]
+    usual = {"Host": parts.netloc, "User-Agent": USER_AGENT, "Accept-Encoding": "identity"}
+    said = {name.lower() for name, _ in request.headers}
+    headers = [pair for pair in usual.items() if pair[0].lower() not in said]
     headers += request.headers
     if request.body:
         headers.append(("Content-Length", str(len(request.body))))

@@ -22,12 +22,11 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from cri_server import trees
 from cri_server.images import attributes, layerdirs, tar
-from shim import linux
 
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -63,7 +62,6 @@ class Unpacker:
         self._root, self._limits = root, limits
         self._seen = layerdirs.Seen()
         self._folders = layerdirs.Folders(root, self._seen)
-        self._links: list[tuple[str, str]] = []
         self._dropped: set[str] = set()
         self._bytes = self._inodes = self._entries = 0
         self._seen.implicit.add(os.fstat(root).st_ino)
@@ -103,15 +101,13 @@ class Unpacker:
 
     def _anew(self, folder: int, name: str, make: Callable[[int], None]) -> None:
         """Make something, in place of what an earlier entry put there."""
+        self._seen.untie(folder, name)
         try:
             make(folder)
         except FileExistsError:
-            own = os.dup(folder)  # removing closes those of `_folders`
-            try:
+            with _duplicate(folder) as own:
                 self._remove(own, name)
                 make(own)
-            finally:
-                os.close(own)
 
     def _node(self, folder: int, name: str, entry: tar.Entry, reader: tar.Reader) -> None:
         attributes.check(entry)
@@ -159,26 +155,32 @@ class Unpacker:
         parent, _, name = path.rpartition("/")
         folder = self._folders.open(parent)
         source_parent, _, source = target.rpartition("/")
-        with contextlib.ExitStack() as each:
-            try:
-                fd = linux.openat2(
-                    self._root, source_parent or ".", layerdirs.FOLDER, resolve=layerdirs.IN_ROOT
-                )
-                each.callback(os.close, fd)
-                st = os.lstat(source, dir_fd=fd)
-            except (FileNotFoundError, NotADirectoryError):
-                self._links.append((path, target))
-                return
-            if layerdirs.is_whiteout(
-                st
-            ):  # it hides the target from the container, not from this link
-                self._links.append((path, target))
-                return
-            if stat.S_ISDIR(st.st_mode):
+        try:
+            fd = self._folders.find(source_parent)
+        except (FileNotFoundError, NotADirectoryError):
+            self._wait(folder, name, target)
+            return
+        try:
+            # A link to one that waits itself is one to the same file of the layers below.
+            below = self._seen.waiting(fd, source)
+            st = layerdirs.lstat(fd, source) if below is None else None
+            # A whiteout hides the target from the container, not from this link.
+            if st is None or layerdirs.is_whiteout(st):
+                self._wait(folder, name, target if below is None else below)
+            elif stat.S_ISDIR(st.st_mode):
                 raise tar.Malformed("a hard link to a folder")
-            if _same(folder, name, st):
-                return
-            self._anew(folder, name, lambda to: _hard_link(fd, source, to, name))
+            elif not _same(folder, name, st):
+                self._anew(folder, name, lambda to: _hard_link(fd, source, to, name))
+        finally:
+            os.close(fd)
+
+    def _wait(self, folder: int, name: str, target: str) -> None:
+        """Leave a link to the layers below; what an earlier entry put in its place goes now."""
+        inode, st = os.fstat(folder).st_ino, layerdirs.lstat(folder, name)
+        if st is not None and not layerdirs.is_whiteout(st):
+            with _duplicate(folder) as own:
+                self._remove(own, name)
+        self._seen.links.setdefault(inode, {})[name] = target
 
     # ---- folders
 
@@ -245,6 +247,7 @@ class Unpacker:
         """Set the times of folders, which changed with every entry, and see what needs the layers
         below."""
         seen, folders, hidden = self._seen, [], None
+        links: list[tuple[str, str]] = []
         for step in trees.walk(f"/proc/self/fd/{self._root}/."):
             if step.left is not None:
                 continue
@@ -253,6 +256,8 @@ class Unpacker:
             self._inodes += 1
             if (mtime := seen.mtimes.get(inode)) is not None:
                 os.utime(step.fd, ns=(mtime, mtime))
+            waiting = seen.links.get(inode, {})
+            links += (("/".join((*step.path, name)), at) for name, at in waiting.items())
             if hidden is not None and step.path[: len(hidden)] != hidden:
                 hidden = None
             if hidden is None and inode in seen.opaque:
@@ -263,7 +268,7 @@ class Unpacker:
             usage=trees.Usage(bytes=self._bytes, inodes=self._inodes),
             opaque_root=os.fstat(self._root).st_ino in seen.opaque,
             folders=tuple(folders),
-            links=tuple(self._links),
+            links=tuple(links),
             dropped=frozenset(self._dropped),
         )
 
@@ -280,6 +285,16 @@ def _is_marker(parent: str) -> bool:
 def _write(fd: int, piece: memoryview) -> None:
     while piece:
         piece = piece[os.write(fd, piece) :]
+
+
+@contextlib.contextmanager
+def _duplicate(folder: int) -> Iterator[int]:
+    """Have a folder open for the block: removing something closes those of `Folders`."""
+    own = os.dup(folder)
+    try:
+        yield own
+    finally:
+        os.close(own)
 
 
 def _hard_link(source_fd: int, source: str, folder: int, name: str) -> None:

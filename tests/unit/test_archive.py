@@ -138,6 +138,22 @@ async def test_of_several_platforms_the_one_for_this_machine_comes(
     assert await loader.load(str(tar)) == [(NAME, here.id)]
 
 
+@pytest.mark.parametrize("architecture", [None, manifest.host_platform().architecture])
+async def test_a_name_is_for_one_image_and_not_for_the_last_of_several(
+    loader: load.Loader, tar: Path, architecture: str | None
+) -> None:
+    images = [pulling.make(BASE), pulling.make(TOP)]
+    platform = {"os": "linux", "architecture": architecture} if architecture else None
+    other = {"os": "linux", "architecture": "s390x"}
+    entries = [archives.entry(made, {}, platform=platform) for made in images]
+    entries.append(archives.entry(pulling.make(), {}, platform=other))
+    index = {"index.json": json.dumps({"manifests": entries}).encode()}
+    archives.layout(tar, *(("", made) for made in images), more=index)
+    assert "has 2 images" in (await refusal(loader, tar, "a:1")).message
+    archives.layout(tar, ("b:1", images[0]), ("c:1", images[0]))  # one image of two names
+    assert await loader.load(str(tar), "a:1") == [(NAME, images[0].id)]
+
+
 # ---- docker's form
 
 

@@ -2,6 +2,7 @@
 """Challenges, tokens, and whose credentials go where."""
 
 import base64
+import dataclasses
 import urllib.parse
 from collections.abc import AsyncIterator, Iterator
 
@@ -102,6 +103,7 @@ def test_a_long_header_takes_no_time() -> None:
         ),
         (api.AuthConfig(auth=encoded("me:secret"), registry_token="r"), USER),
         (api.AuthConfig(auth=encoded("me:secret\0\0")), USER),
+        (api.AuthConfig(auth="bWU6\r\nc2VjcmV0\n"), USER),
         (
             api.AuthConfig(auth=encoded("me:a:b")),
             auth.Credentials(username="me", password="a:b"),
@@ -139,6 +141,13 @@ def test_a_malformed_auth_is_refused_without_repeating_it(text: str) -> None:
     with pytest.raises(errors.InvalidArgument, match=r"auth\.auth") as caught:
         auth.choose(api.AuthConfig(auth=text), "a.test")
     assert text not in caught.value.message
+
+
+def test_a_malformed_server_address_is_refused_without_repeating_it() -> None:
+    lent = api.AuthConfig(username="me", server_address="https://[secret")
+    with pytest.raises(errors.InvalidArgument, match=r"auth\.server_address") as caught:
+        auth.choose(lent, "a.test")
+    assert "secret" not in caught.value.message
 
 
 def test_no_secret_is_in_a_repr() -> None:
@@ -228,6 +237,25 @@ async def test_a_mirrors_own_name_is_asked_for_but_only_to_pull(
     assert there.requests[0].query["scope"] == "repository:up/a:pull"  # the last of two
 
 
+async def test_a_realm_at_home_gets_the_hosts_headers(
+    there: fake.Registry, authorizer: auth.Authorizer
+) -> None:
+    host = dataclasses.replace(host_of(there), headers=(("X-Key", "k"), ("authorization", "no")))
+    away = there.address.replace("127.0.0.1", "localhost")
+    for address in (there.address, away):
+        await authorizer.answer(
+            host, "u/a", credentials=USER, challenges=bearer(f"http://{address}/token")
+        )
+    await authorizer.answer(
+        host,
+        "u/a",
+        credentials=auth.ANONYMOUS,
+        challenges=bearer(f"http://{there.address}/token"),
+    )
+    assert [each.headers.get("x-key") for each in there.requests] == ["k", None, "k"]
+    assert [each.headers["authorization"] for each in there.requests] == [BASIC, BASIC, "no"]
+
+
 async def test_basic_is_answered_with_user_and_password(authorizer: auth.Authorizer) -> None:
     host = hosts.Host(scheme="https", netloc="a.test", own=True)
     value = await authorizer.answer(
@@ -254,6 +282,7 @@ async def test_a_registry_token_is_sent_unasked_and_once(authorizer: auth.Author
         "https://",
         "https://user@a.test/token",
         "https://[::1/token",
+        "https://a.test:x/token",
         "gopher://a.test",
     ],
 )

@@ -26,7 +26,7 @@ def origins(found: tuple[hosts.Host, ...]) -> list[str]:
         ("docker.io", "https://registry-1.docker.io/v2"),
         ("quay.io", "https://quay.io/v2"),
         ("a.test:5000", "https://a.test:5000/v2"),
-        ("localhost", "http://localhost/v2"),
+        ("localhost", "https://localhost/v2"),
         ("127.0.0.1:80", "http://127.0.0.1:80/v2"),
         ("localhost:443", "https://localhost:443/v2"),
     ],
@@ -41,6 +41,39 @@ def test_without_files_the_registry_itself_is_asked(registry: str, expected: str
 def test_on_loopback_plain_http_is_the_second_choice(registry: str) -> None:
     (host,) = hosts.load([], registry)
     assert (host.scheme, host.plain_fallback) == ("https", True)
+
+
+@pytest.mark.parametrize(
+    ("registry", "text", "expected"),
+    [
+        ("localhost", None, True),
+        ("localhost:5000", None, True),
+        ("[::1]:443", None, True),
+        ("localhost:80", None, False),
+        ("a.test:5000", None, False),
+        ("localhost:5000", "", True),
+        ("localhost:5000", "skip_verify = false\n", False),
+        ("localhost:5000", 'ca = "ca.pem"\n', False),
+        ("localhost:5000", 'server = "https://localhost:5000"\n', False),
+    ],
+)
+def test_a_registry_on_loopback_is_not_verified_unless_somebody_says_so(
+    tmp_path: Path, registry: str, text: str | None, *, expected: bool
+) -> None:
+    if text is not None:
+        write(tmp_path, registry, text)
+    (host,) = hosts.load([tmp_path], registry)
+    assert host.tls.skip_verify is expected
+
+
+def test_what_nobody_wrote_is_not_passed_on_to_hosts_elsewhere(tmp_path: Path) -> None:
+    (host,) = hosts.load([], "localhost:5000")
+    assert host.trust("127.0.0.1").skip_verify
+    assert not host.trust("auth.test").skip_verify
+    write(tmp_path, "localhost:5000", "skip_verify = true\n")
+    (host,) = hosts.load([tmp_path], "localhost:5000")
+    assert host.trust("auth.test").skip_verify
+    assert host.plain_fallback
 
 
 def test_mirrors_come_in_the_order_of_the_file_and_the_server_last(tmp_path: Path) -> None:
@@ -65,7 +98,7 @@ def test_mirrors_come_in_the_order_of_the_file_and_the_server_last(tmp_path: Pat
     assert [host.own for host in found] == [False, False, False, True]
     assert [host.namespace for host in found] == ["docker.io", "docker.io", "docker.io", ""]
     assert found[0].capabilities == {"pull"}
-    assert found[1].capabilities == {"pull", "resolve", "push"}
+    assert found[1].capabilities == hosts.CAPABILITIES
 
 
 def test_without_a_server_the_registry_itself_is_last(tmp_path: Path) -> None:
@@ -107,7 +140,7 @@ def test_all_keys_of_a_host(tmp_path: Path) -> None:
         "a.test",
         """
         [host."https://m.test/api/root/"]
-        capabilities = ["pull", "resolve"]
+        capabilities = ["Pull", "resolve", "Referrers"]
         ca = "ca.pem"
         client = [["c.pem", "c.key"], ["both.pem", ""]]
         skip_verify = true
@@ -121,7 +154,7 @@ def test_all_keys_of_a_host(tmp_path: Path) -> None:
     )
     host = hosts.load([tmp_path], "a.test")[0]
     assert host.path == "/api/root"
-    assert host.capabilities == {"pull", "resolve"}
+    assert host.capabilities == {"pull", "resolve", "referrers"}
     assert host.tls.ca == (folder / "ca.pem",)
     assert host.tls.client == ((folder / "c.pem", folder / "c.key"), (folder / "both.pem", None))
     assert host.tls.skip_verify
@@ -152,14 +185,20 @@ def test_a_file_is_read_afresh(tmp_path: Path) -> None:
     assert hosts.load([tmp_path], "a.test")[0].netloc == "new.test"
 
 
-def test_docker_certificates_are_found_by_their_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [(), ("hosts.toml",)])
+def test_docker_certificates_are_found_by_their_names(
+    tmp_path: Path, more: tuple[str, ...]
+) -> None:
     folder = tmp_path / "a.test:5000"
     folder.mkdir()
-    for name in ("ca.crt", "client.cert", "client.key"):
+    for name in ("ca.crt", "both.cert", "client.cert", "client.key", *more):
         (folder / name).touch()
     (host,) = hosts.load([tmp_path], "a.test:5000")
     assert host.tls.ca == (folder / "ca.crt",)
-    assert host.tls.client == ((folder / "client.cert", folder / "client.key"),)
+    assert host.tls.client == (
+        (folder / "both.cert", None),
+        (folder / "client.cert", folder / "client.key"),
+    )
     assert host.own
 
 

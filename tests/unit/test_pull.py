@@ -10,15 +10,16 @@ import random
 import stat
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
 from structlog import testing
 
 from cri_server import errors, trees
-from cri_server.images import flights, layers, manifest, reference, tar, workers
+from cri_server.images import flights, layers, manifest, reference, tar, transport, workers
 from cri_server.pb import api_pb2 as api
 from shim import linux
 from tests.lab import image, pulling, registry, tars, waiting
@@ -184,6 +185,20 @@ async def test_an_image_without_layers(
     assert os.listdir(node.look(made.id, tmp_path / "mnt")) == []
 
 
+@pytest.mark.parametrize("config", [{}, {"rootfs": None}, {"rootfs": {"diff_ids": None}}])
+async def test_an_image_that_says_null_for_nothing(
+    hub: registry.Registry, node: pulling.Node, config: dict[str, object]
+) -> None:
+    body = json.dumps({"architecture": "amd64", "os": "linux", **config}).encode()
+    pulling.push_blobs(hub, "null", [body])
+    described = {"mediaType": image.CONFIG, "digest": image.digest(body), "size": len(body)}
+    document = {"schemaVersion": 2, "mediaType": image.MANIFEST, "config": described}
+    ways: list[dict[str, object]] = [{}, {"layers": None}, {"layers": [], "manifests": None}]
+    for more in ways:
+        pulling.put(hub, "null", "latest", {**document, **more}, image.MANIFEST)
+        assert await node.puller.pull("registry.test/null") == image.digest(body)
+
+
 async def test_the_same_layer_twice(
     hub: registry.Registry, node: pulling.Node, tmp_path: Path
 ) -> None:
@@ -205,6 +220,30 @@ async def test_a_second_pull_fetches_nothing(hub: registry.Registry, node: pulli
     assert await node.puller.pull(name) == first
     assert node.client.fetched.total() == fetched
     assert next((node.root / "images").iterdir()).stat().st_mtime_ns == record.st_mtime_ns
+
+
+async def test_a_second_pull_of_an_index_asks_for_the_tag_alone(
+    hub: registry.Registry, node: pulling.Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = pulling.make(unique("index again"))
+    hub.push(made, "again-index", tag="one")
+    document = index((made, str(manifest.host_platform())))
+    pulling.put(hub, "again-index", "latest", document, str(document["mediaType"]))
+    await node.puller.pull("registry.test/again-index")
+    http, asked = node.client._shared.http, []
+    send = http.send
+
+    async def noted(request: transport.Request) -> transport.Response:
+        asked.append((request.method, request.url.rpartition("/")[2].partition("?")[0]))
+        return await send(request)
+
+    monkeypatch.setattr(http, "send", noted)
+    await node.puller.pull("registry.test/again-index")
+    assert asked == [("HEAD", "latest")]
+    node.images.blob_path(made.digest).write_bytes(b"damaged")
+    asked.clear()
+    assert await node.puller.pull("registry.test/again-index") == made.id
+    assert asked == [("HEAD", "latest"), ("GET", made.digest)]
 
 
 async def test_layers_are_shared_between_images(hub: registry.Registry, node: pulling.Node) -> None:
@@ -327,6 +366,36 @@ async def test_cancelling_one_of_two_images_that_share_a_download(
     node.client.open.set()
     assert await second == b.id
     assert {i.id for i in node.images.list()} == {b.id}
+
+
+async def test_the_failure_of_one_image_is_not_anothers(
+    hub: registry.Registry, node: pulling.Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R20: the layer that both have is gone from the repository of the one that was first."""
+    a, b = pulling.make(unique("lost")), pulling.make(unique("lost"), unique("beside"))
+    names = hub.push(a, "lost-a"), hub.push(b, "lost-b")
+    node.client.held = lambda domain, digest: digest not in (a.id, b.id)
+    node.client.open.clear()
+    blob, begun, joined = node.client.blob, asyncio.Event(), asyncio.Event()
+
+    async def lossy(ref: Any, descriptor: Any, auth: Any = None, **more: Any) -> None:
+        if ref.path == "lost-a" and descriptor.digest != a.id:
+            begun.set()
+            await node.client.open.wait()
+            raise errors.NotFound("lost")
+        if descriptor.digest not in (a.id, b.id):
+            joined.set()
+        await blob(ref, descriptor, auth, **more)
+
+    monkeypatch.setattr(node.client, "blob", lossy)
+    first = asyncio.create_task(node.puller.pull(names[0]))
+    await begun.wait()
+    second = asyncio.create_task(node.puller.pull(names[1]))
+    await joined.wait()
+    node.client.open.set()
+    assert await second == b.id
+    with pytest.raises(errors.NotFound, match="lost"):
+        await first
 
 
 async def test_downloads_of_one_pull_are_bounded(
@@ -710,6 +779,11 @@ def test_a_user_has_a_bound() -> None:
         manifest.parse_config(body % (b"9" * 5000), 0)
 
 
+def test_an_index_that_says_null_for_a_manifests_keys_is_one() -> None:
+    found = manifest.parse(b'{"manifests":[],"config":null,"layers":null}')
+    assert isinstance(found, manifest.Index)
+
+
 def test_nulls_in_a_config_are_nothing() -> None:
     body = b'{"config":{"User":null,"Env":null,"Labels":null},"rootfs":{"diff_ids":null}}'
     config = manifest.parse_config(body, 0)
@@ -735,6 +809,30 @@ async def test_a_failure_reaches_all_who_wait_and_is_not_kept() -> None:
     got = await asyncio.gather(*(use() for _ in range(5)), return_exceptions=True)
     assert all(isinstance(g, errors.NotFound) for g in got)
     assert await use() == 2
+
+
+async def test_who_insists_tries_once_when_others_have_failed() -> None:
+    shared: flights.Flights[int] = flights.Flights()
+    tried: list[int] = []
+
+    def maker(number: int) -> Callable[[], Coroutine[Any, Any, int]]:
+        async def make() -> int:
+            tried.append(number)
+            await asyncio.sleep(0)
+            if number < 3:
+                raise errors.NotFound(str(number))
+            return number
+
+        return make
+
+    async def use(number: int) -> int:
+        async with shared.hold("key", maker(number), insist=True) as value:
+            return value
+
+    got = await asyncio.gather(*map(use, range(6)), return_exceptions=True)
+    assert [str(g) for g in got[:3]] == ["0", "1", "2"]
+    assert got[3:] == [3, 3, 3]
+    assert tried == [0, 1, 2, 3]
 
 
 async def test_a_result_is_disposed_of_by_the_last_one() -> None:

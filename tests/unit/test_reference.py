@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 
 from cri_server import errors
-from cri_server.images import reference
+from cri_server.images import hosts, reference
 
 HEX = "0123456789abcdef" * 4
 SHA256 = f"sha256:{HEX}"
@@ -27,6 +27,7 @@ NORMAL = [
     ("localhost:5000/a:v1", "localhost:5000/a:v1"),
     ("127.0.0.1:5000/a", "127.0.0.1:5000/a:latest"),
     ("[::1]:5000/a:v1", "[::1]:5000/a:v1"),
+    ("[::ffff:1.2.3.4]/a", "[::ffff:1.2.3.4]/a:latest"),
     ("quay.io/u/a_b__c-d.e---f:x", "quay.io/u/a_b__c-d.e---f:x"),
     ("Upper/a", "Upper/a:latest"),
     ("host:443/a", "host:443/a:latest"),
@@ -68,6 +69,9 @@ MALFORMED = [
     "host:65536/a",
     "host:x/a",
     "host.:5000/a",
+    "[1:2]/a",
+    "[1.2.3.4]:5000/a",
+    "[::1::]/a",
     "ex_ample.com/a",
     "user@host.example/a",
     "https://host.example/a",
@@ -138,7 +142,7 @@ def test_what_is_put_together_comes_apart(domain: str, parts: list[str], label: 
     assert reference.parse(str(ref)) == ref
 
 
-@hypothesis.given(st.text() | st.text("ab./:@-_%?#\\\0\nA0", max_size=40))
+@hypothesis.given(st.text() | st.text("ab./:@-_%?#[]\\\0\nA0", max_size=40))
 def test_any_text_is_refused_or_safe(text: str) -> None:
     try:
         ref = reference.parse(text)
@@ -148,3 +152,4 @@ def test_any_text_is_refused_or_safe(text: str) -> None:
     assert not set(str(ref)) & set(" \\%?#\0\n\r\t")
     assert not {"", ".", ".."} & set(ref.repository.split("/"))
     assert reference.parse(str(ref)).target == ref.target
+    assert hosts.load([], ref.domain)

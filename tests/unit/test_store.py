@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cri_server import spec
+from cri_server import errors, spec
 from cri_server.images import store
 
 A, B = "a" * 64, "ab" + "c" * 62
@@ -68,11 +68,15 @@ def test_other_names_find_nothing(images: store.Store, wanted: str) -> None:
     assert images.find(wanted) is None
 
 
-def test_a_prefix_of_two_ids_finds_nothing(images: store.Store) -> None:
+@pytest.mark.parametrize("prefix", ["abc", "sha256:abc"])
+def test_a_prefix_of_two_ids_is_ambiguous(images: store.Store, prefix: str) -> None:
     images.put(image("abc" + "1" * 61, TAG))
     images.put(image("abc" + "2" * 61, "docker.io/library/b:1"))
-    assert images.find("abc") is None
-    assert images.find("abc1") is not None
+    for use in (images.find, images.remove):
+        with pytest.raises(errors.InvalidArgument, match=f"{prefix}.* ambiguous"):
+            use(prefix)
+    assert len(images.list()) == 2
+    assert images.find(f"{prefix}1") is not None
 
 
 def test_a_name_that_looks_like_a_prefix_wins(images: store.Store) -> None:

@@ -120,6 +120,21 @@ def test_content_owner_mode_and_times_are_kept(layer: Layer) -> None:
     assert etc.stat().st_mtime == 1000  # although entries came into it later
 
 
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        ("7000000000.5", 7000000000.5),  # the year 2191
+        ("-5", -5),
+        ("9300000000", 0),
+        ("9" * 19, 0),
+        ("-" + "9" * 19, 0),
+    ],
+)
+def test_a_time_is_kept_or_none(layer: Layer, seconds: str, expected: float) -> None:
+    layer.apply(*(tars.pax({"mtime": seconds}, e) for e in (tars.file("f"), tars.folder("d"))))
+    assert [(layer.fs / name).stat().st_mtime for name in "fd"] == [expected] * 2
+
+
 def test_special_files_are_made(layer: Layer) -> None:
     layer.apply(
         tars.header("null", b"3", mode=0o666, device=(1, 3)),
@@ -193,6 +208,24 @@ def test_long_names_of_pax_and_gnu(layer: Layer) -> None:
         tars.file("short", b"2"),
     )
     assert {p.name for p in (layer.fs / "d").iterdir()} == {long, longer}
+
+
+@pytest.mark.parametrize(
+    ("magic", "field", "name"),
+    [
+        (b"ustar\x0000", b"way/to", "way/to/f"),
+        (b"ustar  \0", b"way/to", "way/to/f"),  # Go before 1.8
+        (b"ustar  \0", "wäy".encode(), "f"),
+        (b"ustar  \0", b"12345670123\x0012345670123\0", "f"),  # times of access and change
+        (b"ustar  \0", b"", "f"),
+        (bytes(8), b"way/to", "f"),
+    ],
+)
+def test_a_prefix_is_a_part_of_the_name(
+    layer: Layer, magic: bytes, field: bytes, name: str
+) -> None:
+    layer.apply(tars.file("f", b"x", raw={257: magic, 345: field}))
+    assert {str(p.relative_to(layer.fs)) for p in layer.fs.rglob("f")} == {name}
 
 
 def test_later_entries_replace_earlier_ones(layer: Layer) -> None:
@@ -323,6 +356,55 @@ def test_a_hard_link_to_a_lower_symlink_or_device(make: Callable[[], Layer]) -> 
     assert os.lstat(top.fs / "b").st_rdev == os.makedev(1, 3)
 
 
+@pytest.mark.parametrize(
+    ("later", "expected"),
+    [
+        ((tars.file("d/b", b"new"),), {"d", "d/b"}),
+        ((tars.symlink("d/b", "nowhere"),), {"d", "d/b"}),
+        ((tars.folder("d/b"), tars.file("d/b/x")), {"d", "d/b", "d/b/x"}),
+        ((tars.file("d"),), {"d"}),
+        ((tars.file("d"), tars.folder("d")), {"d"}),
+    ],
+)
+def test_what_comes_after_a_link_to_below_takes_its_place(
+    make: Callable[[], Layer], later: tuple[bytes, ...], expected: set[str]
+) -> None:
+    bottom, top = make(), make()
+    bottom.apply(tars.file("a", b"low"))
+    top.settle(top.apply(tars.folder("d"), tars.link("d/b", "a"), *later), bottom.fs)
+    found = list(top.fs.rglob("*"))
+    assert {str(path.relative_to(top.fs)) for path in found} == expected
+    assert not any(path.is_file() and path.read_bytes() == b"low" for path in found)
+
+
+@pytest.mark.parametrize("earlier", [(), (tars.file("b", b"mine"),), (tars.folder("b"),)])
+def test_a_link_to_a_link_to_below_is_one_to_the_same_file(
+    make: Callable[[], Layer], earlier: tuple[bytes, ...]
+) -> None:
+    bottom, top = make(), make()
+    bottom.apply(tars.file("a", b"low"), tars.file("b", b"old"))
+    outcome = top.apply(*earlier, tars.link("b", "a"), tars.whiteout("b"), tars.link("c", "b"))
+    top.settle(outcome, bottom.fs)
+    assert (top.fs / "c").read_bytes() == b"low"
+    assert (top.fs / "b").samefile(top.fs / "c")
+
+
+def test_a_link_keeps_what_it_meant_when_its_target_changes(make: Callable[[], Layer]) -> None:
+    bottom, top = make(), make()
+    bottom.apply(tars.file("a", b"low"), tars.file("b", b"old"))
+    links = (tars.link("e", "b"), tars.link("b", "a"), tars.link("c", "b"))
+    outcome = top.apply(*links, tars.file("b", b"new"), tars.file("a", b"newer"))
+    top.settle(outcome, bottom.fs)
+    found = {p.name: p.read_bytes() for p in top.fs.iterdir()}
+    assert found == {"a": b"newer", "b": b"new", "c": b"low", "e": b"old"}
+
+
+@pytest.mark.parametrize("target", ["a", "/"])
+def test_a_link_to_below_is_no_folder(make: Callable[[], Layer], target: str) -> None:
+    with pytest.raises(tar.Malformed, match="not a folder"):
+        make().apply(tars.link("b", target), tars.file("b/x"))
+
+
 def test_a_hard_link_to_nothing_is_refused(make: Callable[[], Layer]) -> None:
     bottom, top = make(), make()
     outcome = top.apply(tars.link("a", "etc/shadow"))
@@ -378,8 +460,16 @@ HOSTILE: dict[str, tuple[bytes, ...]] = {
     "pax record without value": (tars.header("x", b"x", size=6) + tars.padded(b"6 abc\n"),),
     "extended header at the end": (tars.pax(_EXT, b""),),
     "data cut off": (tars.header("a", size=1 << 20),),
-    "mtime out of range": (tars.pax({"mtime": "9" * 19}, tars.file("a")),),
-    "sparse 0.0": (tars.pax({"GNU.sparse.numblocks": "1"}, tars.file("a")),),
+    "sparse without a map": (tars.pax({"GNU.sparse.numblocks": "1"}, tars.file("a")),),
+    "sparse 0.0 with numbers out of turn": (
+        tars.pax({"GNU.sparse.numbytes": "0", "GNU.sparse.offset": "0"}, tars.file("a")),
+    ),
+    "sparse 0.0 with more than a number": (
+        tars.pax(
+            {"GNU.sparse.size": "1", "GNU.sparse.offset": "0,1,1", "GNU.sparse.numbytes": "0"},
+            tars.file("a", b"a"),
+        ),
+    ),
     "sparse beyond its size": (
         tars.pax({"GNU.sparse.map": "100,3", "GNU.sparse.size": "50"}, tars.file("a", b"abc")),
     ),
@@ -493,6 +583,9 @@ def test_bombs_stop_at_the_limit(layer: Layer) -> None:
 # ---- sparse files, archives of real tools
 
 
+VERSIONS = ("0.0", "0.1", "1.0")
+
+
 def test_sparse_files(layer: Layer, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
@@ -501,8 +594,7 @@ def test_sparse_files(layer: Layer, tmp_path: Path) -> None:
             file.seek(at)
             file.write(b"data at %d" % at)
         file.truncate(100 << 16)
-    for form in ("gnu", "pax"):
-        version = ["--sparse-version=1.0"] if form == "pax" else []
+    for form, version in (("gnu", []), *(("pax", [f"--sparse-version={v}"]) for v in VERSIONS)):
         command = ["tar", f"--format={form}", *version, "-C", str(source), "-Sc", "holes"]
         packed = subprocess.run(command, check=True, capture_output=True).stdout
         layer.apply(packed.removesuffix(tars.END))

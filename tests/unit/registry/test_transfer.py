@@ -8,7 +8,7 @@ import time
 import pytest
 
 from cri_server import errors
-from cri_server.images import registry, session
+from cri_server.images import registry, session, transfer
 from tests.fakes import registry as fake
 from tests.fakes.pulling import (
     BLOBS,
@@ -122,10 +122,23 @@ async def test_without_progress_the_tries_are_few(
     client: registry.Client, there: fake.Registry
 ) -> None:
     blob = there.add_blob(REPO, LAYER)
+    there.on(BLOBS, Cut(10), Cut(0))
+    with pytest.raises(errors.RegistryUnavailable, match="closed the connection"):
+        await fetch(client, name(there), blob)
+    assert len(there.requests) == 4
+
+
+async def test_little_progress_is_progress_but_not_for_ever(
+    client: registry.Client, there: fake.Registry
+) -> None:
+    blob = there.add_blob(REPO, LAYER)
+    there.on(BLOBS, *[Cut(10), Cut(10), Cut(0), Cut(0)] * 3, Ok())
+    assert await fetch(client, name(there), blob) == LAYER
+    there.requests.clear()
     there.on(BLOBS, Cut(10))
     with pytest.raises(errors.RegistryUnavailable, match="closed the connection"):
         await fetch(client, name(there), blob)
-    assert len(there.requests) == 3
+    assert len(there.requests) == transfer.MAX_SMALL
 
 
 async def test_with_progress_a_blob_may_be_cut_often(

@@ -3,12 +3,14 @@
 
 import asyncio
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
 from concurrent import futures
 from pathlib import Path
 
+import h11
 import pytest
 
 from cri_server import errors
@@ -17,6 +19,7 @@ from tests.fakes import certificates
 from tests.fakes import registry as fake
 from tests.fakes.pulling import (
     BASIC,
+    BLOBS,
     LAYER,
     REPO,
     SECRET,
@@ -27,7 +30,7 @@ from tests.fakes.pulling import (
     name,
     write_hosts,
 )
-from tests.fakes.registry import Raw, Say
+from tests.fakes.registry import Guard, Raw, Say
 
 # ---- proxies
 
@@ -182,13 +185,55 @@ async def test_who_is_trusted(
         client.close()
 
 
-async def test_a_bad_certificate_on_loopback_is_no_reason_for_plain_http(
+async def test_a_private_ca_without_key_usage_is_trusted(
+    client: registry.Client, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Python 3.13 makes strict contexts; so does this one, whatever Python it is."""
+    context = ssl.create_default_context()
+    context.verify_flags |= ssl.VERIFY_X509_STRICT
+    monkeypatch.setattr(ssl, "create_default_context", lambda: context)
+    authority = certificates.make(tmp_path, "ca", "DNS:ca.test")
+    signed = certificates.make(tmp_path, "signed", "IP:127.0.0.1", authority=authority)
+    with fake.run(tls=signed.server()) as secure:
+        write_hosts(tmp_path, secure.address, f'ca = "{authority.certificate}"\n')
+        top = secure.add_image(REPO, "v1", LAYER)
+        assert (await client.resolve(name(secure))).digest == top.digest
+        client.close()
+
+
+@pytest.mark.parametrize("options", ["skip_verify = true\n", 'ca = "{pem}"\n'])
+async def test_trust_goes_where_the_host_sends_us(
+    client: registry.Client,
+    there: fake.Registry,
+    certificate: certificates.Certificate,
+    tmp_path: Path,
+    options: str,
+) -> None:
+    registry_host = there.address.replace("127.0.0.1", "localhost")
+    with fake.run(tls=certificate.server()) as secure:
+        text = options.format(pem=certificate.certificate)
+        write_hosts(tmp_path, registry_host, f'server = "http://{registry_host}"\n{text}')
+        secure.on("/token", Say(200, body=b'{"token":"abc"}'))
+        there.on("/v2/", Guard("Bearer abc", f'Bearer realm="https://{secure.address}/token"'))
+        there.add_image(REPO, "v1", LAYER)
+        ref = reference.parse(f"{registry_host}/{REPO}:v1")
+        await client.resolve(ref)
+        blob = there.add_blob(REPO, LAYER)
+        there.on(BLOBS, Say(307, {"Location": f"https://{secure.address}/x"}))
+        secure.on("/x", Raw(framed(LAYER, "length")))
+        assert await fetch(client, ref, blob) == LAYER
+        client.close()
+
+
+async def test_any_certificate_will_do_on_loopback(
     client: registry.Client, certificate: certificates.Certificate
 ) -> None:
+    """As in containerd: `localhost:5000` works without a hosts.toml, and never in plain text."""
     with fake.run(tls=certificate.server()) as secure:
-        with pytest.raises(errors.RegistryUnavailable, match="certificate not accepted"):
-            await client.resolve(name(secure), USER)
-        assert secure.requests == []
+        top = secure.add_image(REPO, "v1", LAYER)
+        assert (await client.resolve(name(secure), USER)).digest == top.digest
+        assert client._shared.plain == set()
+        client.close()
 
 
 async def test_a_client_certificate_is_shown_to_its_host(
@@ -243,6 +288,13 @@ async def test_a_request_that_http_forbids_is_refused_without_repeating_it(
         await http.send(request)
     assert SECRET not in "".join(map(repr, causes(caught.value)))
     assert there.requests == []
+
+
+def test_a_header_of_the_request_stands_in_for_the_usual_one() -> None:
+    request = transport.Request(url="http://a.test/", headers=(("user-agent", "proxy-2"),))
+    sent = transport._encode(h11.Connection(h11.CLIENT), request, transport._target(request))
+    agents = [line for line in sent.split(b"\r\n") if line.lower().startswith(b"user-agent:")]
+    assert agents == [b"user-agent: proxy-2"]
 
 
 async def test_reading_pauses_while_nobody_takes_the_bytes(there: fake.Registry) -> None:
