@@ -2,7 +2,8 @@
 """A client that joins the standard streams of a running container until either of them goes.
 
 The container never ends because of a client, and a client that leaves takes nothing with it but,
-where the container was made with `stdin_once`, its stdin.
+where the container was made with `stdin_once`, its stdin. One that says that it sends no more
+leaves when all that it sent is written; one that is lost, at once.
 """
 
 import contextlib
@@ -25,19 +26,22 @@ class Client(Protocol):
 
 
 async def attach(owner: container.Container, start: pb.AttachStart, client: Client) -> None:
-    """Serve a client until the container has ended, and tell it how. Raises FailedPrecondition,
-    DeadlineExceeded when the client was dropped because it takes no output.
+    """Serve a client until the container has ended, and tell it how, or until the client leaves.
+
+    Raises FailedPrecondition, DeadlineExceeded when the client was dropped because it takes no
+    output.
     """
     owner.require(container.State.RUNNING, verb="attach to")
     session = _Session(start, client)
     owner.streams.add(session)
-    listener = loop.spawn(_listen(owner, start, client), name="attach input")
+    listener = loop.spawn(_listen(owner, start, client, session.over), name="attach input")
     waiting = loop.spawn(session.wait(owner), name="attach end")
     try:
         await session.over.wait()
         if session.dropped:
             raise errors.DeadlineExceeded("output was not read for too long: detached")
-        await client.send(pb.AttachOutput(exit=session.record))
+        if session.record:
+            await client.send(pb.AttachOutput(exit=session.record))
     finally:
         listener.cancel()
         waiting.cancel()
@@ -76,7 +80,10 @@ class _Session:
             await self._client.send(pb.AttachOutput(stderr=data))
 
 
-async def _listen(owner: container.Container, start: pb.AttachStart, client: Client) -> None:
+async def _listen(
+    owner: container.Container, start: pb.AttachStart, client: Client, over: loop.Event
+) -> None:
+    """Take input until the client has no more; all of it is written when `over` is set."""
     with contextlib.suppress(errors.ShimError):
         while (message := await client.recv()) is not None:
             match message.WhichOneof("input"):
@@ -86,7 +93,7 @@ async def _listen(owner: container.Container, start: pb.AttachStart, client: Cli
                     owner.streams.resize(message.resize.width, message.resize.height)
                 case "close_stdin":  # sizes of the terminal may still come
                     await _leave_stdin(owner, start)
-        await _leave_stdin(owner, start)
+        over.set()
 
 
 async def _leave_stdin(owner: container.Container, start: pb.AttachStart) -> None:
