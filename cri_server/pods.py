@@ -46,7 +46,7 @@ from cri_server import (
     state,
     steps,
 )
-from cri_server.network import cni, netns
+from cri_server.network import cni, conf, netns
 from cri_server.pb import api_pb2 as api
 from cri_server.spec import why
 from shim.pb import shim_pb2
@@ -366,11 +366,16 @@ class Pods:
         if pod.network is None:
             return None
         try:
-            await self._network.detach(self._attachment(pod))
+            await self._network.detach(self._attachment(pod), self._place(pod))
         except errors.CriError as e:
             log.warning("network not given back: owed", pod=pod.id, error=e.message)
             return e
         return None
+
+    def _place(self, pod: state.Pod) -> conf.Place | None:
+        """Return where the pod's network is described now; that of all when its handler is lost."""
+        found = self._handlers.find(pod.handler)
+        return handlers.place(found.handler, self._settings.network) if found else None
 
     async def settle_networks(self) -> bool:
         """Try again to give back the networks of pods that were stopped without; say whether all
@@ -539,6 +544,7 @@ class Pods:
             dns=pod.config.dns_config,
             annotations=dict(pod.config.annotations),
             cgroup_parent=pod.config.linux.cgroup_parent,
+            result=pod.network or {},
         )
 
 

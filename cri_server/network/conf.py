@@ -76,6 +76,10 @@ class Chain:
         plugins = [dict(p.document) for p in self.plugins]
         return parse(msgspec.json.encode({**document, "plugins": [*plugins, plugin]}), self.path)
 
+    def renamed(self, name: str) -> "Chain":
+        """Return the same plugins for a network of another name. Raises Invalid."""
+        return parse(msgspec.json.encode({**decode(self.source), "name": name}), self.path)
+
     @property
     def standard(self) -> bool:
         """Whether there are only plugins that do what their configuration says and no more."""
