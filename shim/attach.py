@@ -7,6 +7,7 @@ leaves when all that it sent is written; one that is lost, at once.
 """
 
 import contextlib
+from collections.abc import Set as AbstractSet
 from typing import Protocol
 
 from shim import container, errors, loop
@@ -29,7 +30,7 @@ async def attach(owner: container.Container, start: pb.AttachStart, client: Clie
     """Serve a client until the container has ended, and tell it how, or until the client leaves.
 
     Raises FailedPrecondition, DeadlineExceeded when the client was dropped because it takes no
-    output.
+    output, or too slowly at the container's end.
     """
     owner.require(container.State.RUNNING, verb="attach to")
     session = _Session(start, client)
@@ -38,7 +39,7 @@ async def attach(owner: container.Container, start: pb.AttachStart, client: Clie
     waiting = loop.spawn(session.wait(owner), name="attach end")
     try:
         await session.over.wait()
-        if session.dropped:
+        if session.dropped or session.misses(owner.streams.withheld):
             raise errors.DeadlineExceeded("output was not read for too long: detached")
         if session.record:
             await client.send(pb.AttachOutput(exit=session.record))
@@ -58,6 +59,10 @@ class _Session:
         self.over = loop.Event()
         self.dropped = False
         self.record: pb.ExitRecord | None = None
+
+    def misses(self, withheld: AbstractSet[str]) -> bool:
+        """Say whether one of these streams was asked for."""
+        return any(getattr(self._start, stream) for stream in withheld)
 
     async def wait(self, owner: container.Container) -> None:
         """Wait for the container's end; `over` is set then, or when the client was dropped."""
