@@ -46,7 +46,7 @@ from cri_server import (
     state,
     steps,
 )
-from cri_server.network import cni, netns
+from cri_server.network import cni, conf, netns
 from cri_server.pb import api_pb2 as api
 from cri_server.spec import why
 from shim.pb import shim_pb2
@@ -187,7 +187,8 @@ class Pods:
         network = _NetworkEvents(asyncio.Event(), asyncio.Event())
         if pod.own_network and not spec.ids(pod.config):  # else it belongs to the user namespace
             with recipe.step("network namespace"):
-                await asyncio.to_thread(netns.create, pod.netns, self._sysctls(pod, network=True))
+                sysctls = self._sysctls(pod, network=True)
+                await asyncio.to_thread(netns.create, pod.netns, sysctls)
             network.made.set()
         result, started = await side_by_side.both(
             self._attach(pod, network, recipe), self._start_shim(pod, network, recipe)
@@ -237,8 +238,14 @@ class Pods:
                 result = await self._network.attach(
                     self._attachment(pod), self._handlers.place(pod.handler)
                 )
+            await self._set_up_interface(pod)
         network.attached.set()
         return result
+
+    async def _set_up_interface(self, pod: state.Pod) -> None:
+        """Write the sysctls that were not there before CNI's ADD."""
+        if sysctls := self._sysctls(pod, network=True, device=True):
+            await asyncio.to_thread(netns.write, pod.netns, sysctls)
 
     async def _start_shim(
         self, pod: state.Pod, network: "_NetworkEvents", recipe: steps.Steps
@@ -366,11 +373,16 @@ class Pods:
         if pod.network is None:
             return None
         try:
-            await self._network.detach(self._attachment(pod))
+            await self._network.detach(self._attachment(pod), self._place(pod))
         except errors.CriError as e:
             log.warning("network not given back: owed", pod=pod.id, error=e.message)
             return e
         return None
+
+    def _place(self, pod: state.Pod) -> conf.Place | None:
+        """Return where the pod's network is described now; that of all when its handler is lost."""
+        found = self._handlers.find(pod.handler)
+        return handlers.place(found.handler, self._settings.network) if found else None
 
     async def settle_networks(self) -> bool:
         """Try again to give back the networks of pods that were stopped without; say whether all
@@ -503,19 +515,25 @@ class Pods:
             request.network_path = ""  # it is there already
             request.sysctls.update(self._sysctls(pod, network=False))
             return request
-        request.sysctls.update(spec.sysctls(pod.config))
+        every = spec.sysctls(pod.config)
+        request.sysctls.update({n: v for n, v in every.items() if not netns.is_of_device(n)})
         request.uid_mappings.add(host_id=mapped.uid, size=mapped.uids)
         request.gid_mappings.add(host_id=mapped.gid, size=mapped.gids)
         return request
 
-    def _sysctls(self, pod: state.Pod, *, network: bool) -> dict[str, str]:
-        """Return the sysctls of the pod's network namespace, or those of the others; none for a
-        virtual machine, which sets them itself (`spec.sandbox`).
+    def _sysctls(self, pod: state.Pod, *, network: bool, device: bool = False) -> dict[str, str]:
+        """Return the sysctls of the pod's network namespace, apart those of its `device`, or those
+        of the others; none for a virtual machine, which sets them itself (`spec.sandbox`).
         """
         if self._handlers.of(pod.handler).is_machine:
             return {}
         every = spec.sysctls(pod.config)
-        return {name: value for name, value in every.items() if name.startswith("net.") == network}
+        wanted = (network, device)
+        return {
+            name: value
+            for name, value in every.items()
+            if (name.startswith("net."), netns.is_of_device(name)) == wanted
+        }
 
     def _release_request(self, pod: state.Pod) -> shim_pb2.CreateSandboxRequest:
         """Return what names the namespaces; all that the shim needs to release them."""
@@ -539,6 +557,7 @@ class Pods:
             dns=pod.config.dns_config,
             annotations=dict(pod.config.annotations),
             cgroup_parent=pod.config.linux.cgroup_parent,
+            result=pod.network or {},
         )
 
 

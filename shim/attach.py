@@ -2,10 +2,12 @@
 """A client that joins the standard streams of a running container until either of them goes.
 
 The container never ends because of a client, and a client that leaves takes nothing with it but,
-where the container was made with `stdin_once`, its stdin.
+where the container was made with `stdin_once`, its stdin. One that says that it sends no more
+leaves when all that it sent is written; one that is lost, at once.
 """
 
 import contextlib
+from collections.abc import Set as AbstractSet
 from typing import Protocol
 
 from shim import container, errors, loop
@@ -25,19 +27,22 @@ class Client(Protocol):
 
 
 async def attach(owner: container.Container, start: pb.AttachStart, client: Client) -> None:
-    """Serve a client until the container has ended, and tell it how. Raises FailedPrecondition,
-    DeadlineExceeded when the client was dropped because it takes no output.
+    """Serve a client until the container has ended, and tell it how, or until the client leaves.
+
+    Raises FailedPrecondition, DeadlineExceeded when the client was dropped because it takes no
+    output, or too slowly at the container's end.
     """
     owner.require(container.State.RUNNING, verb="attach to")
     session = _Session(start, client)
     owner.streams.add(session)
-    listener = loop.spawn(_listen(owner, start, client), name="attach input")
+    listener = loop.spawn(_listen(owner, start, client, session.over), name="attach input")
     waiting = loop.spawn(session.wait(owner), name="attach end")
     try:
         await session.over.wait()
-        if session.dropped:
+        if session.dropped or session.misses(owner.streams.withheld):
             raise errors.DeadlineExceeded("output was not read for too long: detached")
-        await client.send(pb.AttachOutput(exit=session.record))
+        if session.record:
+            await client.send(pb.AttachOutput(exit=session.record))
     finally:
         listener.cancel()
         waiting.cancel()
@@ -54,6 +59,10 @@ class _Session:
         self.over = loop.Event()
         self.dropped = False
         self.record: pb.ExitRecord | None = None
+
+    def misses(self, withheld: AbstractSet[str]) -> bool:
+        """Say whether one of these streams was asked for."""
+        return any(getattr(self._start, stream) for stream in withheld)
 
     async def wait(self, owner: container.Container) -> None:
         """Wait for the container's end; `over` is set then, or when the client was dropped."""
@@ -76,7 +85,10 @@ class _Session:
             await self._client.send(pb.AttachOutput(stderr=data))
 
 
-async def _listen(owner: container.Container, start: pb.AttachStart, client: Client) -> None:
+async def _listen(
+    owner: container.Container, start: pb.AttachStart, client: Client, over: loop.Event
+) -> None:
+    """Take input until the client has no more; all of it is written when `over` is set."""
     with contextlib.suppress(errors.ShimError):
         while (message := await client.recv()) is not None:
             match message.WhichOneof("input"):
@@ -86,7 +98,7 @@ async def _listen(owner: container.Container, start: pb.AttachStart, client: Cli
                     owner.streams.resize(message.resize.width, message.resize.height)
                 case "close_stdin":  # sizes of the terminal may still come
                     await _leave_stdin(owner, start)
-        await _leave_stdin(owner, start)
+        over.set()
 
 
 async def _leave_stdin(owner: container.Container, start: pb.AttachStart) -> None:

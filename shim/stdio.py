@@ -59,6 +59,7 @@ class Streams:
         fifos: bool = False,
         waits: bool = False,
     ) -> None:
+        self.withheld: set[str] = set()  # of which clients did not get the end
         self._fifos = fifos
         self._remote: runtimes.Process | None = None  # whose terminal and stdin the runtime holds
         self._owner = owner
@@ -161,7 +162,7 @@ class Streams:
         """Read to the end of all output, or for `seconds` where a stranger keeps the pipes open.
 
         What is in the pipes then is still delivered: if `patient`, to a slow client too; else only
-        to the log.
+        to the log, and the stream is `withheld`.
         """
         with contextlib.suppress(TimeoutError):
             async with loop.timeout(seconds):
@@ -169,6 +170,7 @@ class Streams:
                     await pump.task.join()
         for pump in self._pumps:
             await pump.finish(patient=patient)
+            self.withheld |= {pump.stream} if pump.withheld else set()
 
     def close(self) -> None:
         """Let go of everything; the log stays open."""
@@ -278,9 +280,10 @@ class _Pump:
         deliver: Callable[[str, bytes], Awaitable[None]],
         chunk: int,
     ) -> None:
+        self.stream = stream
+        self.withheld = False  # whether something went to the log alone
         self._fd = fd
         self._chunk = chunk
-        self._stream = stream
         self._log = log
         self._deliver = deliver
         self._idle = False
@@ -302,13 +305,13 @@ class _Pump:
         try:
             while chunk := await self._next():
                 if self._log:
-                    self._log.write(self._stream, chunk)
+                    self._log.write(self.stream, chunk)
                 await self._offer(chunk)
         except loop.Cancelled:
             return  # by `close`
         finally:
             if self._log:
-                self._log.finish(self._stream)
+                self._log.finish(self.stream)
             os.close(self._fd)
 
     async def _next(self) -> bytes:
@@ -333,12 +336,14 @@ class _Pump:
 
     async def _offer(self, chunk: bytes) -> None:
         if self._log_only:
+            self.withheld = True
             return
         try:
-            await self._deliver(self._stream, chunk)
+            await self._deliver(self.stream, chunk)
         except loop.Cancelled:
             if not self._log_only:
                 raise
+            self.withheld = True
 
 
 def _pipe(size: int, directory: str, name: str) -> tuple[int, int]:

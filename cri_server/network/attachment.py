@@ -31,7 +31,9 @@ _BINARY = {f"{s}i": 1024**i for i, s in enumerate("KMGTPE", start=1)}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attachment:
-    """A pod that is on a network, or shall be. `netns` is the path of its pinned namespace."""
+    """A pod that is on a network, or shall be. `netns` is the path of its pinned namespace,
+    `result` what ADD had answered, by the pod's record: for a DEL when the cache has lost it.
+    """
 
     pod_id: str
     netns: str
@@ -42,6 +44,7 @@ class Attachment:
     dns: api.DNSConfig = field(default_factory=api.DNSConfig)
     annotations: Mapping[str, str] = field(default_factory=dict)
     cgroup_parent: str = ""
+    result: Mapping[str, object] = field(default_factory=dict)
 
     def args(self) -> tuple[tuple[str, str], ...]:
         """Return CNI_ARGS in order. Raises InvalidArgument for a value that is more than one."""

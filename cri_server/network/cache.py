@@ -6,7 +6,8 @@
 An entry is written before the first plugin of an ADD runs, without a result, and again with it. So
 after a kill at any instruction whatever was allocated can be given back: an entry is there as long
 as a DEL may be owed. Files change by rename, without fsync; one that a power loss broke is found as
-an `Entry` without `config`. All functions block; callers run them in a thread.
+an `Entry` without `config`, of which `cni` makes what it can. All functions block; callers run them
+in a thread.
 """
 
 import base64

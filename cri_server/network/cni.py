@@ -7,9 +7,10 @@
 
 A DEL is owed as long as the cache has an entry, so a kill at any instruction loses nothing:
 `detach` again, by the next StopPodSandbox or by recovery, gives back what was allocated, also after
-a reboot and without any configuration. A caller that goes away ends the plugin that it waits for,
-not the DEL that follows. Operations of one pod wait for each other, those of different pods do not.
-The namespace itself is made by the shim and removed by `netns`.
+a reboot and without any configuration. An entry that is lost, or that a power loss broke, is made
+up for from the pod's record and the configuration of today. A caller that goes away ends the plugin
+that it waits for, not the DEL that follows. Operations of one pod wait for each other, those of
+different pods do not. The namespace itself is made by the shim and removed by `netns`.
 """
 
 import asyncio
@@ -216,44 +217,70 @@ class Network:
 
     # -- detach -----------------------------------------------------------------------------------
 
-    async def detach(self, attachment: Attachment) -> None:
+    async def detach(self, attachment: Attachment, place: conf.Place | None = None) -> None:
         """Take the pod off its network; nothing attached is fine, so is a namespace that is gone.
+        `place` is where the network is described now, for a pod whose cache entry is lost.
 
         Runs to its end when cancelled. Raises DeadlineExceeded, Unavailable or Internal when a
         plugin failed; then the rest was done nevertheless, and another `detach` is owed.
         """
-        await self._own(self._detach(attachment), cancel=False)
+        await self._own(self._detach(attachment, place), cancel=False)
 
-    async def _detach(self, attachment: Attachment) -> None:
+    async def _detach(self, attachment: Attachment, place: conf.Place | None) -> None:
         async with self._locks.held(attachment.pod_id), self._changes.shared():
             failures: list[errors.CriError] = []
-            for entry in await asyncio.to_thread(self._cache.find, attachment.pod_id, IFNAME):
+            for entry in await asyncio.to_thread(self._owed, attachment, place):
                 try:
                     await self._delete(entry, attachment.netns)
                 except errors.CriError as e:
                     failures.append(e)
             verbs.raise_all(failures)
 
+    def _owed(self, attachment: Attachment, place: conf.Place | None) -> list[cache.Entry]:
+        """Return the entries of a pod, each with all that a DEL needs as far as that is known."""
+        found = self._cache.find(attachment.pod_id, IFNAME)
+        if not found and attachment.result:
+            found = [cache.Entry(network="", container_id=attachment.pod_id, ifname=IFNAME)]
+        return [e if _chain_of(e) else self._mended(e, attachment, place) for e in found]
+
+    def _mended(
+        self, entry: cache.Entry, attachment: Attachment, place: conf.Place | None
+    ) -> cache.Entry:
+        """Complete an entry whose file is lost or broken, unless there is no network today."""
+        log.warning("cni cache entry lost or broken", pod=attachment.pod_id, network=entry.network)
+        chain = self._of_today(entry.network, place)
+        if chain is None:
+            return entry
+        capabilities = entry.capabilities or attachment.capabilities()
+        return dataclasses.replace(
+            entry,
+            network=chain.name,
+            config=self._with_portmap(chain, capabilities).source,
+            args=entry.args or attachment.args(),
+            capabilities=capabilities,
+            result=entry.result or attachment.result or None,
+        )
+
+    def _of_today(self, network: str, place: conf.Place | None) -> conf.Chain | None:
+        """Return the chain of a network as it is now: that of its name, else that of the place,
+        under the name of that time, by which plugins such as host-local keep their books.
+        """
+        own = self._side(place).directory.load().chain
+        self._side(None)
+        others = (side.directory.load().chain for side in tuple(self._sides.values()))
+        same = next((c for c in (own, *others) if c and c.name == network), None)
+        return same or (own.renamed(network) if own and network else own)
+
     async def _delete(self, entry: cache.Entry, netns_path: str) -> None:
         """Run DEL for an entry and forget it."""
         there = await asyncio.to_thread(netns.exists, netns_path)
-        chain = self._chain_of(entry)
+        chain = _chain_of(entry)
         if chain is not None:
             # An empty CNI_NETNS means that it is gone (CNI specification §2, DEL).
             call = dataclasses.replace(_call(entry), netns=netns_path if there else "")
             timeout = self._settings.del_timeout
             await verbs.delete(self._plugins, chain, call, entry.result, timeout=timeout)
         await asyncio.to_thread(self._cache.remove, entry)
-
-    def _chain_of(self, entry: cache.Entry) -> conf.Chain | None:
-        """Return the configuration of that time; where it is lost, today's of the same name."""
-        try:
-            return conf.parse(entry.config)
-        except conf.Invalid as e:
-            log.warning("cni cache entry is broken", file=entry.file_name, error=str(e))
-        self._side(None)
-        chains = (side.directory.load().chain for side in self._sides.values())
-        return next((c for c in chains if c is not None and c.name == entry.network), None)
 
     # -- the rest ---------------------------------------------------------------------------------
 
@@ -264,7 +291,7 @@ class Network:
         """
         entries = await asyncio.to_thread(self._cache.find, attachment.pod_id, IFNAME)
         for entry in entries:
-            chain = self._chain_of(entry)
+            chain = _chain_of(entry)
             if chain is not None and entry.result is not None:
                 call = dataclasses.replace(_call(entry), netns=attachment.netns)
                 timeout = self._settings.del_timeout
@@ -295,6 +322,14 @@ class Network:
             await side.poller.close()
         if self._running:
             await asyncio.wait(self._running)
+
+
+def _chain_of(entry: cache.Entry) -> conf.Chain | None:
+    """Return the configuration of that time, None where it is lost."""
+    try:
+        return conf.parse(entry.config)
+    except conf.Invalid:
+        return None
 
 
 def _call(entry: cache.Entry) -> plugin.Call:

@@ -2,6 +2,7 @@
 """CNI configuration: which file of /etc/cni/net.d counts, and what it says.
 
     10-a.conflist, 20-b.conf ─► by name, the first that is valid ─► Chain(name, version, plugins)
+    NAME/*.conf              ─► by name, behind the plugins of the .conflist whose network is NAME
 
 A file that cannot be used is skipped and named, with the reason, in `Loaded.skipped`.
 `Directory.load` looks at names, times and sizes on every call and reads only what changed, so an
@@ -9,10 +10,11 @@ edit counts at once and nothing has to be watched. Nothing is written here. A Ch
 text, so that it can be stored and used when the file is gone.
 """
 
+import contextlib
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -30,7 +32,8 @@ STANDARD = frozenset(
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
 Document = Mapping[str, object]
-Signature = tuple[tuple[str, int, int, int], ...]
+Stamp = tuple[str, int, int, int]
+Signature = tuple[Stamp, ...]
 
 
 class Invalid(ValueError):
@@ -76,6 +79,10 @@ class Chain:
         plugins = [dict(p.document) for p in self.plugins]
         return parse(msgspec.json.encode({**document, "plugins": [*plugins, plugin]}), self.path)
 
+    def renamed(self, name: str) -> "Chain":
+        """Return the same plugins for a network of another name. Raises Invalid."""
+        return parse(msgspec.json.encode({**decode(self.source), "name": name}), self.path)
+
     @property
     def standard(self) -> bool:
         """Whether there are only plugins that do what their configuration says and no more."""
@@ -111,39 +118,71 @@ class Directory:
         """Return what holds now. A few stat calls when nothing changed; any thread may call it."""
         signature = self._signature()
         if self._seen is None or self._seen[0] != signature:
-            self._seen = (signature, self._read(name for name, *_ in signature))
+            self._seen = (signature, self._read([name for name, *_ in signature]))
         return self._seen[1]
 
     def _signature(self) -> Signature:
-        found: list[tuple[str, int, int, int]] = []
+        found: list[Stamp] = []
         try:
             with os.scandir(self.place.directory) as entries:
                 for entry in entries:
                     if entry.name.endswith(SUFFIXES) and self.place.file in ("", entry.name):
                         found += _stamp(entry)
+                    if _NAME.fullmatch(entry.name) and entry.is_dir():
+                        found += _stamps_in(entry)
         except OSError:
             return ()
         return tuple(sorted(found))
 
-    def _read(self, names: Iterable[str]) -> Loaded:
+    def _read(self, names: Sequence[str]) -> Loaded:
         skipped: list[str] = []
         for name in names:
-            path = self.place.directory / name
+            if "/" in name:
+                continue
             try:
-                return Loaded(chain=parse(_content(path), os.fspath(path)), skipped=tuple(skipped))
+                chain = parse(self._whole(name, names), os.fspath(self.place.directory / name))
+                return Loaded(chain=chain, skipped=tuple(skipped))
             except (Invalid, OSError) as e:
                 reason = e.strerror if isinstance(e, OSError) else e
                 skipped.append(f"{name}: {reason}")
         return Loaded(skipped=tuple(skipped))
 
+    def _whole(self, name: str, names: Sequence[str]) -> bytes:
+        """Return the text of a file, of a conflist with the plugins in its network's folder, as
+        libcni 1.3 loads them. Raises Invalid, OSError.
+        """
+        data = _content(self.place.directory / name)
+        document = decode(data) if name.endswith(".conflist") else {}
+        plugins = document.get("plugins", [])
+        more = [n for n in names if n.startswith(f"{document.get('name')}/")]
+        if not more or not isinstance(plugins, list) or _flag(document, "loadOnlyInlinedPlugins"):
+            return data
+        return msgspec.json.encode({**document, "plugins": [*plugins, *map(self._plugin, more)]})
 
-def _stamp(entry: os.DirEntry[str]) -> list[tuple[str, int, int, int]]:
+    def _plugin(self, name: str) -> Document:
+        try:
+            return decode(_content(self.place.directory / name))
+        except Invalid as e:
+            raise Invalid(f"{name}: {e}") from e
+
+
+def _stamps_in(folder: os.DirEntry[str]) -> Iterator[Stamp]:
+    """Describe the plugins in a folder of the directory; there are none where it cannot be read."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(".conf"):
+                yield from _stamp(entry, f"{folder.name}/")
+
+
+def _stamp(entry: os.DirEntry[str], folder: str = "") -> list[Stamp]:
     """Describe a regular file by what an edit changes; a fifo would block whoever opens it."""
     try:
         s = entry.stat()
     except FileNotFoundError:  # a dangling link, or gone since
         return []
-    return [(entry.name, s.st_mtime_ns, s.st_size, s.st_ino)] if stat.S_ISREG(s.st_mode) else []
+    if not stat.S_ISREG(s.st_mode):
+        return []
+    return [(folder + entry.name, s.st_mtime_ns, s.st_size, s.st_ino)]
 
 
 def _content(path: Path) -> bytes:

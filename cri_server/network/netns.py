@@ -10,6 +10,7 @@ made by the shim.
 import contextlib
 import fcntl
 import os
+import re
 import socket
 import struct
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from cri_server.network import inside
 from shim import linux, mounts
 
 _IFREQ = "16sh14x"  # name and flags: netdevice(7)
+_OF_DEVICE = re.compile(r"net\.[^.]+\.(conf|neigh)\.(?!(all|default|lo)\.)")
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 0x1
 
 
@@ -36,10 +38,25 @@ def create(path: str, sysctls: Mapping[str, str]) -> None:
         raise errors.Internal(f"cannot make the pod's network namespace: {e.strerror}") from e
 
 
+def is_of_device(sysctl: str) -> bool:
+    """Say whether a sysctl (by its dotted name) is there only when the pod has its interface."""
+    return _OF_DEVICE.match(sysctl) is not None
+
+
+def write(path: str, sysctls: Mapping[str, str]) -> None:
+    """Write sysctls in the namespace that is pinned at `path`. Blocks.
+
+    Raises InvalidArgument for one that the kernel refuses, Internal.
+    """
+    try:
+        inside.run(path, lambda: _write_all(sysctls))
+    except OSError as e:
+        raise errors.Internal(f"cannot enter the pod's network namespace: {e.strerror}") from e
+
+
 def _furnish(path: str, sysctls: Mapping[str, str]) -> None:
     _bring_up(b"lo")
-    for name, value in sysctls.items():
-        _write(name, value)
+    _write_all(sysctls)
     os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o444))
     linux.mount("/proc/thread-self/ns/net", path, flags=linux.MS_BIND)
 
@@ -49,6 +66,11 @@ def _bring_up(name: bytes) -> None:
         answer = fcntl.ioctl(control, _SIOCGIFFLAGS, struct.pack(_IFREQ, name, 0))
         _, flags = struct.unpack(_IFREQ, answer)
         fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack(_IFREQ, name, flags | _IFF_UP))
+
+
+def _write_all(sysctls: Mapping[str, str]) -> None:
+    for name, value in sysctls.items():
+        _write(name, value)
 
 
 def _write(name: str, value: str) -> None:

@@ -4,10 +4,10 @@
     client ──stdin, resize──► Peer ──ExecInput──► shim      each step waits until the next one takes
     client ◄──stdout, stderr── Peer ◄──ExecOutput── shim    what it has, so memory stays flat
 
-How it ended is told on the error stream, after all output. A client that goes away detaches; the
-process of an exec goes on then, as with the peers, with its stdin closed and its output dropped,
-unless `exec_abandoned_timeout` ends it. When this server ends, so do the execs that it serves: the
-shim kills them. Attached containers go on in any case.
+How it ended is told on the error stream, after all output. A client that goes away detaches, once
+the container has what it had sent; the process of an exec goes on then, as with the peers, with its
+stdin closed and its output dropped, unless `exec_abandoned_timeout` ends it. When this server ends,
+so do the execs that it serves: the shim kills them. Attached containers go on in any case.
 """
 
 import asyncio
@@ -24,6 +24,7 @@ from shim.pb import shim_pb2 as pb
 
 _PART = 16 << 10  # bytes of sizes that are read at once
 Send = Callable[[Message], Awaitable[None]]
+LEAVING = 30.0  # seconds for a container to read what a client had sent before it went
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,19 +113,42 @@ async def attach(client: peer.Peer, wanted: Attachment, shim_host: shims.Shims) 
 
 
 async def _join(client: peer.Peer, wanted: Attachment, shim_host: shims.Shims) -> None:
+    """Copy both ways until the shim ends the session: that is when the container has ended, or has
+    all that the client sent.
+    """
     async with shim_host.of(wanted.pod_id).attach() as call:
         await call.send(pb.AttachInput(start=wanted.start))
         async with _inputs(client, _AttachInput(call.send), terminal=wanted.terminal) as feeding:
             following = asyncio.create_task(_follow(client, call.recv, wanted.streams))
-            leaving = asyncio.create_task(client.closed.wait())
-            ends = {following, leaving, *({feeding} if wanted.leaves else ())}
+            ending = asyncio.create_task(_end(client, wanted, feeding, call.finish))
+            leaving = asyncio.create_task(_leave(client))
             try:
-                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({following, leaving}, return_when=asyncio.FIRST_COMPLETED)
                 if following.done():
                     following.result()
             finally:
-                following.cancel()
-                leaving.cancel()
+                for task in (following, ending, leaving):
+                    task.cancel()
+
+
+async def _end(
+    client: peer.Peer,
+    wanted: Attachment,
+    feeding: "asyncio.Task[None]",
+    finish: Callable[[], Awaitable[None]],
+) -> None:
+    """Have the shim end the session after the client's stdin, or when the client has gone, too."""
+    await asyncio.wait({feeding})
+    if not wanted.leaves:
+        await client.closed.wait()
+    with contextlib.suppress(shim_errors.ShimError):
+        await finish()
+
+
+async def _leave(client: peer.Peer) -> None:
+    """Return when a client has gone and the container has had its time for what it had sent."""
+    await client.closed.wait()
+    await asyncio.sleep(LEAVING)
 
 
 async def _follow(

@@ -54,7 +54,7 @@ class Requests:
                 start=start,
                 streams=streams,
                 terminal=wanted.tty,
-                leaves=wanted.stdin and (wanted.tty or not made.stdin_once),
+                leaves=wanted.stdin and made.stdin and (wanted.tty or not made.stdin_once),
             )
         )
 

@@ -11,15 +11,14 @@ is used from the next connection on. Nothing of it survives a restart but attach
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
 
 import structlog
 
 from cri_server import config, shims
 from cri_server.streaming import (
+    accepted,
     certificates,
     head,
     pairs,
@@ -63,7 +62,7 @@ class Server:
         self._settings, self._shims = settings, shim_host
         self._tokens: tokens.Tokens[Request] = tokens.Tokens()
         self._sessions: set[asyncio.Task[None]] = set()
-        self._strangers: dict[asyncio.Task[None], asyncio.StreamWriter] = {}  # the oldest first
+        self._strangers: dict[asyncio.Transport, asyncio.Task[None]] = {}  # the oldest first
         self._certificate = certificates.of(settings)
         self._base = ""
         self._server: asyncio.Server | None = None
@@ -71,23 +70,12 @@ class Server:
     async def start(self) -> None:
         """Listen. Raises OSError when the address cannot be had."""
         host, _, port = self._settings.stream_address.rpartition(":")
-        server = self._server = await asyncio.start_server(
-            self._accept,
-            host.strip("[]"),
-            int(port),
-            backlog=_BACKLOG,
-            limit=wire.READ // 2,  # twice as much is collected at most
-            **self._tls(),
+        server = self._server = await asyncio.get_running_loop().create_server(
+            lambda: accepted.Accepted(self._accept), host.strip("[]"), int(port), backlog=_BACKLOG
         )
         bound = server.sockets[0].getsockname()[1]
         self._base = f"{'https' if self._certificate else 'http'}://{host}:{bound}"
         log.info("streaming", address=self._base)
-
-    def _tls(self) -> dict[str, Any]:
-        if self._certificate is None:
-            return {}
-        limits = {"ssl_handshake_timeout": head.TIMEOUT, "ssl_shutdown_timeout": head.TIMEOUT}
-        return {"ssl": self._certificate.context, **limits}
 
     async def close(self) -> None:
         """End all sessions; the processes of execs end with them, attached containers go on."""
@@ -107,44 +95,52 @@ class Server:
 
     # -- a connection -----------------------------------------------------------------------------
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve a connection to its end; the root of a task of its own."""
-        session = asyncio.current_task()
-        assert session is not None  # noqa: S101 - for the type checker
+    def _accept(self, connection: asyncio.Transport) -> None:
+        """Begin to serve a connection, unless there are too many."""
+        if len(self._sessions) >= MOST_CONNECTIONS:
+            connection.abort()
+            return
+        session = asyncio.create_task(self._meet(connection), name="streaming")
         self._sessions.add(session)
         session.add_done_callback(self._sessions.discard)
-        try:
-            if len(self._sessions) <= MOST_CONNECTIONS:
-                with self._stranger(session, writer):
-                    request, asked = await self._greet(reader)
-                await self._serve(request, asked, reader, writer)
-        except head.Rejected as e:
-            await _reject(writer, e)
-        except (OSError, TimeoutError, peer.Gone, websocket.ProtocolError) as e:
-            log.debug("streaming client lost", reason=str(e))
-        except Exception as e:
-            log.error("streaming failed", error=repr(e))
-        finally:
-            writer.close()
+        self._add_stranger(connection, session)
 
-    @contextlib.contextmanager
-    def _stranger(
-        self, session: "asyncio.Task[None]", writer: asyncio.StreamWriter
-    ) -> Iterator[None]:
+    def _add_stranger(self, connection: asyncio.Transport, session: "asyncio.Task[None]") -> None:
         """Count a connection that has shown no token. When there are too many the oldest has to
         go: a client with a token shows it at once, so no crowd of silent ones keeps it out.
         """
         if len(self._strangers) >= MOST_STRANGERS:
-            self._strangers.pop(next(iter(self._strangers))).transport.abort()
-        self._strangers[session] = writer
-        try:
-            yield
-        finally:
-            self._strangers.pop(session, None)
+            oldest = next(iter(self._strangers))
+            self._strangers.pop(oldest).cancel()
+            oldest.abort()
+        self._strangers[connection] = session
+        session.add_done_callback(lambda _: self._strangers.pop(connection, None))
 
-    async def _greet(self, reader: asyncio.StreamReader) -> tuple[Request, head.Head]:
-        asked = await head.read(reader)
-        return self._redeem(asked), asked
+    async def _meet(self, connection: asyncio.Transport) -> None:
+        """Serve a connection to its end; the root of a task of its own."""
+        context = self._certificate.context if self._certificate else None
+        try:
+            reader, writer = await accepted.streams(connection, context)
+            with contextlib.closing(writer):
+                await self._talk(connection, reader, writer)
+        except (OSError, TimeoutError, peer.Gone, websocket.ProtocolError) as e:
+            log.debug("streaming client lost", reason=str(e))
+        except Exception as e:
+            log.error("streaming failed", error=repr(e))
+
+    async def _talk(
+        self,
+        connection: asyncio.Transport,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        try:
+            asked = await head.read(reader)
+            request = self._redeem(asked)
+            self._strangers.pop(connection, None)
+            await self._serve(request, asked, reader, writer)
+        except head.Rejected as e:
+            await _reject(writer, e)
 
     async def _serve(
         self,

@@ -144,6 +144,11 @@ class Stream(Generic[R]):
         payload = message.SerializeToString()
         await self._connection.send(self._number, frames.DATA, 0, payload)
 
+    async def finish(self) -> None:
+        """Say that no more will be sent; what was is received before. Raises Unavailable."""
+        flags = frames.REMOTE_CLOSED | frames.NO_DATA
+        await self._connection.send(self._number, frames.DATA, flags, b"")
+
     async def recv(self) -> R | None:
         """Return the next message, None at the end. Raises ShimError when the call failed."""
         item = await self._inbox.get()

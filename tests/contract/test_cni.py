@@ -9,6 +9,7 @@ namespaces, pinned in a temporary folder.
 import asyncio
 import concurrent.futures
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -261,6 +262,26 @@ def test_addresses_are_given_back_when_the_namespace_and_the_configuration_are_g
         (host.conf / "10.conflist").unlink()
         for pod in pods:
             await network.detach(pod)
+        assert host.leased() == []
+
+    host.run(work)
+
+
+@pytest.mark.parametrize("lost", [True, False], ids=["lost", "broken"])
+def test_addresses_are_given_back_when_the_cache_entry_is_gone(host: Host, *, lost: bool) -> None:
+    host.configure(PORTS)
+    pod = host.pod("pod1")
+
+    async def work() -> None:
+        network = host.network()
+        added = (await network.attach(pod)).raw
+        entry = host.folder / "cache" / "results" / "real-pod1-eth0"
+        if lost:
+            entry.unlink()
+        else:  # by a power loss, which the namespace does not survive either
+            entry.write_bytes(b"")
+            linux.umount2(pod.netns)
+        await network.detach(dataclasses.replace(pod, result=added))
         assert host.leased() == []
 
     host.run(work)

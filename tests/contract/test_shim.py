@@ -651,6 +651,23 @@ async def test_without_stdin_once_a_client_leaves_stdin_open(one: Pod) -> None:
     assert [content for _, _, content in made.lines()] == ["one", "two"]
 
 
+@pytest.mark.parametrize("once", [False, True])
+async def test_a_client_that_sends_no_more_leaves_when_all_is_written(
+    one: Pod, *, once: bool
+) -> None:
+    script = "sleep 0.3; head -c 200000 | wc -c; exec sleep 60"
+    made = await one.run("sh", "-c", script, stdin=True, stdin_once=once)
+    async with one.shim.attach() as stream:
+        await stream.send(pb.AttachInput(start=pb.AttachStart(id=made.id, stdin=True)))
+        await stream.send(pb.AttachInput(stdin=bytes(200_000)))
+        await stream.finish()
+        async with asyncio.timeout(waiting.patient(5)):
+            assert await stream.recv() is None
+    await asyncio.to_thread(waiting.until, lambda: "200000" in made.log.read_text(), "all is read")
+    await one.kill(made, signal.SIGKILL)
+    await one.wait(made)
+
+
 async def test_a_terminal_is_attached_and_resized(one: Pod) -> None:
     script = "read x; stty size; read x; exit 5"
     made = await one.run("sh", "-c", script, terminal=True, stdin=True)

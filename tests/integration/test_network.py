@@ -145,6 +145,19 @@ def test_the_cni_result_is_kept_and_dropped(kubelet: Kubelet, net: network.Netwo
 
 
 @pytest.mark.ours
+def test_an_address_is_given_back_when_the_cache_has_lost_it(
+    kubelet: Kubelet, net: network.Network
+) -> None:
+    pod = kubelet.run_pod()
+    lease = network.LEASES / net.name / kubelet.pod_status(pod.id).status.network.ip
+    assert pod.id in lease.read_text()
+    [result] = list(network.RESULTS.glob(f"{net.name}-{pod.id}-*"))
+    result.unlink()
+    kubelet.stop_pod(pod.id)
+    assert not lease.exists()
+
+
+@pytest.mark.ours
 def test_a_stopped_pod_has_no_netns(kubelet: Kubelet) -> None:
     pod = kubelet.run_pod()
     assert Path("/run/netns", pod.id).exists()

@@ -236,6 +236,24 @@ def test_sysctls_are_those_of_the_pod(kubelet: Kubelet, pulled: str) -> None:
     assert ports.split() == [b"1024", b"2048"]
 
 
+def test_sysctls_of_the_pods_interface_are_set_when_it_is_there(
+    kubelet: Kubelet, pulled: str
+) -> None:
+    config = kubelet.pod_config()
+    config.linux.sysctls.update(
+        {"net.ipv4.conf.eth0.rp_filter": "0", "net/ipv4/neigh/eth0/gc_stale_time": "77"}
+    )
+    container = kubelet.run(kubelet.run_pod(config), pulled, SLEEP)
+    names = ("conf/eth0/rp_filter", "neigh/eth0/gc_stale_time")
+    files = [f"/proc/sys/net/ipv4/{name}" for name in names]
+    assert kubelet.exec_sync(container, ["cat", *files]).stdout == b"0\n77\n"
+    config.metadata.attempt += 1
+    config.linux.sysctls["net.ipv4.conf.eth1.rp_filter"] = "0"
+    refused = refusal(lambda: kubelet.run_pod(config))
+    assert refused[0] is grpc.StatusCode.INVALID_ARGUMENT
+    assert "net.ipv4.conf.eth1.rp_filter" in refused[1]
+
+
 def test_the_log_folder_is_made_when_the_client_has_not(kubelet: Kubelet, pulled: str) -> None:
     config = kubelet.pod_config()
     request = api.RunPodSandboxRequest(config=config)

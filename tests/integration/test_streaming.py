@@ -2,6 +2,7 @@
 """Exec and attach as a client sees them, over SPDY and over WebSocket (behaviour.md §3)."""
 
 import json
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -226,6 +227,38 @@ def test_stdin_once_ends_with_the_clients_half(
         session.finish("stdin")
         assert streams.exit_code(streams.ending(session)) == 0
     assert session.received["stdout"] == b"word\nended\n"
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_all_that_a_client_sent_before_it_left_is_read(
+    kubelet: Kubelet, pod: Pod, pulled: str, *, half: bool
+) -> None:
+    """More than pipe and sockets hold, and read only after the client's end."""
+    script = ("sh", "-c", "sleep 1; head -c 200000 | wc -c")
+    container = kubelet.run(pod, pulled, script, stdin=True)
+    url = attach_url(kubelet, container, stdin=True)
+    with streams.Spdy(url, ("stdin", *BOTH, "error")) as session:
+        session.send("stdin", bytes(200_000))
+        if half:
+            session.finish("stdin")
+            assert streams.exit_code(streams.ending(session)) == 0
+        else:  # not by a reset, with which kernels drop what is on its way
+            session.connection.shutdown(socket.SHUT_WR)
+            streams.ending(session)
+    kubelet.wait_exit(container)
+    assert [line.text for line in kubelet.log(container)] == ["200000"]
+
+
+def test_the_end_of_a_stdin_that_the_container_has_not_ends_nothing(
+    kubelet: Kubelet, pod: Pod, pulled: str
+) -> None:
+    """crictl attach -i without a terminal: its stdin ends at once."""
+    script = ("sh", "-c", "while :; do echo here; sleep 0.05; done")
+    container = kubelet.run(pod, pulled, script)
+    url = attach_url(kubelet, container, stdin=True)
+    with streams.Spdy(url, ("stdin", *BOTH, "error")) as session:
+        session.finish("stdin")
+        streams.until(session, "stdout", 10 * b"here\n")
 
 
 SIZES = "while :; do stty size; sleep 0.05; done"

@@ -140,6 +140,7 @@ def test_the_pods_namespaces_belong_to_its_root(
 ) -> None:
     def change(config: Any) -> None:
         config.linux.sysctls["net.ipv4.ip_default_ttl"] = "77"
+        config.linux.sysctls["net.ipv4.conf.eth0.tag"] = "7"  # of the interface, so after CNI's ADD
         config.linux.sysctls["kernel.shm_rmid_forced"] = "1"
 
     capabilities = api.Capability(add_capabilities=["NET_ADMIN", "SYS_ADMIN"])
@@ -148,11 +149,11 @@ def test_the_pods_namespaces_belong_to_its_root(
     container = run(kubelet, pod, pulled, security=security)
     script = (
         "cat /proc/sys/net/ipv4/ip_default_ttl /proc/sys/kernel/shm_rmid_forced;"
-        "cat /proc/sys/net/ipv4/ping_group_range; hostname;"
+        "cat /proc/sys/net/ipv4/ping_group_range /proc/sys/net/ipv4/conf/eth0/tag; hostname;"
         "ip link add dev br7 type bridge && ip link show br7 | grep -c br7"
     )
     name = pod.config.hostname
-    assert said(kubelet, container, script) == ["77", "1", f"0\t{COUNT - 1}", name, "1"]
+    assert said(kubelet, container, script) == ["77", "1", f"0\t{COUNT - 1}", "7", name, "1"]
 
 
 def test_the_shared_files_can_be_used_by_root(

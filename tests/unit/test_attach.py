@@ -2,6 +2,7 @@
 """A client that has joined a container: dropped with an error when it takes nothing."""
 
 import contextlib
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from shim import attach, container, errors, loop, stdio
 from shim.pb import shim_pb2 as pb
 from tests.lab import driving
+from tests.unit.test_container import Case
 
 
 class Stuck:
@@ -20,6 +22,16 @@ class Stuck:
 
     async def send(self, message: pb.AttachOutput) -> None:
         await loop.Event().wait()
+
+
+class Taking(Stuck):
+    """A client that takes what comes."""
+
+    def __init__(self) -> None:
+        self.taken: list[pb.AttachOutput] = []
+
+    async def send(self, message: pb.AttachOutput) -> None:
+        self.taken.append(message)
 
 
 class Sending(Stuck):
@@ -59,6 +71,26 @@ def test_a_client_that_takes_nothing_is_detached_with_an_error(
         await owner.streams._deliver("stdout", b"output")
         with pytest.raises(errors.DeadlineExceeded, match="detached"):
             await joined.join()
+
+    driving.drive(work())
+
+
+def test_who_has_not_all_output_at_the_containers_end_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(container, "_DRAIN_SECONDS", 0.1)
+    case = Case(tmp_path, "sleep 0.2; head -c 50000 /dev/zero; exit 3")
+
+    async def work() -> None:
+        await case.it.start()
+        slow, other = Stuck(), Taking()
+        late = loop.spawn(attach.attach(case.it, pb.AttachStart(stdout=True), slow))
+        fine = loop.spawn(attach.attach(case.it, pb.AttachStart(stderr=True), other))
+        with pytest.raises(errors.DeadlineExceeded, match="detached"):
+            await late.join()
+        await fine.join()
+        assert [message.exit.exit_code for message in other.taken] == [3]
+        await case.end()
 
     driving.drive(work())
 

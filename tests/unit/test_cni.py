@@ -201,15 +201,48 @@ async def test_an_intent_without_a_result_is_detached(
     assert host.cached() == []
 
 
-@pytest.mark.parametrize("same_name", [True, False])
-async def test_a_cache_entry_that_a_power_loss_broke_is_not_in_the_way(
-    host: fakes.Fakes, network: cni.Network, same_name: bool
+@pytest.mark.parametrize("lost", [True, False], ids=["lost", "broken"])
+@pytest.mark.parametrize("name", ["fakenet", "other"])
+async def test_a_cache_entry_that_is_gone_is_made_up_for_by_the_record(
+    host: fakes.Fakes, network: cni.Network, *, lost: bool, name: str
+) -> None:
+    """Broken is what a power loss leaves, with the name of the network at least."""
+    host.configure("main", {"type": "extra", "capabilities": {"portMappings": True}})
+    added = (await network.attach(attachment(**HOST_PORT))).raw
+    entry = host.cache / "results" / "fakenet-pod1-eth0"
+    if lost:
+        entry.unlink()
+    else:
+        entry.write_bytes(b"")
+    host.configure("main", {"type": "extra", "capabilities": {"portMappings": True}}, name=name)
+    await network.detach(attachment(result=added, **HOST_PORT))
+    add, undone = host.calls()[1:3]
+    assert host.verbs()[2:] == ["extra DEL", "main DEL"]
+    assert undone.env["CNI_ARGS"] == add.env["CNI_ARGS"]
+    assert undone.stdin["runtimeConfig"] == add.stdin["runtimeConfig"]
+    assert undone.stdin["prevResult"] == added
+    assert undone.stdin["name"] == (name if lost else "fakenet")
+    assert host.cached() == []
+
+
+async def test_what_the_cache_and_the_record_do_not_know_is_not_detached(
+    host: fakes.Fakes, network: cni.Network
 ) -> None:
     await network.attach(attachment())
-    (host.cache / "results" / "fakenet-pod1-eth0").write_bytes(b"")
-    host.configure("main", name="fakenet" if same_name else "other")
+    (host.cache / "results" / "fakenet-pod1-eth0").unlink()
     await network.detach(attachment())
-    assert host.verbs()[2:] == (["main DEL"] if same_name else [])
+    assert host.verbs()[2:] == []
+
+
+async def test_a_broken_entry_is_not_in_the_way_where_there_is_no_network_any_more(
+    host: fakes.Fakes, network: cni.Network
+) -> None:
+    """Hazards R12: StopPodSandbox works without a configuration."""
+    added = (await network.attach(attachment())).raw
+    (host.cache / "results" / "fakenet-pod1-eth0").write_bytes(b"")
+    (host.net / "10-fake.conflist").unlink()
+    await network.detach(attachment(result=added))
+    assert host.verbs()[2:] == []
     assert host.cached() == []
 
 

@@ -54,6 +54,37 @@ def test_changes_are_noticed_and_an_unchanged_directory_is_not_read_again(tmp_pa
     assert chain_of(directory) == "b"
 
 
+def types_of(directory: conf.Directory) -> list[str]:
+    chain = directory.load().chain
+    return [plugin.type for plugin in chain.plugins] if chain else []
+
+
+def test_the_plugins_in_the_folder_of_a_network_are_behind_its_own(tmp_path: Path) -> None:
+    """As libcni 1.3.0 has it (NetworkConfFromFile), which both peers use."""
+    folder = tmp_path / "net"
+    folder.mkdir()
+    (tmp_path / "10-a.conflist").write_bytes(text(plugins=None))
+    directory = conf.Directory(tmp_path)
+    assert directory.load().skipped == ("10-a.conflist: neither 'plugins' nor 'type'",)
+    for name in ("20-b.conf", "10-a.conf", "30-no.json"):
+        (folder / name).write_text(json.dumps({"type": name}))
+    assert types_of(directory) == ["10-a.conf", "20-b.conf"]
+    (tmp_path / "10-a.conflist").write_bytes(text())
+    assert types_of(directory) == ["bridge", "10-a.conf", "20-b.conf"]
+    chain = directory.load().chain
+    assert chain is not None
+    assert conf.parse(chain.source).plugins == chain.plugins
+    (folder / "10-a.conf").write_text("{")
+    assert directory.load().skipped[0].startswith("10-a.conflist: net/10-a.conf: not JSON")
+    (folder / "10-a.conf").unlink()
+    assert types_of(directory) == ["bridge", "20-b.conf"]
+    (tmp_path / "10-a.conflist").write_bytes(text(loadOnlyInlinedPlugins="true"))
+    assert types_of(directory) == ["bridge"]
+    (tmp_path / "10-a.conflist").rename(tmp_path / "10-a.conf")  # libcni: of conflists alone
+    (tmp_path / "10-a.conf").write_bytes(text())
+    assert types_of(directory) == ["bridge"]
+
+
 def test_a_link_is_followed_and_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
     folder = tmp_path / "net.d"
     (folder / "05-directory.conf").mkdir(parents=True)

@@ -49,6 +49,36 @@ def test_a_slash_in_a_sysctl_stands_for_a_dot(path: str) -> None:
     assert not netns.exists(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "late"),
+    [
+        ("net.ipv4.conf.eth0.rp_filter", True),
+        ("net.ipv6.conf.eth0/7.accept_ra", True),
+        ("net.ipv4.neigh.eth0.base_reachable_time_ms", True),
+        ("net.ipv4.conf.lo.rp_filter", False),
+        ("net.ipv6.conf.all.forwarding", False),
+        ("net.ipv4.neigh.default.gc_thresh1", False),
+        ("net.core.somaxconn", False),
+        ("kernel.shmmni", False),
+    ],
+)
+def test_which_sysctls_wait_for_the_interface(name: str, *, late: bool) -> None:
+    assert netns.is_of_device(name) is late
+
+
+def test_sysctls_of_an_interface_are_written_when_it_is_there(path: str) -> None:
+    netns.create(path, {})
+    sysctls = {"net.ipv4.conf.veth7.rp_filter": "2"}
+    with pytest.raises(errors.InvalidArgument, match=r"net\.ipv4\.conf\.veth7\.rp_filter='2': No"):
+        netns.write(path, sysctls)
+    within(path, "ip", "link", "add", "veth7", "type", "veth")
+    netns.write(path, sysctls)
+    assert within(path, "cat", "/proc/sys/net/ipv4/conf/veth7/rp_filter") == "2"
+    netns.remove(path)
+    with pytest.raises(errors.Internal):
+        netns.write(path, sysctls)
+
+
 @pytest.mark.parametrize("value", ["", "word", "999999999999"])
 def test_a_value_that_the_kernel_refuses_leaves_nothing(path: str, value: str) -> None:
     with pytest.raises(errors.InvalidArgument, match=r"net\.ipv4\.ip_unprivileged_port_start"):

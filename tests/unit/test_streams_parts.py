@@ -2,9 +2,11 @@
 """The small parts of streaming: mailboxes, terminal sizes, statuses."""
 
 import asyncio
+import contextlib
 import json
 import time
-from typing import NoReturn, cast
+from collections.abc import AsyncIterator
+from typing import NoReturn, Self, cast
 
 import pytest
 
@@ -102,9 +104,7 @@ async def test_an_exec_whose_shim_is_gone_ends_with_a_status() -> None:
 
     command, attachment = (
         remotecommand.Command(pod_id="p", start=pb.ExecStart(), streams=NONE, terminal=False),
-        remotecommand.Attachment(
-            pod_id="p", start=pb.AttachStart(), streams=NONE, terminal=False, leaves=False
-        ),
+        attaching(leaves=False),
     )
     gone = cast("shims.Shims", Shims())
     of_exec, of_attach = Client(), Client()
@@ -113,6 +113,75 @@ async def test_an_exec_whose_shim_is_gone_ends_with_a_status() -> None:
     for client in (of_exec, of_attach):
         assert json.loads(client.told)["message"] == "pod p has no shim"
         assert client.closed.is_set()
+
+
+class Leaving:
+    """A client that has left; this is what it sent before."""
+
+    version = 4
+
+    def __init__(self, *sent: bytes) -> None:
+        self._sent = list(sent)
+        self.closed = asyncio.Event()
+        self.closed.set()
+
+    async def read(self, stream: str) -> bytes:
+        return self._sent.pop(0) if stream == "stdin" and self._sent else b""
+
+    async def write(self, _stream: str, _data: bytes) -> NoReturn:
+        raise peer.Gone
+
+    async def close(self) -> None:
+        return
+
+
+class Slow:
+    """A shim, and an attach to it, that takes its time for each message, or for ever for all."""
+
+    def __init__(self, *, stuck: bool = False) -> None:
+        self.taken, self._stuck, self._finished = b"", stuck, asyncio.Event()
+
+    def of(self, _pod_id: str) -> Self:
+        return self
+
+    @contextlib.asynccontextmanager
+    async def attach(self) -> AsyncIterator[Self]:
+        yield self
+
+    async def send(self, message: pb.AttachInput) -> None:
+        await asyncio.sleep(0.01)
+        self.taken += message.stdin
+
+    async def finish(self) -> None:
+        if not self._stuck:
+            self._finished.set()
+
+    async def recv(self) -> None:
+        await self._finished.wait()
+
+
+def attaching(*, leaves: bool) -> remotecommand.Attachment:
+    return remotecommand.Attachment(
+        pod_id="p", start=pb.AttachStart(), streams=NONE, terminal=False, leaves=leaves
+    )
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_what_a_client_sent_before_it_left_reaches_the_container(*, leaves: bool) -> None:
+    shim = Slow()
+    client = Leaving(b"one ", b"two ", b"three")
+    async with asyncio.timeout(5):
+        await remotecommand.attach(client, attaching(leaves=leaves), cast("shims.Shims", shim))
+    assert shim.taken == b"one two three"
+
+
+async def test_a_container_that_does_not_read_keeps_no_session(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(remotecommand, "LEAVING", 0.05)
+    stuck = cast("shims.Shims", Slow(stuck=True))
+    async with asyncio.timeout(5):
+        await remotecommand.attach(Leaving(b"data"), attaching(leaves=True), stuck)
 
 
 def test_statuses_by_version() -> None:
