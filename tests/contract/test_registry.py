@@ -11,7 +11,7 @@ import pytest
 from cri_server import errors
 from cri_server.images import documents, reference, registry, session
 from tests.fakes import registry as fake
-from tests.lab import image
+from tests.lab import image, waiting
 from tests.lab import registry as real
 
 REPO = "team/app"
@@ -39,7 +39,8 @@ def address(
 @pytest.fixture
 async def client() -> AsyncIterator[registry.Client]:
     """Return a client without configuration: loopback registries need none."""
-    client = registry.Client([], limits=session.Limits(progress_timeout=5, pause=0.01))
+    limits = session.Limits(progress_timeout=waiting.patient(5), pause=0.01)
+    client = registry.Client([], limits=limits)
     yield client
     client.close()
 

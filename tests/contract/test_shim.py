@@ -186,7 +186,8 @@ async def test_the_shim_says_who_it_is(one: Pod) -> None:
 
 
 async def test_a_life(pod: Pod) -> None:
-    made = await pod.create("sh", "-c", "echo hello; echo oops >&2; sleep 0.1; exit 3")
+    script = f"echo hello; echo oops >&2; sleep {waiting.patient(0.1):g}; exit 3"
+    made = await pod.create("sh", "-c", script)
     assert (await pod.state(made)).state == pb.CREATED
     started = await pod.shim.start(pb.StartRequest(id=made.id))
     running = await pod.state(made)

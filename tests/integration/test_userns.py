@@ -14,6 +14,7 @@ import pytest
 
 from cri_server.pb import api_pb2 as api
 from shim import linux
+from tests import probes
 from tests.fakes.kubelet import Kubelet, Pod, refusal
 from tests.integration.conftest import DRIVER, SLEEP
 from tests.lab import cgroups, faults, image, network, registry, server, waiting
@@ -260,7 +261,8 @@ def test_it_is_below_the_pods_cgroup(
     name = f"cri-server-{container}.scope" if DRIVER == "systemd" else container
     assert parent.startswith(f"/{net.name}")
     lines = Path(f"/proc/{faults.pid_of(kubelet, container)}/cgroup").read_text().splitlines()
-    mounted = {name for m in cgroups.hierarchies() for name in m.name.split(",")}
+    v2 = not probes.missing("cgroup-v2")  # whose one line in the file has no name
+    mounted = {""} if v2 else {n for m in cgroups.hierarchies() for n in m.name.split(",")}
     paths = {
         line.split(":", 2)[2]
         for line in lines

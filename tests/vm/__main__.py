@@ -37,16 +37,22 @@ NODE = tuple(
         "recovery", "faults", "liveness", "reset",
     )
 )  # fmt: skip
+# What has to do with users, and with images and requests that mean harm.
+USERS = tuple(
+    f"{HERE}/test_{name}.py"
+    for name in ("userns", "userns_parts", "hostile_users", "hostile_images", "hostile_requests")
+)
 # These restart the server some hundred times: hours in emulation.
 LONG = {
     "node": f"--deselect={HERE}/test_recovery.py::test_killed_at_every_step",
-    "others": f"--deselect={HERE}/test_userns.py::test_no_kill_costs_a_file_of_a_volume",
+    "users": f"--deselect={HERE}/test_userns.py::test_no_kill_costs_a_file_of_a_volume",
 }
 CLIENTS = tuple(
     f"{HERE}/test_{name}.py"
     for name in ("streaming", "streaming_rules", "streaming_hazards", "portforward")
 )
-OTHERS = (HERE, *(f"--ignore={path}" for path in (*DRIVEN, *NODE, *CLIENTS, DEPLOYED)))
+APART = (*DRIVEN, *NODE, *USERS, *CLIENTS, DEPLOYED)
+OTHERS = (HERE, *(f"--ignore={path}" for path in APART))
 # What has to do with labels.
 LABELLED = (
     f"{HERE}/test_selinux.py",
@@ -58,8 +64,9 @@ KERNEL = ("tests/unit/test_mounts.py", "tests/unit/test_linux.py", "tests/contra
 APPARMOR = image.Kind(parameters="apparmor=1 security=apparmor")
 SELINUX = policy.kind()
 BOOTS = (  # the longest first; each has the deadline for itself
-    (APPARMOR, ("others",)),
     (APPARMOR, ("node",)),
+    (APPARMOR, ("others",)),
+    (APPARMOR, ("users",)),
     (APPARMOR, ("clients",)),
     (APPARMOR, ("unit", "systemd")),
     (APPARMOR, ("kernel", "cgroupfs")),
@@ -149,7 +156,8 @@ def plan(wanted: argparse.Namespace) -> list[dict[str, Any]]:
         "cgroupfs": _run("cgroupfs", DRIVEN, "cgroupfs"),
         "node": _run("node", (*NODE, LONG["node"]), "systemd"),
         "clients": _run("clients", CLIENTS, "systemd"),
-        "others": _run("others", (*OTHERS, LONG["others"]), "systemd"),
+        "users": _run("users", (*USERS, LONG["users"]), "systemd"),
+        "others": _run("others", OTHERS, "systemd"),
         "kernel": _run("kernel", KERNEL, "cgroupfs"),
         "selinux-unit": _run("selinux-unit", [DEPLOYED], "systemd", **SOCKET),
         "selinux": _run("selinux", LABELLED, "systemd", ENGINE),

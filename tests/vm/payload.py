@@ -45,6 +45,8 @@ def results(disk: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as home:
         dump = f"rdump /results {home}"
+        # What a killed guest wrote may be in the journal only; 1 says that something was mended.
+        subprocess.run(["e2fsck", "-p", disk], check=False, capture_output=True)
         subprocess.run(["debugfs", "-R", dump, disk], check=True, capture_output=True)
         Path(home, "results").rename(target)
 
