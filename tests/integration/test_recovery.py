@@ -565,9 +565,9 @@ def test_a_mute_shim_does_not_keep_the_server_from_starting(
     client = client_of(killable)
     assert client.status(container).state == api.CONTAINER_RUNNING
     assert client.exec_sync(lasting, ["true"]).exit_code == 0
+    os.kill(shim, signal.SIGKILL)  # test_liveness has the minute after which the server does it
     client.remove_pod(mute.id)
     assert not faults.alive(pid)
-    assert not faults.alive(shim)
 
 
 def test_the_end_of_a_pod_that_is_given_up_late_is_told(

@@ -200,7 +200,8 @@ class Attack:
         self._watch.end()
         for container in self._containers:
             self.kubelet.remove(container)
-        assert self.canary.changes() == []
+        changes = self.canary.changes()
+        assert not changes, changes
         assert not self._watch.slow, f"Version took longer than {PATIENCE:g} s"
         for word in (self.canary.word, server.SECRET):
             assert word not in "\n".join(self._said)
