@@ -107,6 +107,8 @@ def test_v78_a_sibling_that_swaps_a_mounts_target(attack: Attack, tmp_path: Path
     for _ in range(12):
         attack.attempt(reference, "true", mounts=[shared, inner])
     assert list(source.iterdir()) == []
+    if "CVE-2024-45310" in attack.site.log.read_text():  # of the runtime, and the server says so
+        attack.canary.forgive_empty_folders()
 
 
 @pytest.mark.parametrize("tty", [False, True])

@@ -75,7 +75,17 @@ class Canary:
         return [f"{k}: {self._before.get(k)} -> {now.get(k)}" for k in sorted(now | self._before)
                 if now.get(k) != self._before.get(k)]  # fmt: skip
 
-    def _look(self) -> dict[str, object]:
+    def forgive_empty_folders(self) -> None:
+        """Take new, empty folders away, and only those: what is in one stays a change."""
+        for path in sorted(self._paths(), reverse=True):
+            if os.fspath(path) not in self._before and stat.S_ISDIR(path.lstat().st_mode):
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+        old = self._before[self.path]
+        if _facts(self.folder)[:-2] == old[:-2]:  # nothing is left of them but the time
+            os.utime(self.folder, ns=(self.folder.stat().st_atime_ns, old[-2][0]))
+
+    def _look(self) -> dict[str, Any]:
         mounts = Path("/proc/self/mountinfo").read_text().splitlines()
         here = [line.split()[4] for line in mounts if self.path in line]
         return {"mounts": here, **{os.fspath(p): _facts(p) for p in self._paths()}}
@@ -85,7 +95,7 @@ class Canary:
         yield from sorted(self.folder.rglob("*"))
 
 
-def _facts(path: Path) -> tuple[object, ...]:
+def _facts(path: Path) -> tuple[Any, ...]:
     st = path.lstat()
     times = (st.st_mtime_ns, st.st_atime_ns if stat.S_ISREG(st.st_mode) else 0)
     attributes = {name: os.getxattr(path, name) for name in os.listxattr(path)}
