@@ -10,6 +10,7 @@ An attempt that is refused must be refused by a clear code, in one line. While t
 thread asks for Version without a pause, as the kubelet's health check does.
 """
 
+import contextlib
 import json
 import os
 import stat
