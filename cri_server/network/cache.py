@@ -12,6 +12,7 @@ in a thread.
 
 import base64
 import binascii
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ import msgspec
 from cri_server import trees
 
 KIND = "cniCacheV1"
+UNFINISHED = ".new"  # what a file is called while it is written
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,20 +53,32 @@ class Cache:
 
     def write(self, entry: Entry) -> None:
         """Record the entry in place of the one with the same three names. Raises OSError."""
-        temporary = self._root / f".{entry.file_name}.new"
+        temporary = self._root / f".{entry.file_name}{UNFINISHED}"
         self._results.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _write(temporary, _encode(entry))
-        temporary.rename(self._results / entry.file_name)
+        try:
+            _write(temporary, _encode(entry))
+            temporary.rename(self._results / entry.file_name)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
     def remove(self, entry: Entry) -> None:
         """Forget the entry; it need not be there, nor be a file. Raises OSError."""
         trees.remove(self._results / entry.file_name)
 
+    def remove_unfinished(self, container_id: str, ifname: str) -> None:
+        """Remove what a kill amid a `write` has left of one interface, if that can be."""
+        ending = f"-{container_id}-{ifname}{UNFINISHED}"
+        for name in _names(self._root):
+            if name.startswith(".") and name.endswith(ending):
+                with contextlib.suppress(OSError):
+                    (self._root / name).unlink()
+
     def find(self, container_id: str, ifname: str) -> list[Entry]:
         """Return the entries of one interface: one, unless the network changed its name."""
         ending = f"-{container_id}-{ifname}"
         found: list[Entry] = []
-        for name in self._names():
+        for name in _names(self._results):
             if name.endswith(ending):
                 network = name.removesuffix(ending)
                 lost = Entry(network=network, container_id=container_id, ifname=ifname)
@@ -76,17 +90,11 @@ class Cache:
         """Yield the entries of one network, whoever made them; of one that cannot be read its names
         alone, for what has an entry must keep its addresses.
         """
-        for name in self._names():
+        for name in _names(self._results):
             if name.startswith(f"{network}-"):
                 entry = self._read(name) or _named(name, network)
                 if entry is not None and entry.network == network:
                     yield entry
-
-    def _names(self) -> list[str]:
-        try:
-            return sorted(os.listdir(self._results))
-        except FileNotFoundError:
-            return []
 
     def _read(self, name: str) -> Entry | None:
         """Return the entry in a file; None when it is broken, no file, or gone since."""
@@ -94,6 +102,13 @@ class Cache:
             return _decode((self._results / name).read_bytes())
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError, binascii.Error):
             return None
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
 
 
 def _named(name: str, network: str) -> Entry | None:

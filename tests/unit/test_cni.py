@@ -201,6 +201,17 @@ async def test_an_intent_without_a_result_is_detached(
     assert host.cached() == []
 
 
+async def test_a_file_of_a_write_that_was_killed_goes_with_its_pod(
+    host: fakes.Fakes, network: cni.Network
+) -> None:
+    unfinished = host.settings().cache_dir / ".fakenet-pod1-eth0.new"
+    unfinished.parent.mkdir(exist_ok=True)
+    unfinished.write_bytes(b"{")
+    await network.detach(attachment())
+    assert not unfinished.exists()
+    assert host.verbs() == []
+
+
 @pytest.mark.parametrize("lost", [True, False], ids=["lost", "broken"])
 @pytest.mark.parametrize("name", ["fakenet", "other"])
 async def test_a_cache_entry_that_is_gone_is_made_up_for_by_the_record(

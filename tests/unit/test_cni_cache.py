@@ -100,3 +100,20 @@ def test_what_cannot_be_read_keeps_its_addresses(tmp_path: Path, kind: str) -> N
     assert entries.find("c1", "eth0") == found
     entries.remove(found[0])
     assert entries.find("c1", "eth0") == []
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "results" / "net-a-c1-eth0").mkdir(parents=True)  # no place for a file
+    with pytest.raises(IsADirectoryError):
+        cache.Cache(tmp_path).write(ENTRY)
+    assert [p.name for p in tmp_path.iterdir()] == ["results"]
+
+
+def test_what_a_kill_amid_a_write_left_goes_with_its_pod(tmp_path: Path) -> None:
+    own, other = tmp_path / ".net-a-c1-eth0.new", tmp_path / ".net-a-c2-eth0.new"
+    for file in (own, other):
+        file.write_bytes(b"{")
+    entries = cache.Cache(tmp_path)
+    entries.remove_unfinished("c1", "eth0")
+    entries.remove_unfinished("c1", "eth0")
+    assert [*tmp_path.iterdir()] == [other]
