@@ -29,14 +29,12 @@ DRIVEN = tuple(
     f"{HERE}/test_{name}.py"
     for name in ("server", "pods", "containers", "exec", "resources", "stats", "ends")
 )
-# The server and its handlers, when things go wrong for them too.
-NODE = tuple(
-    f"{HERE}/test_{name}.py"
-    for name in (
-        "handlers", "live_handlers", "odd_handlers", "fake_shim",
-        "recovery", "faults", "liveness", "reset",
-    )
-)  # fmt: skip
+# Handlers, whatever they are and however they behave.
+HANDLERS = tuple(
+    f"{HERE}/test_{name}.py" for name in ("handlers", "live_handlers", "odd_handlers", "fake_shim")
+)
+# The node, when things go wrong for it.
+NODE = tuple(f"{HERE}/test_{name}.py" for name in ("recovery", "faults", "liveness", "reset"))
 # What has to do with users, and with images and requests that mean harm.
 USERS = tuple(
     f"{HERE}/test_{name}.py"
@@ -51,7 +49,7 @@ CLIENTS = tuple(
     f"{HERE}/test_{name}.py"
     for name in ("streaming", "streaming_rules", "streaming_hazards", "portforward")
 )
-APART = (*DRIVEN, *NODE, *USERS, *CLIENTS, DEPLOYED)
+APART = (*DRIVEN, *HANDLERS, *NODE, *USERS, *CLIENTS, DEPLOYED)
 OTHERS = (HERE, *(f"--ignore={path}" for path in APART))
 # What has to do with labels.
 LABELLED = (
@@ -64,8 +62,9 @@ KERNEL = ("tests/unit/test_mounts.py", "tests/unit/test_linux.py", "tests/contra
 APPARMOR = image.Kind(parameters="apparmor=1 security=apparmor")
 SELINUX = policy.kind()
 BOOTS = (  # the longest first; each has the deadline for itself
-    (APPARMOR, ("node",)),
     (APPARMOR, ("others",)),
+    (APPARMOR, ("handlers",)),
+    (APPARMOR, ("node",)),
     (APPARMOR, ("users",)),
     (APPARMOR, ("clients",)),
     (APPARMOR, ("unit", "systemd")),
@@ -154,6 +153,7 @@ def plan(wanted: argparse.Namespace) -> list[dict[str, Any]]:
         "unit": _run("unit", [DEPLOYED], "systemd", **SOCKET),
         "systemd": _run("systemd", DRIVEN, "systemd"),
         "cgroupfs": _run("cgroupfs", DRIVEN, "cgroupfs"),
+        "handlers": _run("handlers", HANDLERS, "systemd"),
         "node": _run("node", (*NODE, LONG["node"]), "systemd"),
         "clients": _run("clients", CLIENTS, "systemd"),
         "users": _run("users", (*USERS, LONG["users"]), "systemd"),
