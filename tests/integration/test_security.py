@@ -368,8 +368,13 @@ def test_the_default_profile_lets_a_capability_do_what_it_is_for(
     chroot / true && echo chrooted
     """
     assert said(kubelet, pod, pulled, script, seccomp=DEFAULT) == ["chrooted"]
-    admin = api.Capability(add_capabilities=["SYS_ADMIN"], drop_capabilities=["SYS_CHROOT"])
-    found = said(kubelet, pod, pulled, script, seccomp=DEFAULT, capabilities=admin)
+    asked = {
+        "capabilities": api.Capability(
+            add_capabilities=["SYS_ADMIN"], drop_capabilities=["SYS_CHROOT"]
+        ),
+        "apparmor": Profile(profile_type=Profile.Unconfined),  # its default denies every mount
+    }
+    found = said(kubelet, pod, pulled, script, seccomp=DEFAULT, **asked)
     assert {"mounted", "unshared"} <= set(found)
     assert "chrooted" not in found
 

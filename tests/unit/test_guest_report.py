@@ -52,3 +52,43 @@ def test_a_run_whose_file_was_lost_is_told_by_the_console(tmp_path: Path) -> Non
     assert (one.passed, one.failed, len(one.skipped)) == (187, ("t::test_a",), 3)
     assert (one.seconds, one.good, one.missing) == (1983.44, False, False)
     assert two.missing, "it has no closing line"
+
+
+def failing(results: Path, when: str, run: str, *tests: str, failed: str) -> None:
+    boot(results, when, run)
+    cases = [
+        f'<testcase classname="tests.unit.test_a" name="{test}">'
+        f"{'<failure/>' if test in failed else ''}</testcase>"
+        for test in tests
+    ]
+    suite = f'<r><testsuite time="60">{"".join(cases)}</testsuite></r>'
+    (results / when / f"{run}.xml").write_text(suite)
+    (results / when / f"{run}.status").write_text(str(int(bool(failed))))
+
+
+def test_what_failed_may_pass_in_a_later_guest(tmp_path: Path) -> None:
+    failing(tmp_path, "20260101-000000", "one", "ab", "cd", "ef", failed="abcd")
+    failing(tmp_path, "20260102-000000-one-again", "one", "ab", "cd", failed="cd")
+    ((run,),) = (each.runs for each in report.latest(tmp_path, ("one", "other")))
+    assert (run.passed, run.good) == (1, False)
+    assert [report.node_id(name) for name in run.left] == ["tests/unit/test_a.py::cd"]
+    failing(tmp_path, "20260103-000000-one-again", "one", "cd", failed="")
+    found = report.latest(tmp_path, ("one", "other"))
+    assert found[0].runs[0].good
+    lines = report.page(found).splitlines()
+    assert "| one | 1 | systemd | tests/unit | 1 | 2 at first | 0 | 1 |" in lines
+    mended = "mended, passed in a guest booted 20260103-000000-one-again"
+    assert f"- tests.unit.test_a::cd; {mended}" in lines
+
+
+def test_what_passed_before_a_run_does_not_count_for_it(tmp_path: Path) -> None:
+    failing(tmp_path, "20260101-000000-one-again", "one", "ab", failed="")
+    failing(tmp_path, "20260102-000000", "one", "ab", failed="ab")
+    assert not report.latest(tmp_path, ("one",))[0].runs[0].good
+
+
+def test_of_a_test_that_failed_again_since_the_last_word_counts(tmp_path: Path) -> None:
+    failing(tmp_path, "20260101-000000", "one", "ab", failed="ab")
+    failing(tmp_path, "20260102-000000-again", "one", "ab", failed="")
+    failing(tmp_path, "20260103-000000-again", "one", "ab", failed="ab")
+    assert not report.latest(tmp_path, ("one",))[0].runs[0].good

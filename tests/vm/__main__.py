@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +95,12 @@ def main() -> int:
 
 def boot_all(wanted: argparse.Namespace, results: Path) -> list[report.Boot]:
     """Boot the guests that the runs need, `wanted.guests` at a time."""
-    todo, stop = plan(wanted), threading.Event()
+    stop = threading.Event()
     with concurrent.futures.ThreadPoolExecutor(wanted.guests) as pool:
         booting = []
-        for kind, names in BOOTS:
-            if here := [run for run in todo if run["name"] in names]:
-                root = image.provide(CACHE / "images", kind)
-                booting.append(pool.submit(boot, wanted, root, here, results, stop))
+        for kind, name, here in boots_of(wanted):
+            root = image.provide(CACHE / "images", kind)
+            booting.append(pool.submit(boot, wanted, root, name, here, results, stop))
         try:
             return [each.result() for each in booting]
         finally:
@@ -109,15 +108,37 @@ def boot_all(wanted: argparse.Namespace, results: Path) -> list[report.Boot]:
             pool.shutdown(cancel_futures=True)
 
 
+def boots_of(wanted: argparse.Namespace) -> Iterator[tuple[image.Kind, str, list[dict[str, Any]]]]:
+    """Yield what guests to boot: of what kind, by what name, for which runs."""
+    if not wanted.again:
+        todo = plan(wanted)
+        for kind, names in BOOTS:
+            if here := [run for run in todo if run["name"] in names]:
+                yield kind, here[0]["name"], here
+        return
+    failed = again(wanted)
+    for kind in (APPARMOR, SELINUX):
+        of_kind = [name for each, names in BOOTS if each == kind for name in names]
+        if here := [run for run in failed if run["name"] in of_kind]:
+            yield kind, f"{here[0]['name']}-{report.AGAIN}", here
+
+
+def again(wanted: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the runs of what failed when it ran last, of those tests alone."""
+    last = [run for each in report.latest(RESULTS, RUNS) for run in each.runs]
+    failed = {run.name: [report.node_id(name) for name in run.left] for run in last if run.left}
+    return [{**run, "tests": failed[run["name"]]} for run in plan(wanted) if run["name"] in failed]
+
+
 def boot(
     wanted: argparse.Namespace,
     root: image.Image,
+    name: str,
     todo: list[dict[str, Any]],
     results: Path,
     stop: threading.Event,
 ) -> report.Boot:
     """Boot a guest for these runs; leave what it says in a new folder of `results`."""
-    name = todo[0]["name"]
     folder = results / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{name}"
     with tempfile.TemporaryDirectory(prefix="run-", dir=CACHE) as home:
         disk, console = Path(home, "payload"), Path(home, "console.log")
@@ -178,6 +199,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--accelerator", default="tcg", help="of qemu: tcg or kvm")
     parser.add_argument("--runs", nargs="+", default=RUNS, choices=RUNS, help="these alone")
+    parser.add_argument(
+        "--again", action="store_true", help="of these runs what failed the last time"
+    )
     parser.add_argument("--guests", type=int, default=os.cpu_count(), metavar="N", help="at a time")
     parser.add_argument("--cpus", type=int, default=1, help="that a guest has: more would spin")
     parser.add_argument(
@@ -185,8 +209,8 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("tests", nargs="*", help="pytest's arguments, in place of the whole plan")
     wanted = parser.parse_args()
-    if wanted.page and wanted.tests:
-        parser.error("--page is of whole runs")
+    if wanted.tests and (wanted.page or wanted.again):
+        parser.error("--page and --again are of whole runs")
     return wanted
 
 

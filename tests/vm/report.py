@@ -4,18 +4,20 @@
 A folder of results is of one boot, with the runs in its plan.json; a name of a folder tells when it
 was made. The page shows each run as it went last, and of which boot that was. Where the JUnit file
 was lost with the guest, the console has pytest's closing lines. A run without either has not ended,
-and counts as failed.
+and counts as failed. A boot of `AGAIN` ran what had failed before, each test under its run's name.
 """
 
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 PLAN = "plan.json"
+AGAIN = "again"  # how the folder of such a boot ends
+PASSED, FAILED = "passed", "failed"
 LOST = "of the console, which has no reasons"  # for skips
 _CLOSING = re.compile(
     r"=+ (?:(?P<failed>\d+) failed, )?(?P<passed>\d+) passed(?:, (?P<skipped>\d+) skipped)?"
@@ -36,7 +38,8 @@ has to do with SELinux runs in a guest that enforces it.
 class Run:
     """One run of pytest: what became of its tests. `missing`: it never came to its end.
 
-    `status` is that of pytest: 1 also when tests passed and left something behind.
+    `status` is that of pytest: 1 also when tests passed and left something behind. `mended`: which
+    of `failed` passed in a later guest, and when that one booted.
     """
 
     name: str
@@ -48,10 +51,17 @@ class Run:
     seconds: float = 0.0
     missing: bool = False
     status: int = 1
+    mended: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def left(self) -> tuple[str, ...]:
+        """Return what failed and has not passed since."""
+        return tuple(name for name in self.failed if name not in self.mended)
 
     @property
     def good(self) -> bool:
-        return self.passed > 0 and self.status == 0 and not self.failed and not self.missing
+        ended_well = self.status == 0 or bool(self.mended)
+        return self.passed > 0 and ended_well and not self.left and not self.missing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,38 +83,72 @@ def boot(folder: Path) -> Boot:
 
 def latest(results: Path, names: Sequence[str]) -> list[Boot]:
     """Read all boots in a folder; each run is in the last of those that it was in, if in any."""
-    left, found = {*names}, []
+    left, found, since = {*names}, list[Boot](), dict[tuple[str, str], str]()
     for folder in sorted(results.iterdir(), reverse=True):
         if not (folder / PLAN).exists():
             continue
         read = boot(folder)
-        last = tuple(run for run in read.runs if run.name in left)
+        if folder.name.endswith(AGAIN):
+            since = {**_once_more(folder, read), **since}
+            continue
+        last = tuple(_with_mended(run, since) for run in read.runs if run.name in left)
         left -= {run.name for run in last}
         found += [replace(read, runs=last)] if last else []
     return found[::-1]
+
+
+def _once_more(folder: Path, read: Boot) -> dict[tuple[str, str], str]:
+    """Return for each run and test of a boot of `AGAIN` when that booted, "" where it failed."""
+    return {
+        (run.name, test): read.facts["booted"] if verdict == PASSED else ""
+        for run in read.runs
+        for test, verdict in _verdicts(folder, run.name).items()
+    }
+
+
+def _with_mended(run: Run, since: Mapping[tuple[str, str], str]) -> Run:
+    passed = {name: since.get((run.name, name), "") for name in run.failed}
+    return replace(run, mended={name: when for name, when in passed.items() if when})
+
+
+def node_id(name: str) -> str:
+    """Return by what pytest finds a test, from its name here: class name::name of JUnit."""
+    module, _, test = name.partition("::")
+    return f"{module.replace('.', '/')}.py::{test}"
 
 
 def _run(results: Path, name: str, driver: str, tests: str) -> Run:
     file = results / f"{name}.xml"
     if not file.exists():
         return _from_console(results / "console.log", Run(name=name, driver=driver, tests=tests))
-    suite = next(ElementTree.parse(file).getroot().iter("testsuite"))
-    failed, skipped = [], []
-    for case in suite.iter("testcase"):
-        if case.find("failure") is not None or case.find("error") is not None:
-            failed.append(f"{case.get('classname')}::{case.get('name')}")
-        skipped += [(skip.get("message") or "").strip() for skip in case.iter("skipped")]
-    cases = len({(c.get("classname"), c.get("name")) for c in suite.iter("testcase")})
+    verdicts = _verdicts(results, name)
+    failed = tuple(test for test, verdict in verdicts.items() if verdict == FAILED)
+    skipped = tuple(verdict for verdict in verdicts.values() if verdict not in (FAILED, PASSED))
     return Run(
         name=name,
         driver=driver,
         tests=tests,
-        passed=cases - len({*failed}) - len(skipped),
-        failed=tuple(dict.fromkeys(failed)),
-        skipped=tuple(skipped),
-        seconds=float(suite.get("time") or 0),
+        passed=len(verdicts) - len(failed) - len(skipped),
+        failed=failed,
+        skipped=skipped,
+        seconds=float(next(ElementTree.parse(file).getroot().iter("testsuite")).get("time") or 0),
         status=int((results / f"{name}.status").read_text()),
     )
+
+
+def _verdicts(results: Path, run: str) -> dict[str, str]:
+    """Return each test's name with PASSED, FAILED, or why it was skipped. {} without JUnit file."""
+    file, found = results / f"{run}.xml", dict[str, str]()
+    cases = ElementTree.parse(file).getroot().iter("testcase") if file.exists() else ()
+    for case in cases:  # two of a name when the test and what it left behind both failed
+        name, skip = f"{case.get('classname')}::{case.get('name')}", case.find("skipped")
+        if case.find("failure") is not None or case.find("error") is not None:
+            found[name] = FAILED
+        elif skip is not None:
+            found.setdefault(name, (skip.get("message") or "").strip())
+        else:
+            found.setdefault(name, PASSED)
+    return found
 
 
 def _from_console(console: Path, run: Run) -> Run:
@@ -157,6 +201,7 @@ def _table(boots: Sequence[Boot]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|"
     for n, run in ((n, run) for n, each in enumerate(boots, 1) for run in each.runs):
         failed = "did not end" if run.missing else str(len(run.failed))
+        failed += " at first" if run.failed and not run.left else ""
         numbers = (run.passed, failed, len(run.skipped), f"{run.seconds / 60:.0f}")
         yield _row(run.name, n, run.driver, run.tests, *numbers)
     yield ""
@@ -171,9 +216,17 @@ def _details(found: Sequence[Run]) -> Iterator[str]:
         if run.status and not run.failed and not run.missing:
             yield from (f"{run.name}: pytest ended with {run.status}, see its log.", "")
         if run.failed:
-            yield from (f"Failed in {run.name}:", "", *(f"- {name}" for name in run.failed), "")
+            yield from (f"Failed in {run.name}:", "", *map(_failure(run), run.failed), "")
     reasons = Counter(reason for run in found for reason in run.skipped)
     if reasons:
         yield from ("Skipped, in all runs together:", "")
         yield from (f"- {count} times: {reason}" for reason, count in reasons.most_common())
         yield ""
+
+
+def _failure(run: Run) -> Callable[[str], str]:
+    def line(name: str) -> str:
+        when = run.mended.get(name)
+        return f"- {name}" + (f"; mended, passed in a guest booted {when}" if when else "")
+
+    return line
