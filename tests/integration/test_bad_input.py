@@ -255,7 +255,7 @@ def broken(
 ) -> tuple[Kubelet, Pod, str]:
     """Return a client, a pod whose runtime does the test's script, and the image."""
     tables = runtime(tmp_path / "bad-runc", request.param)
-    client = client_of(make_site(runtime={"runtime_timeout": 2.0}, **tables))
+    client = client_of(make_site(runtime={"runtime_timeout": waiting.patient(2)}, **tables))
     client.pull(reference)
     return client, client.run_pod(handler="bad"), reference
 

@@ -293,7 +293,8 @@ def test_a_pod_stops_without_any_configuration(node: Kubelet, plugins: cni.Fakes
 @pytest.fixture
 def odd(make_site: MakeSite, client_of: ClientOf, reference: str, tmp_path: Path) -> Kubelet:
     """Return a client of a server whose handler `odd` does as the test says."""
-    client = client_of(make_site(runtime={"runtime_timeout": 1.5}, **faults.handler(tmp_path)))
+    limit = {"runtime_timeout": waiting.patient(1.5)}
+    client = client_of(make_site(runtime=limit, **faults.handler(tmp_path)))
     client.pull(reference)
     return client
 

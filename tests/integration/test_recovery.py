@@ -40,7 +40,7 @@ MOST_STEPS = 60
 @pytest.fixture
 def killable(make_site: MakeSite, client_of: ClientOf, reference: str) -> server.Site:
     """Return a server of the test's own that has the test image."""
-    site = make_site(runtime={"runtime_timeout": 5.0})
+    site = make_site(runtime={"runtime_timeout": waiting.patient(5)})
     client_of(site).pull(reference)
     return site
 
