@@ -240,9 +240,11 @@ def running_site(settings: dict[str, dict[str, Any]], marks: Marks) -> Iterator[
         try:
             yield made
         finally:
-            _empty(made)
-            marks.add_ids(made.log)
-            _keep_log(made)
+            try:
+                _empty(made)
+            finally:
+                marks.add_ids(made.log)
+                _keep_log(made)
 
 
 def _empty(site: server.Site) -> None:

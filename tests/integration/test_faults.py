@@ -177,7 +177,7 @@ def plugins(tmp_path: Path) -> cni.Fakes:
 @pytest.fixture
 def node(make_site: MakeSite, client_of: ClientOf, plugins: cni.Fakes) -> Kubelet:
     """Return a client of a server with these plugins."""
-    limits = {"add_timeout": 1.5, "del_timeout": 1.5}
+    limits = dict.fromkeys(("add_timeout", "del_timeout"), waiting.patient(1.5))
     return client_of(make_site(network={**faults.network(plugins), **limits}))
 
 

@@ -203,7 +203,8 @@ def test_a_start_that_hangs_ends_with_the_grace_period(
             odd.remove(container)
         assert time.monotonic() - began < waiting.patient(8)
         assert "killed before it had started" in starting.result()[1]
-    assert not faults.processes(os.fspath(tmp_path / "odd-runc"))
+    program = os.fspath(tmp_path / "odd-runc")
+    waiting.until(lambda: not faults.processes(program), "the runtime is gone")
     if verb == "stop":
         status = odd.status(container)
         assert (status.state, status.exit_code, status.reason) == (EXITED, 128, "StartError")
