@@ -32,7 +32,9 @@ pytestmark = [
     pytest.mark.ours,
 ]
 
-TIMEOUT = 4  # seconds for one call of the shim; one that does as it should has a second
+TIMEOUT = int(
+    waiting.patient(4)
+)  # seconds for one call of the shim; one that does as it should has a second
 WHO = f"handler (lean|full): {shim.NAME}"
 
 
@@ -120,7 +122,7 @@ def lab(site: server.Site, home: Path, cgroup_parent: str, reference: str) -> It
         ("garbage", "start printed .*VMM panicked.*, which is no address"),
         ("nothing", "start printed b'', which is no address"),
         ("nobody", "cannot connect to /tmp/fake-shim-.*: No such file"),
-        ("hang", "start did not end within 4 s and was killed"),
+        ("hang", f"start did not end within {TIMEOUT} s and was killed"),
     ],
 )
 def test_a_shim_that_does_not_start_makes_no_pod(
@@ -250,7 +252,7 @@ def test_a_machines_size_is_not_changed_for_the_pod(lab: Lab) -> None:
     ("how", "words"),
     [
         ("die", f"{WHO} ended during {{verb}}"),
-        ("hang", f"{WHO} {{verb}}: no answer to {{verb}} within 4 s"),
+        ("hang", f"{WHO} {{verb}}: no answer to {{verb}} within {TIMEOUT} s"),
         ("garbage", f"{WHO} {{verb}}: {{verb}} was answered with garbage"),
         ({"after": "die"}, f"{WHO} ended during {{verb}}"),
     ],
