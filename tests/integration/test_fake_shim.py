@@ -32,9 +32,8 @@ pytestmark = [
     pytest.mark.ours,
 ]
 
-TIMEOUT = int(
-    waiting.patient(4)
-)  # seconds for one call of the shim; one that does as it should has a second
+# Seconds for one call of the shim; one that does as it should has a second.
+TIMEOUT = int(waiting.patient(4))
 WHO = f"handler (lean|full): {shim.NAME}"
 
 
