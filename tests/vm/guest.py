@@ -105,7 +105,7 @@ def pytest(*, name: str, tests: list[str], driver: str, domain: str, env: dict[s
     """
     print(f"== {name}: {' '.join(tests)}", flush=True)
     command = [PYTHON, "-m", "pytest", "-v", "--tb=short", "--color=no"]
-    command += ["-o", "faulthandler_timeout=600"]
+    command += ["-o", "faulthandler_timeout=600", "-o", "junit_family=xunit1"]
     command += ["-p", "no:cacheprovider", f"--junitxml={RESULTS}/{name}.xml", *tests]
     context = ["runcon", f"system_u:system_r:{domain}:s0"] if domain else []
     logs = RESULTS / f"logs-{name}"
