@@ -92,3 +92,10 @@ def test_of_a_test_that_failed_again_since_the_last_word_counts(tmp_path: Path) 
     failing(tmp_path, "20260102-000000-again", "one", "ab", failed="")
     failing(tmp_path, "20260103-000000-again", "one", "ab", failed="ab")
     assert not report.latest(tmp_path, ("one",))[0].runs[0].good
+
+
+def test_the_function_decides_about_a_test_that_has_another_name_now(tmp_path: Path) -> None:
+    failing(tmp_path, "20260101-000000", "one", "ab[4]", "cd[4]", failed="ab[4] cd[4]")
+    failing(tmp_path, "20260102-000000-again", "one", "ab[5]", "cd[5]", "cd[6]", failed="cd[5]")
+    (run,) = report.latest(tmp_path, ("one",))[0].runs
+    assert [report.node_id(name) for name in run.left] == ["tests/unit/test_a.py::cd"]

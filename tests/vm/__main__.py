@@ -126,8 +126,9 @@ def boots_of(wanted: argparse.Namespace) -> Iterator[tuple[image.Kind, str, list
 def again(wanted: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the runs of what failed when it ran last, of those tests alone."""
     last = [run for each in report.latest(RESULTS, RUNS) for run in each.runs]
-    failed = {run.name: [report.node_id(name) for name in run.left] for run in last if run.left}
-    return [{**run, "tests": failed[run["name"]]} for run in plan(wanted) if run["name"] in failed]
+    failed = {run.name: [*dict.fromkeys(map(report.node_id, run.left))] for run in last}
+    todo = [{**run, "tests": failed.get(run["name"])} for run in plan(wanted)]
+    return [run for run in todo if run["tests"]]
 
 
 def boot(

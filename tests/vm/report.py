@@ -98,22 +98,34 @@ def latest(results: Path, names: Sequence[str]) -> list[Boot]:
 
 
 def _once_more(folder: Path, read: Boot) -> dict[tuple[str, str], str]:
-    """Return for each run and test of a boot of `AGAIN` when that booted, "" where it failed."""
-    return {
-        (run.name, test): read.facts["booted"] if verdict == PASSED else ""
-        for run in read.runs
-        for test, verdict in _verdicts(folder, run.name).items()
-    }
+    """Return for each run and test of a boot of `AGAIN` when that booted, "" where it failed; so
+    for the functions of tests, with all their parameters.
+    """
+    found: dict[tuple[str, str], str] = {}
+    for run in read.runs:
+        for test, verdict in _verdicts(folder, run.name).items():
+            function, when = (run.name, _function(test)), read.facts["booted"]
+            found[function] = "" if verdict == FAILED else found.get(function, when)
+            found[run.name, test] = when if verdict == PASSED else ""
+    return found
 
 
 def _with_mended(run: Run, since: Mapping[tuple[str, str], str]) -> Run:
-    passed = {name: since.get((run.name, name), "") for name in run.failed}
+    """Return the run; of a test whose parameters have other names now, its function decides."""
+    passed = {
+        name: since.get((run.name, name), since.get((run.name, _function(name)), ""))
+        for name in run.failed
+    }
     return replace(run, mended={name: when for name, when in passed.items() if when})
 
 
+def _function(test: str) -> str:
+    return test.partition("[")[0]
+
+
 def node_id(name: str) -> str:
-    """Return by what pytest finds a test, from its name here: class name::name of JUnit."""
-    module, _, test = name.partition("::")
+    """Return by what pytest finds a test with all its parameters, from JUnit's class::name."""
+    module, _, test = _function(name).partition("::")
     return f"{module.replace('.', '/')}.py::{test}"
 
 
