@@ -298,6 +298,8 @@ class Shim:
         """Run runc, which takes descriptors from `streams`; its last words are the failure."""
         log = f"fake-{next(NUMBERS)}.log"
         base = ["runc", "--root", "fake", "--log", log, "--log-format", "json"]
+        if argv[0] == "run" and is_scope(argv[argv.index("--bundle") + 1]):
+            base.append("--systemd-cgroup")
         given = streams or {
             "stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.DEVNULL,
             "stderr": asyncio.subprocess.DEVNULL,
@@ -494,6 +496,12 @@ def opened(process: Process, name: str) -> Any:
         yield fd
     finally:
         os.close(fd)
+
+
+def is_scope(bundle: str) -> bool:
+    """Say whether the cgroup that a bundle asks for is systemd's: "slice:prefix:name"."""
+    config = json.loads(Path(bundle, "config.json").read_text())
+    return ":" in config["linux"].get("cgroupsPath", "")
 
 
 class ConsoleSocket:
