@@ -54,7 +54,13 @@ class _Process:
         except errors.ShimError:
             if not self._link.alive:
                 await self._link.bury()
+                self._kill_stranded()
             raise
+
+    def _kill_stranded(self) -> None:
+        """Kill what a lost shim has left, which need not be in the cgroup that was asked for."""
+        if self.start_time and shimlink.is_ours(self.pid):
+            process.kill_tree(process.Identity(self.pid, self.start_time))
 
     @contextlib.asynccontextmanager
     async def _killing(self, signum: int, exec_id: str = "") -> AsyncIterator[None]:

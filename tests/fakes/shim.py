@@ -362,6 +362,8 @@ class Shim:
             file = os.path.join(process.directory, "process.json")
             await self.launch(process, ["exec", "--process", file], [request.id])
         else:
+            if where := self.script.get("cgroup"):
+                move(process.directory, where)
             await self.launch(process, ["run", "--bundle", process.directory], [request.id])
         return task_v2_pb2.StartResponse(pid=process.pid)
 
@@ -496,6 +498,14 @@ def opened(process: Process, name: str) -> Any:
         yield fd
     finally:
         os.close(fd)
+
+
+def move(bundle: str, cgroup: str) -> None:
+    """Have a container be in another cgroup than was asked for."""
+    file = Path(bundle, "config.json")
+    config = json.loads(file.read_text())
+    config["linux"]["cgroupsPath"] = cgroup
+    file.write_text(json.dumps(config))
 
 
 def is_scope(bundle: str) -> bool:

@@ -25,7 +25,7 @@ from tests.conftest import Marks
 from tests.fakes import kubelet as kubelets
 from tests.fakes import shim
 from tests.integration import conftest
-from tests.lab import faults, server, waiting
+from tests.lab import cgroups, faults, server, waiting
 
 pytestmark = [
     pytest.mark.needs("root", "netns", "overlay", "runc", "catatonit"),
@@ -350,6 +350,19 @@ def test_a_shim_that_dies_ends_its_containers(lab: Lab, handler: str) -> None:
         assert shim.NAME in ended.message
     assert not faults.processes("sleep", "601") + faults.processes("sleep", "602")
     lab.others_go_on()
+
+
+def test_a_shim_that_dies_ends_its_containers_wherever_their_cgroups_are(
+    lab: Lab, cgroup_parent: str
+) -> None:
+    lab.write(cgroup=f"{cgroup_parent}/elsewhere", delete="fail")
+    pod = lab.pod()
+    container = lab.run(pod, "sleep 603 & exec sleep 603")
+    [victim] = faults.processes(os.fspath(lab.script), "-id", pod.id)
+    os.kill(victim, signal.SIGKILL)
+    assert lab.kubelet.wait_exit(container).exit_code == 255
+    waiting.until(lambda: not faults.processes("sleep", "603"), "nothing of it lives", seconds=1)
+    cgroups.remove(f"{cgroup_parent}/elsewhere")
 
 
 @pytest.mark.parametrize("verb", ["Kill", "Wait", "Delete", "Shutdown"])
