@@ -10,7 +10,7 @@ and counts as failed. A boot of `AGAIN` ran what had failed before, each test un
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -228,7 +228,7 @@ def _details(found: Sequence[Run]) -> Iterator[str]:
         if run.status and not run.failed and not run.missing:
             yield from (f"{run.name}: pytest ended with {run.status}, see its log.", "")
         if run.failed:
-            yield from (f"Failed in {run.name}:", "", *map(_failure(run), run.failed), "")
+            yield from (f"Failed in {run.name}:", "", *_failures(run), "")
     reasons = Counter(reason for run in found for reason in run.skipped)
     if reasons:
         yield from ("Skipped, in all runs together:", "")
@@ -236,9 +236,11 @@ def _details(found: Sequence[Run]) -> Iterator[str]:
         yield ""
 
 
-def _failure(run: Run) -> Callable[[str], str]:
-    def line(name: str) -> str:
-        when = run.mended.get(name)
-        return f"- {name}" + (f"; mended, passed in a guest booted {when}" if when else "")
-
-    return line
+def _failures(run: Run) -> Iterator[str]:
+    """Yield a line for each function, with how many of its tests failed and what became of them."""
+    found = Counter((_function(name), run.mended.get(name, "")) for name in run.failed)
+    for (function, when), count in found.items():
+        times = f", {count} times" if count > 1 else ""
+        yield f"- {function}{times}" + (
+            f"; mended, passed in a guest booted {when}" if when else ""
+        )
