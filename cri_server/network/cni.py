@@ -234,11 +234,11 @@ class Network:
                     await self._delete(entry, attachment.netns)
                 except errors.CriError as e:
                     failures.append(e)
+            await asyncio.to_thread(self._cache.remove_unfinished, attachment.pod_id, IFNAME)
             verbs.raise_all(failures)
 
     def _owed(self, attachment: Attachment, place: conf.Place | None) -> list[cache.Entry]:
         """Return the entries of a pod, each with all that a DEL needs as far as that is known."""
-        self._cache.remove_unfinished(attachment.pod_id, IFNAME)
         found = self._cache.find(attachment.pod_id, IFNAME)
         if not found and attachment.result:
             found = [cache.Entry(network="", container_id=attachment.pod_id, ifname=IFNAME)]

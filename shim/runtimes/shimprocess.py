@@ -21,6 +21,7 @@ from shim.runtimes import shimlink
 # Less than what a container is given to end (shim.container).
 _KILL_SECONDS, _SILENCE_SECONDS = 6.0, 4.0
 END_SECONDS = 10.0
+_TRIES, _PAUSE = 50, 0.01
 
 
 class _Process:
@@ -54,13 +55,19 @@ class _Process:
         except errors.ShimError:
             if not self._link.alive:
                 await self._link.bury()
-                self._kill_stranded()
+                await self._end_stranded()
             raise
 
-    def _kill_stranded(self) -> None:
-        """Kill what a lost shim has left, which need not be in the cgroup that was asked for."""
-        if self.start_time and shimlink.is_ours(self.pid):
-            process.kill_tree(process.Identity(self.pid, self.start_time))
+    async def _end_stranded(self) -> None:
+        """Kill what a lost shim has left, which need not be in the cgroup that was asked for, and
+        see it end, half a second at most.
+        """
+        who = process.Identity(self.pid, self.start_time)
+        for _ in range(_TRIES):
+            if not (process.alive(*who) and shimlink.is_ours(who.pid)):
+                return
+            process.kill_tree(who)
+            await loop.sleep(_PAUSE)
 
     @contextlib.asynccontextmanager
     async def _killing(self, signum: int, exec_id: str = "") -> AsyncIterator[None]:

@@ -298,8 +298,6 @@ class Shim:
         """Run runc, which takes descriptors from `streams`; its last words are the failure."""
         log = f"fake-{next(NUMBERS)}.log"
         base = ["runc", "--root", "fake", "--log", log, "--log-format", "json"]
-        if argv[0] == "run" and is_scope(argv[argv.index("--bundle") + 1]):
-            base.append("--systemd-cgroup")
         given = streams or {
             "stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.DEVNULL,
             "stderr": asyncio.subprocess.DEVNULL,
@@ -364,7 +362,7 @@ class Shim:
         else:
             if where := self.script.get("cgroup"):
                 move(process.directory, where)
-            await self.launch(process, ["run", "--bundle", process.directory], [request.id])
+            await self.launch(process, run(process.directory), [request.id])
         return task_v2_pb2.StartResponse(pid=process.pid)
 
     async def state(self, request: Any) -> Message:
@@ -428,8 +426,7 @@ class Shim:
 
     async def start_sandbox(self, request: Any) -> Message:
         process = self.processes[request.sandbox_id, ""]
-        run = ["run", "--bundle", process.directory]
-        await self.launch(process, run, [request.sandbox_id])
+        await self.launch(process, run(process.directory), [request.sandbox_id])
         return sandbox_pb2.StartSandboxResponse(pid=process.pid)
 
     async def wait_sandbox(self, request: Any) -> Message:
@@ -508,10 +505,13 @@ def move(bundle: str, cgroup: str) -> None:
     file.write_text(json.dumps(config))
 
 
-def is_scope(bundle: str) -> bool:
-    """Say whether the cgroup that a bundle asks for is systemd's: "slice:prefix:name"."""
+def run(bundle: str) -> list[str]:
+    """Return runc's arguments to run a bundle, whose cgroup is systemd's if it is asked for as
+    "slice:prefix:name".
+    """
     config = json.loads(Path(bundle, "config.json").read_text())
-    return ":" in config["linux"].get("cgroupsPath", "")
+    scope = ":" in config["linux"].get("cgroupsPath", "")
+    return [*(["--systemd-cgroup"] if scope else []), "run", "--bundle", bundle]
 
 
 class ConsoleSocket:

@@ -234,17 +234,13 @@ def client_of(cgroup_parent: str) -> Iterator[ClientOf]:
 @contextlib.contextmanager
 def running_site(settings: dict[str, dict[str, Any]], marks: Marks) -> Iterator[server.Site]:
     """Have a server running for the block; at its end it must have cleaned up."""
-    with server.site(settings) as made:
+    with server.site(settings) as made, contextlib.ExitStack() as after:
         marks.add(os.fspath(made.home))
         made.start()
-        try:
-            yield made
-        finally:
-            try:
-                _empty(made)
-            finally:
-                marks.add_ids(made.log)
-                _keep_log(made)
+        after.callback(_keep_log, made)
+        after.callback(marks.add_ids, made.log)
+        after.callback(_empty, made)
+        yield made
 
 
 def _empty(site: server.Site) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from tests import probes
 from tests.fakes import shim
 
 # ptrace and the host's network stack because they work on a machine without KVM and within a
@@ -30,12 +29,7 @@ NO_SUCH = "no-such-flag"
 
 def needs(name: str) -> pytest.MarkDecorator:
     """Return the mark of a test with a handler."""
-    return pytest.mark.needs(_program(name))
-
-
-def installed() -> list[str]:
-    """Return the handlers that this machine has the program of."""
-    return [name for name in HANDLERS if not probes.missing(_program(name))]
+    return pytest.mark.needs("runc" if name == shim.NAME else name)
 
 
 def tables(home: Path, *names: str) -> dict[str, dict[str, Any]]:
@@ -49,10 +43,6 @@ def odd(home: Path, *names: str) -> dict[str, dict[str, Any]]:
         f"runtimes.odd-{name}": {**HANDLERS[name], "path": _path(name, home), **_odd(name)}
         for name in names
     }
-
-
-def _program(name: str) -> str:
-    return "runc" if name == shim.NAME else name
 
 
 def _odd(name: str) -> dict[str, Any]:

@@ -73,6 +73,10 @@ def test_what_failed_may_pass_in_a_later_guest(tmp_path: Path) -> None:
     assert (run.passed, run.good) == (1, False)
     assert [report.node_id(name) for name in run.left] == ["tests/unit/test_a.py::cd"]
     failing(tmp_path, "20260103-000000-one-again", "one", "cd", failed="")
+    log = tmp_path / "20260101-000000" / "one.log"
+    log.write_text("=== left behind ===\nmount /tmp/x\n=== 2 failed, 1 passed ===\n")
+    assert not report.latest(tmp_path, ("one", "other"))[0].runs[0].good
+    log.write_text("=== 2 failed, 1 passed ===\n")
     found = report.latest(tmp_path, ("one", "other"))
     assert found[0].runs[0].good
     lines = report.page(found).splitlines()
@@ -94,8 +98,8 @@ def test_of_a_test_that_failed_again_since_the_last_word_counts(tmp_path: Path) 
     assert not report.latest(tmp_path, ("one",))[0].runs[0].good
 
 
-def test_the_function_decides_about_a_test_that_has_another_name_now(tmp_path: Path) -> None:
+def test_a_test_with_parameters_passes_with_all_of_them(tmp_path: Path) -> None:
     failing(tmp_path, "20260101-000000", "one", "ab[4]", "cd[4]", failed="ab[4] cd[4]")
-    failing(tmp_path, "20260102-000000-again", "one", "ab[5]", "cd[5]", "cd[6]", failed="cd[5]")
+    failing(tmp_path, "20260102-000000-again", "one", "ab[5]", "cd[4]", "cd[6]", failed="cd[6]")
     (run,) = report.latest(tmp_path, ("one",))[0].runs
     assert [report.node_id(name) for name in run.left] == ["tests/unit/test_a.py::cd"]

@@ -89,8 +89,9 @@ def main() -> int:
     boots = boot_all(wanted, PARTS if wanted.tests else RESULTS)
     if wanted.page:
         PAGE.write_text(report.page(report.latest(RESULTS, RUNS)))
-    print(report.page(boots).removeprefix(report.PAGE))
-    return 0 if boots and all(run.good for each in boots for run in each.runs) else 1
+    told = report.latest(RESULTS, wanted.runs) if wanted.again else boots
+    print(report.page(told).removeprefix(report.PAGE))
+    return 0 if told and all(run.good for each in told for run in each.runs) else 1
 
 
 def boot_all(wanted: argparse.Namespace, results: Path) -> list[report.Boot]:
@@ -110,17 +111,18 @@ def boot_all(wanted: argparse.Namespace, results: Path) -> list[report.Boot]:
 
 def boots_of(wanted: argparse.Namespace) -> Iterator[tuple[image.Kind, str, list[dict[str, Any]]]]:
     """Yield what guests to boot: of what kind, by what name, for which runs."""
-    if not wanted.again:
-        todo = plan(wanted)
-        for kind, names in BOOTS:
-            if here := [run for run in todo if run["name"] in names]:
-                yield kind, here[0]["name"], here
-        return
-    failed = again(wanted)
-    for kind in (APPARMOR, SELINUX):
-        of_kind = [name for each, names in BOOTS if each == kind for name in names]
-        if here := [run for run in failed if run["name"] in of_kind]:
-            yield kind, f"{here[0]['name']}-{report.AGAIN}", here
+    todo = again(wanted) if wanted.again else plan(wanted)
+    for kind, names in together() if wanted.again else BOOTS:
+        if here := [run for run in todo if run["name"] in names]:
+            yield kind, here[0]["name"] + (f"-{report.AGAIN}" if wanted.again else ""), here
+
+
+def together() -> list[tuple[image.Kind, tuple[str, ...]]]:
+    """Return BOOTS with one guest of each kind."""
+    return [
+        (kind, tuple(name for each, names in BOOTS if each == kind for name in names))
+        for kind in (APPARMOR, SELINUX)
+    ]
 
 
 def again(wanted: argparse.Namespace) -> list[dict[str, Any]]:

@@ -17,12 +17,13 @@ from xml.etree import ElementTree
 
 PLAN = "plan.json"
 AGAIN = "again"  # how the folder of such a boot ends
-PASSED, FAILED = "passed", "failed"
+ENDED = PASSED, FAILED = "passed", "failed"
 LOST = "of the console, which has no reasons"  # for skips
 _CLOSING = re.compile(
     r"=+ (?:(?P<failed>\d+) failed, )?(?P<passed>\d+) passed(?:, (?P<skipped>\d+) skipped)?"
     r"(?:, .*)? in (?P<seconds>[\d.]+)s"
 )
+_LEFT = re.compile(r"^=+ left behind =+$", re.MULTILINE)  # tests/conftest.py
 PAGE = """\
 # The tests in a guest
 
@@ -38,8 +39,8 @@ has to do with SELinux runs in a guest that enforces it.
 class Run:
     """One run of pytest: what became of its tests. `missing`: it never came to its end.
 
-    `status` is that of pytest: 1 also when tests passed and left something behind. `mended`: which
-    of `failed` passed in a later guest, and when that one booted.
+    `status` is that of pytest: 1 also when tests passed and left something behind, that is when it
+    is not `clean`. `mended`: which of `failed` passed in a later guest, and when that one booted.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Run:
     seconds: float = 0.0
     missing: bool = False
     status: int = 1
+    clean: bool = True
     mended: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -60,7 +62,7 @@ class Run:
 
     @property
     def good(self) -> bool:
-        ended_well = self.status == 0 or bool(self.mended)
+        ended_well = self.clean and self.status == int(bool(self.failed))
         return self.passed > 0 and ended_well and not self.left and not self.missing
 
 
@@ -98,24 +100,21 @@ def latest(results: Path, names: Sequence[str]) -> list[Boot]:
 
 
 def _once_more(folder: Path, read: Boot) -> dict[tuple[str, str], str]:
-    """Return for each run and test of a boot of `AGAIN` when that booted, "" where it failed; so
-    for the functions of tests, with all their parameters.
+    """Return for each run and function of a boot of `AGAIN` when that booted, "" unless its tests
+    passed.
     """
     found: dict[tuple[str, str], str] = {}
     for run in read.runs:
-        for test, verdict in _verdicts(folder, run.name).items():
-            function, when = (run.name, _function(test)), read.facts["booted"]
-            found[function] = "" if verdict == FAILED else found.get(function, when)
-            found[run.name, test] = when if verdict == PASSED else ""
+        verdicts = _verdicts(_suite(folder, run.name))
+        failed = {_function(test) for test, verdict in verdicts.items() if verdict == FAILED}
+        for function in {_function(test) for test, verdict in verdicts.items() if verdict in ENDED}:
+            found[run.name, function] = "" if function in failed else read.facts["booted"]
     return found
 
 
 def _with_mended(run: Run, since: Mapping[tuple[str, str], str]) -> Run:
-    """Return the run; of a test whose parameters have other names now, its function decides."""
-    passed = {
-        name: since.get((run.name, name), since.get((run.name, _function(name)), ""))
-        for name in run.failed
-    }
+    """Return the run; its functions decide, for the parameters of a test change their names."""
+    passed = {name: since.get((run.name, _function(name)), "") for name in run.failed}
     return replace(run, mended={name: when for name, when in passed.items() if when})
 
 
@@ -130,36 +129,38 @@ def node_id(name: str) -> str:
 
 
 def _run(results: Path, name: str, driver: str, tests: str) -> Run:
-    file = results / f"{name}.xml"
-    if not file.exists():
+    suite = _suite(results, name)
+    if suite is None:
         return _from_console(results / "console.log", Run(name=name, driver=driver, tests=tests))
-    verdicts = _verdicts(results, name)
-    failed = tuple(test for test, verdict in verdicts.items() if verdict == FAILED)
-    skipped = tuple(verdict for verdict in verdicts.values() if verdict not in (FAILED, PASSED))
+    verdicts = _verdicts(suite)
+    log = results / f"{name}.log"
     return Run(
         name=name,
         driver=driver,
         tests=tests,
-        passed=len(verdicts) - len(failed) - len(skipped),
-        failed=failed,
-        skipped=skipped,
-        seconds=float(next(ElementTree.parse(file).getroot().iter("testsuite")).get("time") or 0),
+        passed=sum(verdict == PASSED for verdict in verdicts.values()),
+        failed=tuple(test for test, verdict in verdicts.items() if verdict == FAILED),
+        skipped=tuple(verdict for verdict in verdicts.values() if verdict not in ENDED),
+        seconds=float(suite.get("time") or 0),
         status=int((results / f"{name}.status").read_text()),
+        clean=not (log.exists() and _LEFT.search(log.read_text(errors="replace"))),
     )
 
 
-def _verdicts(results: Path, run: str) -> dict[str, str]:
-    """Return each test's name with PASSED, FAILED, or why it was skipped. {} without JUnit file."""
-    file, found = results / f"{run}.xml", dict[str, str]()
-    cases = ElementTree.parse(file).getroot().iter("testcase") if file.exists() else ()
-    for case in cases:  # two of a name when the test and what it left behind both failed
+def _suite(results: Path, run: str) -> ElementTree.Element | None:
+    file = results / f"{run}.xml"
+    return next(ElementTree.parse(file).getroot().iter("testsuite")) if file.exists() else None
+
+
+def _verdicts(suite: ElementTree.Element | None) -> dict[str, str]:
+    """Return each test's name with PASSED, FAILED, or why it was skipped."""
+    found: dict[str, str] = {}
+    for case in suite.iter("testcase") if suite is not None else ():
         name, skip = f"{case.get('classname')}::{case.get('name')}", case.find("skipped")
         if case.find("failure") is not None or case.find("error") is not None:
-            found[name] = FAILED
-        elif skip is not None:
-            found.setdefault(name, (skip.get("message") or "").strip())
+            found[name] = FAILED  # also where another entry, of the test without its end, passed
         else:
-            found.setdefault(name, PASSED)
+            found.setdefault(name, PASSED if skip is None else (skip.get("message") or "").strip())
     return found
 
 
@@ -225,7 +226,7 @@ def _row(*cells: object) -> str:
 
 def _details(found: Sequence[Run]) -> Iterator[str]:
     for run in found:
-        if run.status and not run.failed and not run.missing:
+        if not run.clean or (run.status and not run.failed and not run.missing):
             yield from (f"{run.name}: pytest ended with {run.status}, see its log.", "")
         if run.failed:
             yield from (f"Failed in {run.name}:", "", *_failures(run), "")
@@ -241,6 +242,5 @@ def _failures(run: Run) -> Iterator[str]:
     found = Counter((_function(name), run.mended.get(name, "")) for name in run.failed)
     for (function, when), count in found.items():
         times = f", {count} times" if count > 1 else ""
-        yield f"- {function}{times}" + (
-            f"; mended, passed in a guest booted {when}" if when else ""
-        )
+        mended = f"; mended, passed in a guest booted {when}" if when else ""
+        yield f"- {function}{times}{mended}"
